@@ -1,0 +1,21 @@
+"""The errors a user can cause; each carries one sentence that says what was wrong and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SwquantError(Exception):
+    """Bad input or a failed precondition.
+
+    The message is one sentence for a person: the value met, what was expected, what to do. The command line
+    prints it without a traceback and exits with code 2.
+    """
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return ``"; did you mean 'x'?"`` for the known word nearest to ``word``, or all known words if none is near."""
+    words = sorted(known)
+    near = difflib.get_close_matches(word, words, n=1, cutoff=0.55)
+    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(words)}"
