@@ -1,0 +1,95 @@
+"""Grids: from the extent of a group of weights to a scale and a zero point."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swquant.quant.spec import QuantSpec
+
+MIN_SCALE = 2.0**-17
+"""Least magnitude of a scale: the least power of two at which all bfloat16 values are float16 values too."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Scale and zero point of each group, ``float32 [out, groups, 1]``: ``weight ~ (code - zero) * scale``."""
+
+    scale: Tensor
+    zero: Tensor
+
+
+@dataclass(frozen=True)
+class Extent:
+    """Least and greatest weight of each group, ``[out, groups, 1]``, with zero included: ``low <= 0 <= high``."""
+
+    low: Tensor
+    high: Tensor
+
+
+class _StoredAs(torch.autograd.Function):
+    """Round to the values of a narrower dtype; the gradient passes straight through."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, dtype: torch.dtype) -> Tensor:
+        return values.to(dtype).to(values.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor, None]:
+        return grad_outputs[0], None
+
+
+def stored_as(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """``values`` rounded to what ``dtype`` can hold, in their own dtype; differentiable by the straight-through rule."""
+    return values if values.dtype == dtype else _StoredAs.apply(values, dtype)  # pyright: ignore[reportReturnType]
+
+
+def group(weight: Tensor, spec: QuantSpec) -> Tensor:
+    """View ``[out, in]`` as ``[out, groups, group_width]``."""
+    return weight.view(weight.shape[0], spec.groups(weight.shape[1]), -1)
+
+
+def extent_of(weight: Tensor, spec: QuantSpec) -> Extent:
+    """The :class:`Extent` of each group of ``weight [out, in]``, differentiable."""
+    low, high = group(weight, spec).aminmax(dim=-1, keepdim=True)
+    return Extent(low.float().clamp(max=0), high.float().clamp(min=0))
+
+
+def minmax_grid(
+    extent: Extent, spec: QuantSpec, lo: Tensor | float, hi: Tensor | float, sign: Tensor | None
+) -> Grid:
+    r"""The grid that covers ``[lo * low, hi * high]``.
+
+    Asymmetric (OmniQuant, arXiv 2308.13137, eq. 2)::
+
+        scale = (hi * high - lo * low) / (2**bits - 1),   zero = round(-lo * low / scale)
+
+    Symmetric, the sign ``s`` of each group's scale being free::
+
+        scale = s * max(hi * high, -lo * low) / 2**(bits - 1),   zero = 2**(bits - 1)
+
+    so that the levels are ``-2**(bits-1) .. 2**(bits-1) - 1`` times a scale of either sign. Departures from OmniQuant's
+    code: its symmetric grid divides by ``2**(bits-1) - 1`` and takes positive scales alone, which at 2 bits leaves one
+    level on the side that has the larger weights half of the time; its asymmetric zero point may leave the range of
+    codes, which no file format can hold, ours covers zero instead. Scales are rounded to bfloat16 inside of the
+    differentiable path (straight-through), because that is what files store, and are at least :data:`MIN_SCALE` in
+    magnitude. The zero point has no gradient, as in OmniQuant's code.
+
+    Args:
+        extent: Group extents.
+        spec: The grid's kind.
+        lo: Factor on the low end, a number or ``[out, groups, 1]``.
+        hi: Factor on the high end, likewise.
+        sign: ``+1`` or ``-1`` for each group, ``[out, groups, 1]``; ``None`` is ``+1`` and what an asymmetric grid needs.
+    """
+    low, high = extent.low * lo, extent.high * hi
+    if spec.symmetric:
+        magnitude = torch.maximum(high, -low) / spec.mid_code
+        scale = stored_as(magnitude.clamp(min=MIN_SCALE), torch.bfloat16)
+        return Grid(scale if sign is None else scale * sign, torch.full_like(scale, spec.mid_code))
+    scale = stored_as(((high - low) / spec.max_code).clamp(min=MIN_SCALE), torch.bfloat16)
+    zero = (-low / scale).detach().round().clamp(0, spec.max_code)
+    return Grid(scale, zero)

@@ -1,0 +1,35 @@
+"""A quantized weight: integer codes and their grid."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from swquant.quant.spec import QuantSpec
+
+
+@dataclass(frozen=True)
+class QTensor:
+    """Codes and grid of one weight; what every format encodes.
+
+    Attributes:
+        codes: ``uint8 [out, in]`` in ``[0, 2**bits - 1]``.
+        scale: ``float32 [out, groups]``, exactly representable in bfloat16 and float16, so that a container with
+            either loses nothing; negative values occur on symmetric grids only.
+        zero: ``uint8 [out, groups]``; ``2**(bits - 1)`` throughout on a symmetric grid.
+        spec: The grid's kind.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+    spec: QuantSpec
+
+    def dequantize(self) -> Tensor:
+        """The weight ``(codes - zero) * scale`` as ``float32 [out, in]``."""
+        out_features, in_features = self.codes.shape
+        grouped = self.codes.view(out_features, self.spec.groups(in_features), -1).to(torch.float32)
+        values = (grouped - self.zero.unsqueeze(-1)) * self.scale.unsqueeze(-1)
+        return values.view(out_features, in_features)
