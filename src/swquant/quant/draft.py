@@ -79,7 +79,7 @@ def open_draft(params: Mapping[str, Tensor], weights: tuple[str, ...], spec: Qua
 
 
 def better_sign(weight: Tensor, extent: Extent, spec: QuantSpec) -> Tensor:
-    """The sign of each group's scale that gives the smaller squared error, ``[out, groups, 1]`` of ``+1`` and ``-1``."""
+    """The sign of each group's scale with the smaller squared error: ``[out, groups, 1]`` of ``+1`` and ``-1``."""
     ones = torch.ones_like(extent.low)
     positive, negative = (
         _squared_error(weight, minmax_grid(extent, spec, 1.0, 1.0, sign), spec) for sign in (ones, -ones)
@@ -123,9 +123,7 @@ def commit(draft: Draft) -> Committed:
 def detach(draft: Draft) -> Draft:
     """The draft without its graph: the starting point of a next phase."""
     slots = {
-        name: replace(
-            slot, **{key: value.detach() for key, value in vars(slot).items() if isinstance(value, Tensor)}
-        )
+        name: replace(slot, **{key: value.detach() for key, value in vars(slot).items() if isinstance(value, Tensor)})
         for name, slot in draft.slots.items()
     }
     return replace(draft, params={name: value.detach() for name, value in draft.params.items()}, slots=slots)

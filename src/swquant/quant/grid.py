@@ -43,7 +43,7 @@ class _StoredAs(torch.autograd.Function):
 
 
 def stored_as(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """``values`` rounded to what ``dtype`` can hold, in their own dtype; differentiable by the straight-through rule."""
+    """``values`` rounded to what ``dtype`` can hold, in their own dtype; gradients pass straight through."""
     return values if values.dtype == dtype else _StoredAs.apply(values, dtype)  # pyright: ignore[reportReturnType]
 
 
@@ -58,9 +58,7 @@ def extent_of(weight: Tensor, spec: QuantSpec) -> Extent:
     return Extent(low.float().clamp(max=0), high.float().clamp(min=0))
 
 
-def minmax_grid(
-    extent: Extent, spec: QuantSpec, lo: Tensor | float, hi: Tensor | float, sign: Tensor | None
-) -> Grid:
+def minmax_grid(extent: Extent, spec: QuantSpec, lo: Tensor | float, hi: Tensor | float, sign: Tensor | None) -> Grid:
     r"""The grid that covers ``[lo * low, hi * high]``.
 
     Asymmetric (OmniQuant, arXiv 2308.13137, eq. 2)::
@@ -83,7 +81,7 @@ def minmax_grid(
         spec: The grid's kind.
         lo: Factor on the low end, a number or ``[out, groups, 1]``.
         hi: Factor on the high end, likewise.
-        sign: ``+1`` or ``-1`` for each group, ``[out, groups, 1]``; ``None`` is ``+1`` and what an asymmetric grid needs.
+        sign: ``+1`` or ``-1`` for each group, ``[out, groups, 1]``; ``None`` is ``+1``, the only choice if asymmetric.
     """
     low, high = extent.low * lo, extent.high * hi
     if spec.symmetric:

@@ -22,17 +22,17 @@ def codes_of(weight: Tensor, grid: Grid, spec: QuantSpec) -> Tensor:
 def fake_quantize(weight: Tensor, grid: Grid, spec: QuantSpec) -> Tensor:
     """Quantize and dequantize ``weight [out, in]`` with straight-through gradients to the weight and the scale.
 
-    With ``u = weight / scale``, ``q = clamp(round(u) + zero, 0, 2**bits - 1)`` and ``m = 1`` where ``round(u) + zero`` lies
-    within the clamp, 0 elsewhere::
+    With ``u = weight / scale``, ``q = clamp(round(u) + zero, 0, 2**bits - 1)`` and ``m`` 1 where ``round(u) + zero`` lies
+    within the clamp and 0 elsewhere::
 
         out = (q - zero) * scale,   d out / d weight = m,   d out / d scale = (q - zero) - m * u
 
-    which is what automatic differentiation yields for a straight-through ``round``. The zero point gets no gradient. The
-    backward pass recomputes ``q``, so that nothing of the weight's size is kept but the weight itself, in its own dtype.
+    which is what automatic differentiation yields for a straight-through ``round``. The zero point gets no gradient.
+    The backward pass recomputes ``q``, so that nothing of the weight's size is kept but the weight, in its own dtype.
 
     Returns:
-        ``float32 [out, in]``, bit for bit the values that :meth:`swquant.quant.qtensor.QTensor.dequantize` gives for the
-        codes of :func:`codes_of`.
+        ``float32 [out, in]``, bit for bit what :meth:`swquant.quant.qtensor.QTensor.dequantize` gives for the codes of
+        :func:`codes_of`.
     """
     return _FakeQuantize.apply(weight, grid.scale, grid.zero, spec)  # pyright: ignore[reportReturnType]
 
@@ -51,15 +51,15 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: Any
+    ) -> tuple[Tensor | None, Tensor | None, None, None]:
         weight, scale, zero = ctx.saved_tensors
         spec: QuantSpec = ctx.spec
         grad, grouped = group(grad_outputs[0].contiguous(), spec), group(weight, spec)
         to_weight, to_scale = ctx.needs_input_grad[:2]
         grad_weight = (
-            torch.empty(grad_outputs[0].shape, dtype=weight.dtype, device=weight.device)
-            if to_weight
-            else None
+            torch.empty(grad_outputs[0].shape, dtype=weight.dtype, device=weight.device) if to_weight else None
         )
         grad_scale = torch.empty_like(scale) if to_scale else None
         for rows in _chunks(weight):
