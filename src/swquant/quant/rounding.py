@@ -22,7 +22,7 @@ def codes_of(weight: Tensor, grid: Grid, spec: QuantSpec) -> Tensor:
 def fake_quantize(weight: Tensor, grid: Grid, spec: QuantSpec) -> Tensor:
     """Quantize and dequantize ``weight [out, in]`` with straight-through gradients to the weight and the scale.
 
-    With ``u = weight / scale``, ``q = clamp(round(u) + zero, 0, 2**bits - 1)`` and ``m`` 1 where ``round(u) + zero`` lies
+    With ``u = weight / scale``, ``q = clamp(round(u) + zero, 0, 2**bits - 1)`` and ``m`` 1 where ``round(u) + zero`` is
     within the clamp and 0 elsewhere::
 
         out = (q - zero) * scale,   d out / d weight = m,   d out / d scale = (q - zero) - m * u

@@ -1,0 +1,140 @@
+"""The command line: the only reader of arguments."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from swquant import __version__
+from swquant.errors import SwquantError, did_you_mean
+
+KINDS = ("methods", "losses", "families", "formats", "recipes")
+USER_ERROR = 2
+FAILURE = 1
+INTERRUPTED = 130
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="swquant")
+def app() -> None:
+    """Quantize language models to 2, 3 or 4 bits with losses that keep the activations' distribution."""
+
+
+@app.command()
+@click.argument("source")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Where the quantized model goes; a new directory.")
+@click.option("--recipe", "recipe_name", help="A named recipe (swquant list recipes) or a YAML file; flags override it.")
+@click.option("--preset", type=click.Choice(["fast", "default", "best"]), help="How much data and training to use.")
+@click.option("--bits", type=int, help="Bits per weight: 2, 3, 4 or 8.  [2]")
+@click.option("--group-size", help="Weights that share a scale: 32, 64, 128, or 'channel'.  [64]")
+@click.option("--symmetric/--asymmetric", default=None, help="Fixed zero point, or one per group.  [symmetric]")
+@click.option("--method", help="What trains the quantization (swquant list methods).  [omniquant]")
+@click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help="An option of the method; repeatable.")
+@click.option("--loss", help="Training loss, e.g. '0.9*mse + 0.1*sliced_wasserstein(slices=256)'.")
+@click.option("--calibration", help="Text or jsonl file, datasets name, or 'self': drawn from the model.  [self]")
+@click.option("--samples", type=int, help="Calibration samples.  [128, by preset]")
+@click.option("--seq-len", type=int, help="Tokens per sample.  [2048, or the model's limit]")
+@click.option("--epochs", type=int, help="Passes over the samples.  [by method, bits and preset]")
+@click.option("--evaluation", help="Text or datasets name to measure the result on.  [held out of --calibration]")
+@click.option("--evaluation-samples", type=int, help="Windows of --seq-len tokens to measure on; 0 for none.  [16]")
+@click.option("--seed", type=int, help="Seed of everything random.  [0]")
+@click.option("--device", help="cpu, an accelerator's name, or auto.  [auto]")
+@click.option("--format", "format_name", help="Output format (swquant list formats).  [compressed-tensors]")
+def quantize(source: str, out: Path, recipe_name: str | None, options: tuple[str, ...], **flags: Any) -> None:
+    """Quantize SOURCE, a model directory or a hub name.
+
+    The same command goes on where a killed run stopped, and ends in the same bits.
+    """
+    from swquant.recipe import Recipe
+    from swquant.run import quantize as run
+    from swquant.ui import observer, print_report
+
+    flags["format"] = flags.pop("format_name")
+    values = {name: value for name, value in flags.items() if value is not None}
+    if "group_size" in values:
+        values["group_size"] = _group_size(values["group_size"])
+    if options:
+        values["options"] = dict(_option(text) for text in options)
+    recipe = Recipe.load(recipe_name) if recipe_name else Recipe()
+    with observer() as watching:
+        report = run(recipe.override(values), source, out, observer=watching)
+    print_report(report, out)
+
+
+@app.command("eval")
+@click.argument("model")
+@click.option("--text", required=True, help="Text file or datasets name to measure on.")
+@click.option("--reference", help="The original model: adds KL to it and top-1 agreement with it.")
+@click.option("--context", type=int, help="Tokens per window.  [2048, or the model's limit]")
+@click.option("--windows", type=int, help="Measure on the first windows only.  [all]")
+@click.option("--device", default="auto", show_default=True, help="cpu, an accelerator's name, or auto.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def evaluate(
+    model: str, text: str, reference: str | None, context: int | None, windows: int | None, device: str, as_json: bool
+) -> None:
+    """Measure MODEL's perplexity, and how far it is from the model it was made of."""
+
+
+@app.command()
+@click.option("--out", type=click.Path(path_type=Path), help="Keep the quantized models here.  [dropped]")
+def demo(out: Path | None) -> None:
+    """Quantize the small model that comes with swquant to 2 bits, three ways, and compare."""
+    from swquant.demo import run_demo
+
+    run_demo(out)
+
+
+@app.command("list")
+@click.argument("kind", metavar="|".join(KINDS))
+def list_(kind: str) -> None:
+    """List what can be chosen, a line each."""
+    from swquant import registry
+    from swquant.recipe import Recipe, recipe_names
+
+    if kind not in KINDS:
+        raise SwquantError(f"nothing to list under {kind!r}{did_you_mean(kind, KINDS)}")
+    if kind == "recipes":
+        lines = {name: Recipe.load(name).summary for name in recipe_names()}
+    else:
+        lines = registry.describe(f"swquant.{kind}")
+    width = max(map(len, lines))
+    for name, line in lines.items():
+        click.echo(f"{name:<{width}}  {line}")
+
+
+def _group_size(text: str) -> int | str:
+    try:
+        return int(text)
+    except ValueError:
+        return text
+
+
+def _option(text: str) -> tuple[str, Any]:
+    import yaml
+
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise SwquantError(f"--option {text!r} has no '=', expected KEY=VALUE, e.g. --option epochs=10")
+    return key, yaml.safe_load(value)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; a user's mistake prints one sentence and exits with code 2."""
+    try:
+        app.main(arguments, prog_name="swquant", standalone_mode=False)
+    except SwquantError as error:
+        _fail(str(error), USER_ERROR)
+    except click.ClickException as error:
+        _fail(" ".join(error.format_message().split()), USER_ERROR)
+    except (KeyboardInterrupt, click.Abort):
+        _fail("stopped; the same command goes on from the last finished block", INTERRUPTED)
+    except OSError as error:
+        _fail(f"{error}; what is finished is kept, and the same command goes on from there", FAILURE)
+
+
+def _fail(sentence: str, code: int) -> None:
+    click.echo(f"swquant: {sentence}", err=True)
+    sys.exit(code)

@@ -1,0 +1,227 @@
+"""The journal: what a run has finished, so that it can be killed at any moment and go on from there."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from swquant.engine.streams import open_stream, sync_stream
+from swquant.errors import SwquantError
+from swquant.quant.bits import pack, unpack
+from swquant.quant.draft import Committed
+from swquant.quant.qtensor import QTensor
+from swquant.quant.spec import QuantSpec
+
+MANIFEST = "manifest.json"
+STREAMS = ("reference", "quantized")
+
+
+@dataclass
+class Journal:
+    """A run's working directory.
+
+    ``manifest.json`` alone says what counts. A block's tensors and the streams behind it are written beside the old ones
+    and flushed; replacing the manifest commits them in one step; then the old streams go. Whatever a killed run leaves
+    that the manifest does not name is overwritten or ignored.
+
+    Attributes:
+        root: The working directory.
+        key: Everything that the result depends on: recipe, source, versions.
+        shape: Of the streams, ``(samples, tokens, dim)``; ``None`` until the first streams are in.
+        reports: A report per finished block.
+        checksums: CRC-32 of each finished block's file.
+    """
+
+    root: Path
+    key: Mapping[str, Any]
+    shape: tuple[int, int, int] | None = None
+    reports: list[Mapping[str, Any]] = field(default_factory=list[Mapping[str, Any]])
+    checksums: list[int] = field(default_factory=list[int])
+    notes: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    @property
+    def done(self) -> int:
+        """Blocks finished."""
+        return len(self.reports)
+
+    def stream_path(self, name: str, blocks_behind: int) -> Path:
+        """File of the stream ``name`` in front of block number ``blocks_behind``."""
+        return self.root / f"{name}-{blocks_behind:05d}.stream"
+
+    def block_path(self, index: int) -> Path:
+        """File of a finished block."""
+        return self.root / f"block-{index:05d}.safetensors"
+
+    def begin(self, tokens: Mapping[str, Tensor], shape: tuple[int, int, int], notes: Mapping[str, Any]) -> None:
+        """Commit the start: the samples' tokens and the streams in front of block 0, which the caller has written."""
+        _save(self.root / "tokens.safetensors", dict(tokens))
+        self._sync_streams(0)
+        self.shape = shape
+        self.notes = dict(notes)
+        self._commit()
+
+    def tokens(self) -> dict[str, Tensor]:
+        """The samples' tokens by name."""
+        return load_file(self.root / "tokens.safetensors")
+
+    def open_streams(self) -> tuple[Tensor, Tensor]:
+        """The reference stream and the quantized stream in front of the next block."""
+        assert self.shape is not None
+        try:
+            reference, quantized = (open_stream(self.stream_path(name, self.done), self.shape) for name in STREAMS)
+        except OSError as error:
+            raise self._damaged(str(error)) from error
+        return reference, quantized
+
+    def finish_block(self, committed: Committed, report: Mapping[str, Any]) -> None:
+        """Commit a block; the streams behind it have been written by the caller."""
+        index = self.done
+        self.checksums.append(_save(self.block_path(index), _to_tensors(committed)))
+        self._sync_streams(index + 1)
+        self.reports.append(report)
+        self._commit()
+        for name in STREAMS:
+            self.stream_path(name, index).unlink(missing_ok=True)
+
+    def block(self, index: int, spec: QuantSpec) -> Committed:
+        """A finished block."""
+        path = self.block_path(index)
+        try:
+            intact = zlib.crc32(path.read_bytes()) == self.checksums[index]
+        except OSError as error:
+            raise self._damaged(str(error)) from error
+        if not intact:
+            raise self._damaged(f"the checksum of {path.name} is not the one that was noted")
+        return _from_tensors(load_file(path), spec)
+
+    def clear(self) -> None:
+        """Remove the working directory."""
+        shutil.rmtree(self.root, ignore_errors=True)
+
+    def _sync_streams(self, blocks_behind: int) -> None:
+        for name in STREAMS:
+            sync_stream(self.stream_path(name, blocks_behind))
+
+    def _commit(self) -> None:
+        state = {
+            "key": self.key,
+            "shape": self.shape,
+            "reports": self.reports,
+            "checksums": self.checksums,
+            "notes": self.notes,
+        }
+        _replace(self.root / MANIFEST, json.dumps(state).encode())
+
+    def _damaged(self, what: str) -> SwquantError:
+        return SwquantError(f"the working directory {self.root} is damaged: {what}; delete it to start over")
+
+
+def open_journal(root: Path, key: Mapping[str, Any]) -> Journal:
+    """The journal at ``root``: where the run with this ``key`` stopped, or a new one.
+
+    Raises:
+        SwquantError: If ``root`` belongs to a run with another key, or holds something that is no journal.
+    """
+    manifest = root / MANIFEST
+    key = json.loads(json.dumps(key))
+    if not manifest.exists():
+        return Journal(root, key)
+    try:
+        state = json.loads(manifest.read_bytes())
+        theirs, shape = state["key"], tuple(state["shape"])
+        journal = Journal(
+            root, key, (shape[0], shape[1], shape[2]), state["reports"], state["checksums"], state["notes"]
+        )
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise SwquantError(f"{manifest} is damaged ({error}); delete {root} to start over") from error
+    if theirs != key:
+        changed = sorted(name for name in {*theirs, *key} if theirs.get(name) != key.get(name))
+        raise SwquantError(
+            f"{root} holds an unfinished run that differs in {', '.join(changed)}; repeat that command to finish it, "
+            "delete the directory to drop it, or choose another --out"
+        )
+    return journal
+
+
+def lock_directory(root: Path) -> FileLock:
+    """Make ``root`` and hold it for this process until it ends.
+
+    Raises:
+        SwquantError: If another process holds it, or it is not ours.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    foreign = [path.name for path in root.iterdir() if path.name != "lock"]
+    if foreign and not (root / MANIFEST).exists() and not all(_is_ours(name) for name in foreign):
+        raise SwquantError(
+            f"{root} is needed as a working directory but holds {foreign[0]!r}; move it or choose another --out"
+        )
+    lock = FileLock(root / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise SwquantError(f"another process is writing to {root}; wait for it, or choose another --out") from error
+    return lock
+
+
+def _is_ours(name: str) -> bool:
+    return name.endswith((".stream", ".safetensors", ".part")) or name == "output"
+
+
+def _to_tensors(committed: Committed) -> dict[str, Tensor]:
+    out = {f"{name}:plain": value for name, value in committed.params.items()}
+    for name, quantized in committed.quantized.items():
+        out[f"{name}:codes"] = pack(quantized.codes, quantized.spec.bits)
+        out[f"{name}:shape"] = torch.tensor(quantized.codes.shape)
+        out[f"{name}:scale"] = quantized.scale.to(torch.bfloat16)
+        out[f"{name}:zero"] = quantized.zero
+    return {name: value.detach().cpu().contiguous() for name, value in out.items()}
+
+
+def _from_tensors(tensors: Mapping[str, Tensor], spec: QuantSpec) -> Committed:
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        name, _, part = key.rpartition(":")
+        parts.setdefault(name, {})[part] = value
+    quantized = {
+        name: QTensor(
+            unpack(part["codes"], spec.bits, int(part["shape"][1])), part["scale"].float(), part["zero"], spec
+        )
+        for name, part in parts.items()
+        if "codes" in part
+    }
+    return Committed(quantized, {name: part["plain"] for name, part in parts.items() if "plain" in part})
+
+
+def _save(path: Path, tensors: dict[str, Tensor]) -> int:
+    """Write tensors so that ``path`` is whole or absent; returns the file's CRC-32."""
+    part = path.with_suffix(".part")
+    save_file(tensors, part)
+    checksum = zlib.crc32(part.read_bytes())
+    sync_stream(part)
+    part.replace(path)
+    return checksum
+
+
+def _replace(path: Path, content: bytes) -> None:
+    part = path.with_suffix(".part")
+    with part.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

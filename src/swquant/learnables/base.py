@@ -1,0 +1,61 @@
+"""The form of a learnable: explicit state and pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+from torch import Tensor
+
+from swquant.families.base import Family
+from swquant.quant.draft import Draft
+
+Theta = dict[str, Tensor]
+"""A learnable's state: name to tensor. Those that require a gradient are trained, the others are constants."""
+
+
+@dataclass(frozen=True)
+class ChannelRange:
+    """Least and greatest value of each channel of a linear's input over the calibration tokens, ``[in_features]``."""
+
+    low: Tensor
+    high: Tensor
+
+
+@dataclass(frozen=True)
+class BlockFacts:
+    """What a learnable may know of the block besides its parameters.
+
+    Attributes:
+        family: Which linears and norms the block has, and which equivalences hold among them.
+        heads: Query heads.
+        key_value_heads: Key and value heads, fewer than ``heads`` under grouped-query attention.
+        input_ranges: Runs the full-precision block over the calibration inputs and returns the channel ranges of the
+            named linears' inputs.
+    """
+
+    family: Family
+    heads: int
+    key_value_heads: int
+    input_ranges: Callable[[Sequence[str]], Mapping[str, ChannelRange]]
+
+
+class Learnable(Protocol):
+    """Something that training can change about a draft.
+
+    ``init`` makes the state, ``apply`` is a pure and differentiable function from state and draft to draft, ``project``
+    brings the state back to its domain after each step. ``writes`` names what ``apply`` sets: fields of slots, or
+    ``"params"``; two learnables that write the same thing cannot train in one phase.
+    """
+
+    writes: ClassVar[frozenset[str]]
+
+    @property
+    def learning_rate(self) -> float: ...
+
+    def init(self, draft: Draft, facts: BlockFacts) -> Theta: ...
+
+    def apply(self, theta: Theta, draft: Draft, facts: BlockFacts) -> Draft: ...
+
+    def project(self, theta: Theta) -> None: ...

@@ -1,0 +1,1 @@
+"""Phases: the steps from a block's full-precision parameters to its codes."""

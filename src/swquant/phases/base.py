@@ -1,0 +1,79 @@
+"""The form of a phase, and the problem that a block poses to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from swquant.learnables.base import BlockFacts
+from swquant.losses.base import Loss
+from swquant.quant.draft import Draft
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One block to be quantized: its function, its inputs, and the outputs it should have.
+
+    Attributes:
+        forward: ``(parameters, hidden [samples, tokens, dim]) -> hidden``; differentiable in both.
+        facts: Structure of the block.
+        inputs: What the quantized model so far puts into the block, ``[samples, tokens, dim]``, maybe memory-mapped.
+        target: What the full-precision block makes of the full-precision model's stream.
+        augmented: What the full-precision block makes of ``inputs``; present if a phase asks for it.
+        loss: Distance between the block's outputs and a target.
+        train: Samples to train on.
+        held: Samples on which states are compared, disjoint from ``train`` where there is more than one sample.
+        rng: Generator for a place in the block, e.g. ``rng("slices", 17)``.
+        device: Where to compute.
+        step: Called with (steps done, steps in all) of the phase.
+    """
+
+    forward: Callable[[Mapping[str, Tensor], Tensor], Tensor]
+    facts: BlockFacts
+    inputs: Tensor
+    target: Tensor
+    augmented: Tensor | None
+    loss: Loss
+    train: Sequence[int]
+    held: Sequence[int]
+    rng: Callable[..., torch.Generator]
+    device: torch.device
+    step: Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class PhaseReport:
+    """What a phase did.
+
+    Attributes:
+        phase: Its name.
+        before: Loss on the held-out samples at the start.
+        after: The same at the end, of the state that was kept.
+        curve: Held-out loss after each epoch; ``None`` where it was not finite.
+        kept_epoch: The epoch whose state was kept, 0 for the start.
+        terms: The loss's terms by name at the end, weights included.
+        events: What went wrong and what was done about it.
+    """
+
+    phase: str
+    before: float
+    after: float
+    curve: tuple[float | None, ...] = ()
+    kept_epoch: int = 0
+    terms: Mapping[str, float] = field(default_factory=dict[str, float])
+    events: tuple[str, ...] = ()
+
+
+class Phase(Protocol):
+    """A step that turns a draft into a better one."""
+
+    @property
+    def augmented(self) -> bool:
+        """Whether it needs :attr:`Problem.augmented`."""
+        ...
+
+    def run(self, draft: Draft, problem: Problem) -> tuple[Draft, PhaseReport]: ...

@@ -1,0 +1,158 @@
+"""Recipes: everything a quantization run depends on besides the model, as one frozen value."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field
+
+from swquant.errors import SwquantError, did_you_mean
+from swquant.quant.spec import QuantSpec
+from swquant.validation import build, strict
+
+CHANNEL = "channel"
+_FOLDER = resources.files("swquant") / "recipes"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How much data and training a run uses: calibration samples, and a factor on a method's published epochs."""
+
+    samples: int
+    effort: float
+
+
+PRESETS: Mapping[str, Preset] = {
+    "fast": Preset(samples=32, effort=0.25),
+    "default": Preset(samples=128, effort=1.0),
+    "best": Preset(samples=512, effort=1.0),
+}
+
+
+@strict
+@dataclass(frozen=True)
+class Recipe:
+    """What to do to a model.
+
+    Attributes:
+        bits: Width of a weight's code: 2, 3, 4 or 8.
+        group_size: Weights that share a scale: 32, 64, 128; ``None`` (``channel`` in files) is one per output channel.
+        symmetric: Fixed zero point and free sign of the scale, or a zero point per group.
+        method: Name of a method, see ``swquant list methods``.
+        options: The method's own options.
+        loss: Loss expression, e.g. ``0.9*mse + 0.1*sliced_wasserstein(slices=256)``.
+        calibration: A text or jsonl file, a datasets name, or ``self`` for samples drawn from the model.
+        samples: Calibration samples; ``None`` is the preset's number.
+        seq_len: Tokens of a sample; ``None`` is 2048, or the model's limit if that is less.
+        epochs: Passes over the samples; ``None`` is the method's published number times the preset's effort.
+        evaluation: Where the windows come from on which the report's numbers are measured, in the same forms as
+            ``calibration``; ``None`` holds them out of the calibration source.
+        evaluation_samples: How many such windows, of ``seq_len`` tokens each; 0 measures nothing.
+        preset: ``fast``, ``default`` or ``best``.
+        seed: Of everything that is random.
+        device: ``cpu``, an accelerator's name such as ``mps``, or ``auto``.
+        format: Format of the output, see ``swquant list formats``.
+
+    Raises:
+        SwquantError: From :meth:`from_mapping` and :meth:`load`, if a value has the wrong type or is out of range.
+    """
+
+    bits: int = 2
+    group_size: int | None = 64
+    symmetric: bool = True
+    method: str = "omniquant"
+    options: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    loss: str = "0.9*mse + 0.1*sliced_wasserstein"
+    calibration: str = "self"
+    samples: Annotated[int, Field(ge=1)] | None = None
+    seq_len: Annotated[int, Field(ge=2)] | None = None
+    epochs: Annotated[int, Field(ge=0)] | None = None
+    evaluation: str | None = None
+    evaluation_samples: Annotated[int, Field(ge=0)] = 16
+    preset: Literal["fast", "default", "best"] = "default"
+    seed: int = 0
+    device: str = "auto"
+    format: str = "compressed_tensors"
+
+    @staticmethod
+    def load(name: str | Path) -> Recipe:
+        """The named recipe, or the one in a YAML file.
+
+        Raises:
+            SwquantError: If there is neither, or the file is not a recipe.
+        """
+        path = Path(name)
+        if path.suffix not in {".yaml", ".yml"}:
+            known = recipe_names()
+            if str(name) not in known:
+                raise SwquantError(f"there is no recipe {str(name)!r}{did_you_mean(str(name), known)}")
+            return Recipe.from_text((_FOLDER / f"{name}.yaml").read_text(encoding="utf-8"), str(name))
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise SwquantError(f"the recipe {path} cannot be read: {error}") from error
+        return Recipe.from_text(text, str(path))
+
+    @staticmethod
+    def from_text(text: str, what: str) -> Recipe:
+        """The recipe that a YAML text holds; ``what`` names it in errors."""
+        try:
+            values = yaml.safe_load(text)
+        except (yaml.YAMLError, RecursionError) as error:
+            reason = " ".join(str(error).split())
+            raise SwquantError(f"{what} is not valid YAML: {reason}") from error
+        if not isinstance(values, dict):
+            raise SwquantError(f"{what} holds no mapping of recipe keys to values")
+        return Recipe.from_mapping(values, what)
+
+    @staticmethod
+    def from_mapping(values: Mapping[str, Any], what: str = "the recipe") -> Recipe:
+        """The recipe with these values over the defaults; ``group_size`` may be ``channel``."""
+        values = dict(values)
+        if values.get("group_size") == CHANNEL:
+            values["group_size"] = None
+        if isinstance(values.get("format"), str):
+            values["format"] = values["format"].replace("-", "_")
+        return build(Recipe, values, what)
+
+    def override(self, values: Mapping[str, Any]) -> Recipe:
+        """This recipe with ``values`` in place of its own; options are merged one by one."""
+        merged = {**self.to_mapping(), **values}
+        if "options" in values:
+            merged["options"] = {**self.options, **values["options"]}
+        return Recipe.from_mapping(merged)
+
+    @property
+    def spec(self) -> QuantSpec:
+        """The grid.
+
+        Raises:
+            SwquantError: If bits or group size are out of range.
+        """
+        return QuantSpec(self.bits, self.group_size, self.symmetric)
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Keys to plain values, the form of the YAML file."""
+        values = asdict(self)
+        values["group_size"] = CHANNEL if self.group_size is None else self.group_size
+        return values
+
+    def to_yaml(self) -> str:
+        """The recipe as a YAML file."""
+        return yaml.safe_dump(self.to_mapping(), sort_keys=False)
+
+    def digest(self) -> str:
+        """Hash of the canonical form, the same for equal recipes."""
+        return hashlib.sha256(json.dumps(self.to_mapping(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def recipe_names() -> tuple[str, ...]:
+    """Names of the recipes that come with swquant."""
+    return tuple(sorted(entry.name.removesuffix(".yaml") for entry in _FOLDER.iterdir() if entry.name.endswith(".yaml")))

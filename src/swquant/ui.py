@@ -1,0 +1,156 @@
+"""What a person sees: progress while a run works, and a summary of its report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from swquant.engine.observer import Observer
+from swquant.report import Report
+
+
+@contextmanager
+def observer(label: str = "") -> Iterator[Observer]:
+    """An observer for this terminal: a progress bar, or plain lines where the output is no terminal."""
+    console = Console(stderr=True, highlight=False)
+    if not console.is_terminal:
+        yield Lines(console, label)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:3.0f}%"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, speed_estimate_period=600) as progress:
+        yield Bar(progress, label)
+
+
+@dataclass
+class Lines:
+    """Progress in lines: each stage, and each block with its losses and the time left."""
+
+    console: Console
+    label: str = ""
+    blocks: int = 0
+    first: int = 0
+    started: float = 0.0
+
+    def stage(self, what: str) -> None:
+        """Print the stage."""
+        self.console.print(f"{self.label}{what}")
+
+    def begin(self, blocks: int, done: int) -> None:
+        """Start the clock; say what an interrupted run left."""
+        self.blocks, self.first, self.started = blocks, done, time.monotonic()
+        if done:
+            self.console.print(f"{self.label}{done} of {blocks} blocks were finished before; going on")
+
+    def step(self, done: int, total: int) -> None:
+        """Steps are too many for lines."""
+
+    def block(self, index: int, report: Mapping[str, Any]) -> None:
+        """Print the block's line."""
+        spent = time.monotonic() - self.started
+        left = spent / (index + 1 - self.first) * (self.blocks - index - 1)
+        self.console.print(f"{self.label}{_block_line(index, self.blocks, report)}, about {_span(left)} left")
+
+
+@dataclass
+class Bar:
+    """Progress as a bar over all blocks' steps, with a line above it for each finished block."""
+
+    progress: Progress
+    label: str = ""
+    blocks: int = 0
+    task: TaskID | None = None
+    done: int = field(default=0)
+
+    def stage(self, what: str) -> None:
+        """Print the stage above the bar."""
+        self.progress.console.print(f"{self.label}{what}")
+
+    def begin(self, blocks: int, done: int) -> None:
+        """Show the bar."""
+        self.blocks, self.done = blocks, done
+        self.task = self.progress.add_task(self._description(), total=blocks, completed=done)
+
+    def step(self, done: int, total: int) -> None:
+        """Move the bar by a part of a block."""
+        if self.task is not None:
+            self.progress.update(
+                self.task, completed=self.done + done / total, description=f"{self._description()}, step {done}/{total}"
+            )
+
+    def block(self, index: int, report: Mapping[str, Any]) -> None:
+        """Print the block's line above the bar."""
+        self.done = index + 1
+        self.progress.console.print(f"{self.label}{_block_line(index, self.blocks, report)}")
+        if self.task is not None:
+            self.progress.update(self.task, completed=self.done, description=self._description())
+
+    def _description(self) -> str:
+        return f"{self.label}block {min(self.done + 1, self.blocks)}/{self.blocks}"
+
+
+def print_report(report: Report, out: Path) -> None:
+    """Print what a person wants to know of a finished run."""
+    console = Console(highlight=False)
+    table = Table(title=f"{report.source} -> {out}", title_justify="left", show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column()
+    for name, value in _facts(report):
+        table.add_row(name, value)
+    console.print(table)
+    console.print("\nTo load it:\n")
+    console.print(report.loading, markup=False, soft_wrap=True)
+
+
+def _facts(report: Report) -> Iterator[tuple[str, str]]:
+    saved = report.bytes_source / max(1, report.bytes_output)
+    yield "size", f"{_size(report.bytes_source)} -> {_size(report.bytes_output)} ({saved:.2f} times smaller)"
+    yield "bits per quantized weight", f"{report.bits_per_weight:.3f}, scales and zero points included"
+    if report.quality:
+        quality = report.quality
+        yield "perplexity", f"{quality.perplexity_reference:.3f} -> {quality.perplexity:.3f} ({quality.tokens} tokens)"
+        yield "KL to the original", f"{quality.kl:.4f} nats per token"
+        yield "same first choice", f"{100 * quality.top1:.1f} % of tokens"
+    worst = max(range(len(report.blocks)), key=lambda index: report.blocks[index]["drift"])
+    yield "drift of the hidden states", f"{report.blocks[-1]['drift']:.4f} at the end, most behind block {worst}"
+    yield "time", _span(report.seconds)
+    yield "recipe", f"{report.recipe_hash}, in swquant.yaml"
+    for text in (*report.notes, *report.events):
+        yield "note", text
+
+
+def _block_line(index: int, blocks: int, report: Mapping[str, Any]) -> str:
+    losses = "".join(f", loss {phase['before']:.4g} -> {phase['after']:.4g}" for phase in report["phases"])
+    events = sum(len(phase["events"]) for phase in report["phases"])
+    trouble = f", {events} recoveries from a loss that was not finite" if events else ""
+    return f"block {index + 1}/{blocks}{losses}, drift {report['drift']:.4f}, {report['seconds']:.1f} s{trouble}"
+
+
+def _span(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
+
+
+def _size(count: int) -> str:
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000 or unit == "GB":
+            break
+        value /= 1000
+    return f"{value:.2f} {unit}" if unit != "B" else f"{count} B"
