@@ -1,0 +1,38 @@
+# `make demo` and `make test` do everything on a fresh machine, the environment in .venv included.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test slow lint build clean
+
+demo: $(STAMP)
+	$(BIN)/swquant demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow
+
+lint: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+build: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt build
+	$(BIN)/python -m build
+
+# An interpreter that already has a torch in range lends it to the environment; otherwise pip brings one.
+$(STAMP): pyproject.toml constraints.txt tools/torch_in_range.py
+	@echo "Installing swquant and what it needs into $(VENV); this takes a few minutes the first time."
+	@$(PYTHON) tools/torch_in_range.py && $(PYTHON) -m venv --system-site-packages $(VENV) || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist
