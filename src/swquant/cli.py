@@ -25,8 +25,12 @@ def app() -> None:
 
 @app.command()
 @click.argument("source")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Where the quantized model goes; a new directory.")
-@click.option("--recipe", "recipe_name", help="A named recipe (swquant list recipes) or a YAML file; flags override it.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), required=True, help="Where the quantized model goes; a new directory."
+)
+@click.option(
+    "--recipe", "recipe_name", help="A named recipe (swquant list recipes) or a YAML file; flags override it."
+)
 @click.option("--preset", type=click.Choice(["fast", "default", "best"]), help="How much data and training to use.")
 @click.option("--bits", type=int, help="Bits per weight: 2, 3, 4 or 8.  [2]")
 @click.option("--group-size", help="Weights that share a scale: 32, 64, 128, or 'channel'.  [64]")

@@ -155,4 +155,6 @@ class Recipe:
 
 def recipe_names() -> tuple[str, ...]:
     """Names of the recipes that come with swquant."""
-    return tuple(sorted(entry.name.removesuffix(".yaml") for entry in _FOLDER.iterdir() if entry.name.endswith(".yaml")))
+    return tuple(
+        sorted(entry.name.removesuffix(".yaml") for entry in _FOLDER.iterdir() if entry.name.endswith(".yaml"))
+    )

@@ -69,8 +69,9 @@ class Report:
     def from_json(text: str) -> Report:
         """Undo :meth:`to_json`; raises ``ValueError``, ``KeyError`` or ``TypeError`` on anything else."""
         values = json.loads(text)
-        quality = values["quality"]
-        return Report(**{**values, "quality": None if quality is None else Quality(**quality)})
+        if values["quality"] is not None:
+            values["quality"] = Quality(**values["quality"])
+        return Report(**values)
 
     @property
     def events(self) -> list[str]:
@@ -81,4 +82,3 @@ class Report:
             for phase in block["phases"]
             for event in phase["events"]
         ]
-'''

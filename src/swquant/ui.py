@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ from swquant.report import Report
 
 
 @contextmanager
-def observer(label: str = "") -> Iterator[Observer]:
+def observer(label: str = "") -> Generator[Observer]:
     """An observer for this terminal: a progress bar, or plain lines where the output is no terminal."""
     console = Console(stderr=True, highlight=False)
     if not console.is_terminal:

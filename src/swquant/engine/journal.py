@@ -31,9 +31,9 @@ STREAMS = ("reference", "quantized")
 class Journal:
     """A run's working directory.
 
-    ``manifest.json`` alone says what counts. A block's tensors and the streams behind it are written beside the old ones
-    and flushed; replacing the manifest commits them in one step; then the old streams go. Whatever a killed run leaves
-    that the manifest does not name is overwritten or ignored.
+    ``manifest.json`` alone says what counts. A block's tensors and the streams behind it are written beside the old
+    ones and flushed; replacing the manifest commits them in one step; then the old streams go. Whatever a killed run
+    leaves that the manifest does not name is overwritten or ignored.
 
     Attributes:
         root: The working directory.

@@ -14,8 +14,8 @@ def packed_words(count: int, bits: int) -> int:
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Pack codes along the last dimension as one dense bit stream, least significant bits first.
 
-    Code ``j`` takes the bits ``j*bits .. (j+1)*bits - 1`` of the stream; its bit ``k`` is bit ``k % 32`` of word ``k // 32``.
-    3-bit codes therefore straddle words, 32 of them in 3 words. The stream is padded with zeros.
+    Code ``j`` takes the bits ``j*bits .. (j+1)*bits - 1`` of the stream, whose bit ``k`` is bit ``k % 32`` of word
+    ``k // 32``. 3-bit codes therefore straddle words, 32 of them in 3 words. The stream is padded with zeros.
 
     Args:
         codes: ``uint8 [..., n]`` with values in ``[0, 2**bits - 1]``.
