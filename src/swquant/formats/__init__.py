@@ -1,0 +1,1 @@
+"""Output formats: a file here that defines a class of its own name is a format of that name."""

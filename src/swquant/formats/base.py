@@ -1,0 +1,146 @@
+"""What a format is: how quantized weights become the tensors of a checkpoint, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from swquant.errors import SwquantError
+from swquant.quant.qtensor import QTensor
+from swquant.quant.spec import QuantSpec
+
+STORED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_SCALE_BITS = 8
+_SIGNIFICANT_BITS = {torch.bfloat16: 8, torch.float16: 11, torch.float32: 24}
+
+
+class Format(Protocol):
+    """A container for quantized weights; implementations hold no state and take no arguments.
+
+    ``encode`` and ``decode`` are pure. What is not quantized (norms, biases, embeddings) is the same plain tensor in
+    every format and does not pass through here.
+    """
+
+    name: ClassVar[str]
+
+    def check(self, spec: QuantSpec, dtype: torch.dtype) -> tuple[str, ...]:
+        """Say before the work starts what the user should know about this output.
+
+        Args:
+            spec: The grid of the quantized weights.
+            dtype: The model's dtype, in which scales and plain tensors are stored.
+
+        Returns:
+            Sentences for the user; empty if there is nothing to say.
+
+        Raises:
+            SwquantError: If the format cannot hold such weights.
+        """
+        ...
+
+    def encode(self, name: str, q: QTensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The tensors that stand for one weight.
+
+        Args:
+            name: The module's name in the checkpoint, e.g. ``model.layers.0.self_attn.q_proj``.
+            q: Codes and grid of its weight.
+            dtype: The model's dtype.
+
+        Returns:
+            Full names (``name`` and a suffix) to tensors.
+
+        Raises:
+            SwquantError: If a scale or weight is beyond what ``dtype`` holds.
+        """
+        ...
+
+    def decode(self, name: str, tensors: Mapping[str, Tensor], spec: QuantSpec) -> QTensor | Tensor:
+        """Read back what :meth:`encode` wrote, so that a written file can be checked against what was trained.
+
+        Args:
+            name: The module's name.
+            tensors: At least the tensors of this module; others are ignored.
+            spec: The grid of the quantized weights.
+
+        Returns:
+            The same :class:`~swquant.quant.qtensor.QTensor` if the container keeps codes and grid; otherwise, because
+            stored values do not tell them, the weight alone as ``float32 [out, in]``.
+
+        Raises:
+            SwquantError: If a tensor is missing or has the wrong shape or dtype.
+        """
+        ...
+
+    def config(self, spec: QuantSpec, ignore: Sequence[str]) -> dict[str, object] | None:
+        """``quantization_config`` for ``config.json``; ``None`` if readers need none.
+
+        Args:
+            spec: The grid of the quantized weights.
+            ignore: Names of the linear modules that are not quantized, e.g. ``lm_head``.
+        """
+        ...
+
+    def loading(self, spec: QuantSpec) -> str:
+        """Python code that loads the model from the directory in the variable ``path``."""
+        ...
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    """Refuse a model whose dtype no format stores.
+
+    Raises:
+        SwquantError: If ``dtype`` is not bfloat16, float16 or float32.
+    """
+    if dtype not in STORED_DTYPES:
+        names = ", ".join(dtype_name(known) for known in STORED_DTYPES)
+        raise SwquantError(f"the model's dtype is {dtype_name(dtype)}, expected one of {names}")
+
+
+def weights_are_exact(spec: QuantSpec, dtype: torch.dtype) -> bool:
+    """Whether ``dtype`` holds every ``(code - zero) * scale`` of ``spec`` without rounding.
+
+    A scale has 8 significant bits, being a bfloat16 value. ``code - zero`` has ``bits - 1`` on a symmetric grid, whose
+    largest magnitude is a power of two, and ``bits`` on an asymmetric one; a product has the sum of both, or 8 where
+    no factor has more than one.
+    """
+    factor_bits = spec.bits - 1 if spec.symmetric else spec.bits
+    return (_SCALE_BITS + factor_bits if factor_bits > 1 else _SCALE_BITS) <= _SIGNIFICANT_BITS[dtype]
+
+
+def cast_exactly(name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
+    """``values`` in ``dtype``, in which every one of them must be representable.
+
+    Raises:
+        SwquantError: If one is not.
+    """
+    stored = values.to(dtype)
+    lost = stored.to(values.dtype) != values
+    if bool(lost.any()):
+        raise SwquantError(
+            f"{name} holds {values[lost][0].item():g}, which {dtype_name(dtype)} cannot represent; "
+            "convert the model to bfloat16 or float32 first"
+        )
+    return stored
+
+
+def require_tensor(tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype | None, dims: int) -> Tensor:
+    """The tensor ``name``, of the given dtype (any if ``None``) and number of dimensions.
+
+    Raises:
+        SwquantError: If it is not there, or differs.
+    """
+    if name not in tensors:
+        raise SwquantError(f"the checkpoint has no tensor {name!r}")
+    found = tensors[name]
+    if found.dim() != dims or (dtype is not None and found.dtype != dtype):
+        expected = f"{dims} dimensions" if dtype is None else f"{dims} dimensions of {dtype_name(dtype)}"
+        raise SwquantError(f"{name} is {dtype_name(found.dtype)} {list(found.shape)}, expected {expected}")
+    return found
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name without its package, e.g. ``bfloat16``."""
+    return str(dtype).removeprefix("torch.")

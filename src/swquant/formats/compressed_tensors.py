@@ -1,0 +1,131 @@
+"""compressed-tensors, pack-quantized: integer codes as transformers and vLLM load them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from swquant.errors import SwquantError
+from swquant.formats.base import (
+    cast_exactly,
+    check_dtype,
+    dtype_name,
+    require_tensor,
+    weights_are_exact,
+)
+from swquant.quant.bits import pack, packed_words, unpack
+from swquant.quant.qtensor import QTensor
+from swquant.quant.spec import QuantSpec
+
+LAYOUT_VERSION = "0.18.0"
+"""The compressed-tensors release that first read this layout: before it, 3-bit codes were padded to 10 per word."""
+
+_DEFAULT_LOAD = """\
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(path)"""
+
+_DEQUANTIZING_LOAD = """\
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+model = AutoModelForCausalLM.from_pretrained(path, quantization_config=CompressedTensorsConfig(dequantize=True))"""
+
+
+class CompressedTensors:
+    """The ``pack-quantized`` layout of the compressed-tensors package.
+
+    For a weight ``[out, in]`` of ``bits`` bits in groups of ``g``::
+
+        name.weight_packed      int32 [out, ceil(in * bits / 32)]          codes, dense along the input, low bits first
+        name.weight_scale       dtype [out, in / g]                        in the model's dtype, of either sign
+        name.weight_zero_point  int32 [ceil(out * bits / 32), in / g]      dense along the output; asymmetric only
+        name.weight_shape       int64 [2]                                  (out, in)
+
+    Readers take a code and a zero point for signed integers stored with an offset of ``2**(bits - 1)``; the offset
+    cancels in ``(code - zero) * scale``, so our unsigned codes and zero points are those stored fields as they are.
+    Scales are bfloat16 values within float16's range, so a model's dtype, whichever of the three, holds them exactly.
+    """
+
+    name: ClassVar[str] = "compressed_tensors"
+
+    def check(self, spec: QuantSpec, dtype: torch.dtype) -> tuple[str, ...]:
+        """Every spec fits; the notes say how to load an asymmetric model and where readers round."""
+        check_dtype(dtype)
+        notes: list[str] = []
+        if not spec.symmetric:
+            notes.append(
+                "asymmetric: transformers loads this output with "
+                "quantization_config=CompressedTensorsConfig(dequantize=True) and refuses it without"
+            )
+        if not weights_are_exact(spec, dtype):
+            notes.append(
+                f"readers that compute in {dtype_name(dtype)} round each weight (code - zero) * scale to it; "
+                "load with dtype=torch.float32 for exactly the weights that were measured"
+            )
+        return tuple(notes)
+
+    def encode(self, name: str, q: QTensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Pack the codes; see the class for names and shapes."""
+        tensors = {
+            f"{name}.weight_packed": pack(q.codes, q.spec.bits),
+            f"{name}.weight_scale": cast_exactly(f"{name}.weight_scale", q.scale, dtype),
+            f"{name}.weight_shape": torch.tensor(q.codes.shape, dtype=torch.int64),
+        }
+        if not q.spec.symmetric:
+            tensors[f"{name}.weight_zero_point"] = pack(q.zero.T, q.spec.bits).T.contiguous()
+        return tensors
+
+    def decode(self, name: str, tensors: Mapping[str, Tensor], spec: QuantSpec) -> QTensor:
+        """The exact inverse of :meth:`encode`."""
+        shape = require_tensor(tensors, f"{name}.weight_shape", torch.int64, 1)
+        out_features, in_features = (int(size) for size in shape)
+        groups = spec.groups(in_features)
+        packed = require_tensor(tensors, f"{name}.weight_packed", torch.int32, 2)
+        _require_shape(f"{name}.weight_packed", packed, (out_features, packed_words(in_features, spec.bits)))
+        scale = require_tensor(tensors, f"{name}.weight_scale", None, 2)
+        _require_shape(f"{name}.weight_scale", scale, (out_features, groups))
+        if spec.symmetric:
+            zero = torch.full((out_features, groups), spec.mid_code, dtype=torch.uint8)
+        else:
+            words = require_tensor(tensors, f"{name}.weight_zero_point", torch.int32, 2)
+            _require_shape(f"{name}.weight_zero_point", words, (packed_words(out_features, spec.bits), groups))
+            zero = unpack(words.T, spec.bits, out_features).T.contiguous()
+        return QTensor(unpack(packed, spec.bits, in_features), scale.float(), zero, spec)
+
+    def config(self, spec: QuantSpec, ignore: Sequence[str]) -> dict[str, object]:
+        """``quantization_config``: one group of all linear modules but ``ignore``."""
+        weights = {
+            "num_bits": spec.bits,
+            "type": "int",
+            "symmetric": spec.symmetric,
+            "strategy": "channel" if spec.group_size is None else "group",
+            "group_size": spec.group_size,
+            "dynamic": False,
+        }
+        group = {
+            "targets": ["Linear"],
+            "weights": weights,
+            "input_activations": None,
+            "output_activations": None,
+            "format": "pack-quantized",
+        }
+        return {
+            "quant_method": "compressed-tensors",
+            "version": LAYOUT_VERSION,
+            "format": "pack-quantized",
+            "quantization_status": "compressed",
+            "config_groups": {"group_0": group},
+            "ignore": list(ignore),
+            "kv_cache_scheme": None,
+            "global_compression_ratio": None,
+        }
+
+    def loading(self, spec: QuantSpec) -> str:
+        """The default load; for asymmetric models the one that transformers accepts."""
+        return _DEFAULT_LOAD if spec.symmetric else _DEQUANTIZING_LOAD
+
+
+def _require_shape(name: str, tensor: Tensor, expected: tuple[int, int]) -> None:
+    if tuple(tensor.shape) != expected:
+        raise SwquantError(f"{name} has the shape {list(tensor.shape)}, expected {list(expected)}")

@@ -1,0 +1,60 @@
+"""Plain weights on the grid in the model's dtype: larger, and loaded by everything."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from swquant.errors import SwquantError
+from swquant.formats.base import check_dtype, dtype_name, require_tensor, weights_are_exact
+from swquant.quant.qtensor import QTensor
+from swquant.quant.spec import QuantSpec
+
+_LOAD = """\
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(path)"""
+
+
+class Dequantized:
+    """``name.weight``, ``dtype [out, in]``: each weight ``(code - zero) * scale``, computed in float32.
+
+    Rounding it to the model's dtype is the one loss, and only where the dtype has too few digits
+    (:func:`swquant.formats.base.weights_are_exact`): bfloat16 is exact for 2-bit symmetric grids, float16 up to 4 bits
+    symmetric and 3 bits asymmetric, float32 always.
+    """
+
+    name: ClassVar[str] = "dequantized"
+
+    def check(self, spec: QuantSpec, dtype: torch.dtype) -> tuple[str, ...]:
+        """Every spec fits; the notes say that the size stays, and whether weights are rounded."""
+        check_dtype(dtype)
+        stored = dtype_name(dtype)
+        if weights_are_exact(spec, dtype):
+            rounding = f"{stored} holds the quantized weights exactly"
+        else:
+            digits = torch.finfo(dtype).eps / 2
+            rounding = f"{stored} rounds the quantized weights, each by at most {digits:.2g} of itself"
+        return ("dequantized: the output takes as much space as the original model", rounding)
+
+    def encode(self, name: str, q: QTensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The weight in ``dtype``."""
+        weight = q.dequantize().to(dtype)
+        if not bool(weight.isfinite().all()):
+            raise SwquantError(
+                f"{name}.weight exceeds the range of {dtype_name(dtype)}; convert the model to bfloat16 first"
+            )
+        return {f"{name}.weight": weight}
+
+    def decode(self, name: str, tensors: Mapping[str, Tensor], spec: QuantSpec) -> Tensor:
+        """The stored weight as float32; codes cannot be told from it."""
+        return require_tensor(tensors, f"{name}.weight", None, 2).float()
+
+    def config(self, spec: QuantSpec, ignore: Sequence[str]) -> None:
+        """Readers see a plain checkpoint."""
+
+    def loading(self, spec: QuantSpec) -> str:
+        """The default load."""
+        return _LOAD

@@ -1,0 +1,93 @@
+"""Against the compressed-tensors package itself."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+from compressed_tensors.compressors import PackedQuantizationCompressor
+from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from swquant.errors import SwquantError
+from swquant.formats.compressed_tensors import CompressedTensors
+from swquant.quant.qtensor import QTensor
+from swquant.quant.spec import BITS, GROUP_SIZES, QuantSpec
+
+Make = Callable[[QuantSpec, int, int, int], QTensor]
+SPECS = st.builds(QuantSpec, st.sampled_from(BITS), st.sampled_from((None, *GROUP_SIZES)), st.booleans())
+
+
+def scheme_of(spec: QuantSpec) -> QuantizationScheme:
+    config = QuantizationConfig.model_validate(CompressedTensors().config(spec, ["lm_head"]))
+    scheme = config.config_groups["group_0"]
+    assert isinstance(scheme, QuantizationScheme)
+    return scheme
+
+
+def local(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name.removeprefix("proj."): tensor for name, tensor in tensors.items()}
+
+
+@settings(deadline=None, max_examples=100)
+@given(spec=SPECS, out=st.integers(1, 70), width=st.integers(1, 3), seed=st.integers(0, 2**31))
+def test_the_packages_own_compressor_writes_the_same_tensors_and_reads_the_same_weight(
+    spec: QuantSpec, out: int, width: int, seed: int, make_qtensor: Make
+) -> None:
+    q = make_qtensor(spec, out, 37 * width if spec.group_size is None else width, seed)
+    ours = local(CompressedTensors().encode("proj", q, torch.float32))
+    state = {"weight": q.dequantize(), "weight_scale": q.scale}
+    if not spec.symmetric:
+        state["weight_zero_point"] = (q.zero.int() - spec.mid_code).to(torch.int8)
+    theirs = PackedQuantizationCompressor.compress(state, scheme_of(spec))
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+        assert ours[name].dtype == theirs[name].dtype
+    read = PackedQuantizationCompressor.decompress(ours, scheme_of(spec))
+    assert torch.equal(read["weight"], q.dequantize())
+
+
+@pytest.mark.parametrize(("bits", "group", "symmetric"), [*itertools.product(BITS, (None, 32, 64, 128), (True, False))])
+def test_the_config_says_what_was_packed(bits: int, group: int | None, symmetric: bool) -> None:
+    spec = QuantSpec(bits, group, symmetric)
+    config = QuantizationConfig.model_validate(CompressedTensors().config(spec, ["lm_head", "model.extra"]))
+    weights = scheme_of(spec).weights
+    assert weights is not None
+    assert (weights.num_bits, weights.group_size, weights.symmetric) == (bits, group, symmetric)
+    assert weights.strategy == ("channel" if group is None else "group")
+    assert weights.dynamic is False
+    assert config.ignore == ["lm_head", "model.extra"]
+    assert config.format == "pack-quantized"
+    assert config.quantization_status == "compressed"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_scales_are_stored_in_the_models_dtype(dtype: torch.dtype, make_qtensor: Make) -> None:
+    q = make_qtensor(QuantSpec(2, 64, True), 64, 2, 0)
+    stored = CompressedTensors().encode("proj", q, dtype)["proj.weight_scale"]
+    assert stored.dtype == dtype
+    assert torch.equal(stored.float(), q.scale)
+    assert (stored < 0).any()
+
+
+def test_notes_are_about_asymmetric_loads_and_rounding() -> None:
+    check = CompressedTensors().check
+    assert check(QuantSpec(2, 64, True), torch.bfloat16) == ()
+    assert [note.split(":")[0] for note in check(QuantSpec(3, 64, False), torch.float16)] == ["asymmetric"]
+    assert "round each weight" in check(QuantSpec(3, 64, True), torch.bfloat16)[0]
+
+
+@pytest.mark.parametrize("suffix", ["weight_packed", "weight_scale", "weight_zero_point", "weight_shape"])
+def test_damaged_tensors_are_refused_by_name(suffix: str, make_qtensor: Make) -> None:
+    q = make_qtensor(QuantSpec(3, 32, False), 8, 2, 0)
+    tensors = CompressedTensors().encode("proj", q, torch.float32)
+    with pytest.raises(SwquantError, match=suffix):
+        CompressedTensors().decode("proj", {**tensors, f"proj.{suffix}": torch.zeros(7, 7, dtype=torch.int8)}, q.spec)
+    if suffix != "weight_shape":
+        grown = torch.cat([tensors[f"proj.{suffix}"]] * 2)
+        with pytest.raises(SwquantError, match=suffix):
+            CompressedTensors().decode("proj", {**tensors, f"proj.{suffix}": grown}, q.spec)
