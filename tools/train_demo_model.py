@@ -4,7 +4,7 @@
 
 Writes ``model/`` (a Hugging Face checkpoint in bfloat16), ``calibration.txt``, ``evaluation.txt`` and
 ``training.json``. Equal arguments on the same installation and machine give the same model; the defaults took
-about ninety minutes on two cores. Hidden matrices are trained by Muon, everything else by AdamW, at a constant rate
+under an hour on two cores. Hidden matrices are trained by Muon, everything else by AdamW, at a constant rate
 that decays to zero over the last third.
 """
 
@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 BOS, EOS = "<s>", "</s>"
 DECAY_SHARE = 1 / 3
 WARMUP_STEPS = 100
-SNAPSHOT_STEPS = 500
+SNAPSHOT_STEPS = 250
 ADAM_RATE, MUON_RATE, WEIGHT_DECAY = 2e-3, 4e-3, 0.1
 EVALUATION_WINDOWS = 64
 
@@ -35,7 +35,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--constraints", type=Path, default=Path(__file__).parents[1] / "constraints.txt")
     parser.add_argument("--architecture", choices=("llama", "qwen2"), default="llama")
-    parser.add_argument("--steps", type=int, default=9000)
+    parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--vocab", type=int, default=2560)

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from swquant.errors import SwquantError, did_you_mean
 from swquant.quant.spec import QuantSpec
-from swquant.validation import build, strict
+from swquant.validation import build
 
 CHANNEL = "channel"
 _FOLDER = resources.files("swquant") / "recipes"
@@ -36,7 +36,6 @@ PRESETS: Mapping[str, Preset] = {
 }
 
 
-@strict
 @dataclass(frozen=True)
 class Recipe:
     """What to do to a model.
@@ -147,6 +146,12 @@ class Recipe:
     def to_yaml(self) -> str:
         """The recipe as a YAML file."""
         return yaml.safe_dump(self.to_mapping(), sort_keys=False)
+
+    @property
+    def summary(self) -> str:
+        """The recipe in a line."""
+        groups = "per channel" if self.group_size is None else f"groups of {self.group_size}"
+        return f"{self.bits} bits, {groups}, {self.method}, loss {self.loss}, preset {self.preset}"
 
     def digest(self) -> str:
         """Hash of the canonical form, the same for equal recipes."""

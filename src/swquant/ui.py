@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 from swquant.engine.observer import Observer
+from swquant.evaluate import Evaluation
 from swquant.report import Report
 
 
@@ -48,7 +49,7 @@ class Lines:
 
     def stage(self, what: str) -> None:
         """Print the stage."""
-        self.console.print(f"{self.label}{what}")
+        self.console.print(f"{self.label}{what}", soft_wrap=True)
 
     def begin(self, blocks: int, done: int) -> None:
         """Start the clock; say what an interrupted run left."""
@@ -63,7 +64,8 @@ class Lines:
         """Print the block's line."""
         spent = time.monotonic() - self.started
         left = spent / (index + 1 - self.first) * (self.blocks - index - 1)
-        self.console.print(f"{self.label}{_block_line(index, self.blocks, report)}, about {_span(left)} left")
+        line = f"{self.label}{_block_line(index, self.blocks, report)}, about {_span(left)} left"
+        self.console.print(line, soft_wrap=True)
 
 
 @dataclass
@@ -114,6 +116,22 @@ def print_report(report: Report, out: Path) -> None:
     console.print(table)
     console.print("\nTo load it:\n")
     console.print(report.loading, markup=False, soft_wrap=True)
+
+
+def print_evaluation(result: Evaluation) -> None:
+    """Print what was measured."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column()
+    table.add_row("model", result.model)
+    table.add_row("text", f"{result.text}, {result.windows} windows of {result.context} tokens")
+    if result.reference_perplexity is not None:
+        table.add_row("perplexity of the original", f"{result.reference_perplexity:.4f}")
+    table.add_row("perplexity", f"{result.perplexity:.4f}")
+    if result.kl is not None and result.top1 is not None:
+        table.add_row("KL to the original", f"{result.kl:.4f} nats per token")
+        table.add_row("same first choice", f"{100 * result.top1:.1f} % of tokens")
+    Console(highlight=False).print(table)
 
 
 def _facts(report: Report) -> Iterator[tuple[str, str]]:

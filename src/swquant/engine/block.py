@@ -71,7 +71,7 @@ def quantize_block(job: Job, journal: Journal, kwargs: Mapping[str, Any], observ
     augmented = create_stream(scratch, shape) if any(phase.augmented for phase in job.phases) else None
 
     bound = _Bound(job.skeleton.block(index), kwargs, job.device)
-    params = bound.block.load(job.checkpoint, None)
+    params = bound.block.load(job.checkpoint)
     params = {name: value.to(job.device) for name, value in params.items()}
     bound.advance(params, reference, next_reference)
     if augmented is not None:

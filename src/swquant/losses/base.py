@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -25,13 +25,12 @@ class LossContext:
 
 
 class Loss(Protocol):
-    """A frozen dataclass whose fields are the loss's parameters; its file's name is its name in expressions.
+    """A frozen dataclass whose fields are the loss's parameters; its file's name is its name in expressions."""
 
-    Attributes:
-        separable: whether the mean of its values over equal shards of the samples is its value over all of them.
-    """
-
-    separable: ClassVar[bool]
+    @property
+    def separable(self) -> bool:
+        """Whether the mean of its values over equal shards of the samples is its value over all of them."""
+        ...
 
     def __call__(self, pred: Tensor, target: Tensor, ctx: LossContext) -> Tensor:
         """Return the loss of ``pred`` against ``target``.

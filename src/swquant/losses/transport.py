@@ -1,14 +1,146 @@
-"""One-dimensional optimal transport along many directions at once, with its gradient worked out by hand."""
+"""One-dimensional optimal transport along many directions at once, with its gradient worked out by hand.
+
+Between two clouds of N numbers the cheapest transport pairs them in sorted order, so each slice costs a sort. All that
+a gradient needs of it are the slopes of the paired distances, [slices, N] numbers put back in the order of the points;
+one matrix product with the directions then gives the gradient.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from swquant.losses.base import without_autocast
+
+Floats = np.ndarray[Any, np.dtype[np.float32]]
+Ints = np.ndarray[Any, np.dtype[np.int32]]
+Longs = np.ndarray[Any, np.dtype[np.int64]]
+
+# NumPy sorts with vector instructions, some five times as fast as torch.sort does, but on one thread only.
+_THREADS_NUMPY_OUTRUNS = 4
+
+# Rows sorted together: with 8-byte keys, a few thousand points a row stay in a core's second-level cache.
+_ROWS_PER_PASS = 8
+
+
+def gaussian_directions(width: int, slices: int, generator: torch.Generator, like: Tensor) -> Tensor:
+    """Draw directions uniformly from the unit sphere: normalised Gaussian vectors.
+
+    Args:
+        width: dimension of the space.
+        slices: number of directions.
+        generator: advanced by ``width * slices`` float32 normals, whatever the precision of ``like``.
+        like: gives the precision and the device of the result.
+
+    Returns:
+        [width, slices], each column of Euclidean length 1.
+    """
+    normals = torch.randn(width, slices, generator=generator, device=generator.device).to(like)
+    lengths = normals.square().sum(0).sqrt_().clamp_min_(torch.finfo(normals.dtype).tiny)
+    return normals.div_(lengths)
 
 
 def sliced_cost(pred: Tensor, target: Tensor, directions: Tensor, power: int) -> Tensor:
-    """Plain-autograd version."""
-    sorted_pred = torch.sort(pred @ directions, dim=0, stable=True).values
-    sorted_target = torch.sort(target @ directions, dim=0).values
-    gap = (sorted_pred - sorted_target).abs()
-    return gap.pow(power).mean()
+    """Return the cost of transport between the projections of two clouds, averaged over points and directions.
+
+    ``mean over l and n of |sort(pred·w_l)_n - sort(target·w_l)_n| ** power``, differentiable once with respect to both
+    clouds. Equal projections are ranked in the order of their rows.
+
+    Args:
+        pred: [points, width], float32 or float64.
+        target: [points, width], same precision and device.
+        directions: [width, slices], same precision and device; a constant.
+        power: 1 or 2.
+
+    Returns:
+        A scalar of the same precision.
+    """
+    if not torch.is_grad_enabled():
+        pred, target = pred.detach(), target.detach()
+    return _SlicedCost.apply(pred, target, directions, power)
+
+
+class _SlicedCost(torch.autograd.Function):
+    """`sliced_cost` with the projections' gradients found in the forward pass, while their order is at hand."""
+
+    @staticmethod
+    def forward(ctx: Any, pred: Tensor, target: Tensor, directions: Tensor, power: int) -> Tensor:
+        """Return the cost; keep the gradients of the projections, [slices, points], of those clouds that need one."""
+        needed = ctx.needs_input_grad[:2]
+        pred_sorted, pred_order = _sort_rows(_project(pred, directions), with_order=needed[0])
+        target_sorted, target_order = _sort_rows(_project(target, directions), with_order=needed[1])
+        gap = pred_sorted.sub_(target_sorted)
+        slope = (gap.sign() if power == 1 else 2 * gap).div_(gap.numel())
+        pred_slope = None if pred_order is None else _unsort(slope, pred_order)
+        target_slope = None if target_order is None else _unsort(slope.neg(), target_order)
+        ctx.save_for_backward(directions, pred_slope, target_slope)
+        return (gap.abs() if power == 1 else gap.square()).mean()
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, None, None]:
+        """Return ``grad * slope.T @ directions.T`` for each cloud that needs it."""
+        (grad,) = grad_outputs
+        directions, *slopes = ctx.saved_tensors
+        with without_autocast(grad.device):
+            pred, target = (None if slope is None else _back_project(slope * grad, directions) for slope in slopes)
+        return pred, target, None, None
+
+
+def _project(points: Tensor, directions: Tensor) -> Tensor:
+    """Return the projections as contiguous rows to sort along, [slices, points]."""
+    return (points @ directions).t().contiguous()
+
+
+def _back_project(slope: Tensor, directions: Tensor) -> Tensor:
+    """Return ``slope.T @ directions.T``, [points, width]."""
+    if slope.device.type != "cpu":
+        return slope.t() @ directions.t()
+    # NumPy asks the system for huge pages, which spares large fresh memory most of its page faults.
+    out = torch.from_numpy(np.empty((slope.shape[1], directions.shape[0]), slope.numpy().dtype))
+    return torch.mm(slope.t(), directions.t(), out=out)
+
+
+def _unsort(rows: Tensor, order: Tensor) -> Tensor:
+    """Put each entry of sorted ``rows`` back in the place that it had before sorting."""
+    return torch.empty_like(rows).scatter_(1, order, rows)
+
+
+def _sort_rows(values: Tensor, *, with_order: bool) -> tuple[Tensor, Tensor | None]:
+    """Sort each row stably, in place where that is faster; return the rows and, if asked, the permutation."""
+    fast = values.device.type == "cpu" and values.dtype == torch.float32
+    if not fast or torch.get_num_threads() > _THREADS_NUMPY_OUTRUNS:
+        ordered, order = torch.sort(values, dim=1, stable=True)
+        return ordered, order if with_order else None
+    rows = values.numpy()
+    if not with_order:
+        rows.sort(axis=1)
+        return values, None
+    order = np.empty(rows.shape, np.int64)
+    for start in range(0, len(rows), _ROWS_PER_PASS):
+        part = slice(start, start + _ROWS_PER_PASS)
+        _argsort_in_place(rows[part], order[part])
+    return values, torch.from_numpy(order)
+
+
+def _argsort_in_place(rows: Floats, order: Longs) -> None:
+    """Sort ``rows`` by integer keys, value above and index below; write the stable permutation to ``order``."""
+    rows += np.float32(0)  # a negative zero becomes a positive one, so that both rank as equals
+    keys = _monotone(rows.view(np.int32)).astype(np.int64)
+    keys <<= 32
+    keys |= np.arange(rows.shape[1])
+    keys.sort(axis=1)
+    np.bitwise_and(keys, 0xFFFFFFFF, out=order)
+    keys >>= 32
+    rows.view(np.int32)[:] = _monotone(keys.astype(np.int32))
+
+
+def _monotone(bits: Ints) -> Ints:
+    """Map the bits of float32 numbers to integers of the same order, and back: it is its own inverse."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)

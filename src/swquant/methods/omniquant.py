@@ -11,13 +11,11 @@ from swquant.learnables.weight_clipping import WeightClipping
 from swquant.phases.base import Phase
 from swquant.phases.train import Train
 from swquant.quant.spec import QuantSpec
-from swquant.validation import strict
 
 EPOCHS = 20
 EPOCHS_AT_2_BITS = 40
 
 
-@strict
 @dataclass(frozen=True)
 class OmniQuant:
     """OmniQuant (Shao et al., arXiv 2308.13137): ``(Train(EquivalentTransform, WeightClipping),)``.

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from swquant.families.base import Family
 from swquant.phases.base import Phase
 from swquant.quant.spec import QuantSpec
-from swquant.validation import strict
 
 
-@strict
 @dataclass(frozen=True)
 class RTN:
     """Round to nearest, the baseline and the starting point of the methods that train.

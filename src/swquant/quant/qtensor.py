@@ -9,6 +9,9 @@ from torch import Tensor
 
 from swquant.quant.spec import QuantSpec
 
+SCALE_BITS = 16
+"""Bits of a stored scale."""
+
 
 @dataclass(frozen=True)
 class QTensor:

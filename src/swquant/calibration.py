@@ -1,0 +1,171 @@
+"""Samples to train on and to measure on: from text, from a dataset, or drawn from the model itself."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from swquant.errors import SwquantError
+from swquant.seeds import generator
+
+LEAST_SHARE = 4
+"""A text must hold at least one in so many of the tokens that the samples take; windows overlap below the whole."""
+
+DRAWN_AT_ONCE = 16
+_FILES = (".txt", ".md", ".jsonl", ".json")
+
+
+def read_text(source: str) -> str:
+    """The text of a file, of a jsonl file's ``text`` fields, or of a dataset; documents are joined by two newlines.
+
+    Args:
+        source: A path, or ``name[:config][:split]`` of a dataset, e.g. ``wikitext:wikitext-2-raw-v1:test``; the split
+            is ``train`` if none is given.
+
+    Raises:
+        SwquantError: If there is no such thing, or it holds no text.
+    """
+    path = Path(source)
+    if path.is_file():
+        return _read_file(path)
+    if path.suffix in _FILES or os.sep in source.removesuffix(os.sep).partition(os.sep)[2] or source.startswith("."):
+        raise SwquantError(f"there is no text file {source}; give a .txt or .jsonl file, a datasets name, or 'self'")
+    return _read_dataset(source)
+
+
+def _read_file(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SwquantError(f"{path} cannot be read as UTF-8 text: {error}") from error
+    if path.suffix not in (".jsonl", ".json"):
+        return text
+    documents: list[str] = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            document = json.loads(line)["text"]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise SwquantError(f'{path}, line {number}: expected a JSON object with a "text" field') from error
+        if not isinstance(document, str):
+            raise SwquantError(f'{path}, line {number}: "text" is {document!r}, expected a string')
+        documents.append(document)
+    return "\n\n".join(documents)
+
+
+def _read_dataset(source: str) -> str:
+    try:
+        import datasets
+    except ImportError as error:
+        raise SwquantError(
+            f"{source!r} is no file, and reading it as a dataset needs: pip install 'swquant[datasets]'"
+        ) from error
+    name, *rest = source.split(":")
+    if len(rest) > 2:
+        raise SwquantError(f"the dataset {source!r} has too many parts, expected name[:config][:split]")
+    split = rest[-1] if len(rest) == 2 else "train"
+    config = rest[0] if rest else None
+    try:
+        rows: Any = datasets.load_dataset(name, config or None, split=split)
+        documents: list[str] = list(rows["text"])
+    except Exception as error:  # the library raises whatever its loaders, file systems and the hub do
+        reason = " ".join(str(error).split())[:200]
+        raise SwquantError(f"the dataset {source!r} cannot be read: {reason}") from error
+    return "\n\n".join(documents)
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The tokenizer in a model directory.
+
+    Raises:
+        SwquantError: If there is none that loads without code from the directory.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # tokenizer files fail in as many ways as there are tokenizers
+        reason = " ".join(str(error).split())[:200]
+        raise SwquantError(f"{directory} has no tokenizer that loads: {reason}") from error
+
+
+def tokenize(tokenizer: Any, text: str) -> Tensor:
+    """``int64 [tokens]``: the text tokenised once in whole, with the special tokens that the tokenizer adds."""
+    return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
+
+
+def sample_windows(tokens: Tensor, samples: int, seq_len: int, seed: int) -> Tensor:
+    """Random windows of a text, ``int64 [samples, seq_len]``; they overlap only where the text is too short not to.
+
+    Raises:
+        SwquantError: If the text has fewer than a quarter of the tokens that the samples take, or than one window.
+    """
+    needed = max(seq_len, -(-samples * seq_len // LEAST_SHARE))
+    if len(tokens) < needed:
+        raise SwquantError(
+            f"the calibration text is too short: {samples} samples of {seq_len} tokens need at least {needed} tokens, "
+            f"{len(tokens)} are left for them; give more text, or fewer or shorter samples"
+        )
+    rng = generator(seed, "windows")
+    windows = len(tokens) // seq_len
+    if windows >= samples:
+        starts = torch.randperm(windows, generator=rng)[:samples] * seq_len
+    else:
+        starts = torch.randint(len(tokens) - seq_len + 1, (samples,), generator=rng)
+    return torch.stack([tokens[start : start + seq_len] for start in starts.tolist()])
+
+
+def eval_windows(tokens: Tensor, seq_len: int, limit: int | None) -> Tensor:
+    """Consecutive windows from the start, ``int64 [windows, seq_len]``; what does not fill a window is dropped.
+
+    Raises:
+        SwquantError: If the text does not fill one.
+    """
+    count = len(tokens) // seq_len
+    if not count:
+        raise SwquantError(
+            f"the evaluation text is too short: a window needs {seq_len} tokens, it has {len(tokens)}; "
+            "give more text or a shorter context"
+        )
+    return tokens[: count * seq_len].view(count, seq_len)[:limit]
+
+
+@torch.no_grad()
+def draw_from_model(
+    directory: Path, samples: int, seq_len: int, seed: int, device: torch.device, note: Callable[[str], None]
+) -> Tensor:
+    """Samples that the model writes itself, at temperature 1 from its full distribution (LLM-QAT, arXiv 2305.17888).
+
+    Each begins with the token that the model begins texts with, or a random one if it has none, and does not stop at
+    the token that ends texts. This one step holds the whole model in memory.
+
+    Returns:
+        ``int64 [samples, seq_len]``.
+    """
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, use_safetensors=True, local_files_only=True, trust_remote_code=False
+    )
+    model = model.to(device).eval()
+    first = model.config.bos_token_id
+    drawn: list[Tensor] = []
+    for start in range(0, samples, DRAWN_AT_ONCE):
+        rng = generator(seed, "self", start)
+        count = min(DRAWN_AT_ONCE, samples - start)
+        token = torch.randint(model.config.vocab_size, (count, 1), generator=rng)
+        if isinstance(first, int):
+            token = torch.full((count, 1), first)
+        text, past = [token], None
+        while len(text) < seq_len:
+            out = model(input_ids=token.to(device), past_key_values=past, use_cache=True)
+            past = out.past_key_values
+            token = torch.multinomial(out.logits[:, -1].float().softmax(-1).cpu(), 1, generator=rng)
+            text.append(token)
+        drawn.append(torch.cat(text, 1))
+        note(f"{start + count} of {samples} samples drawn")
+    return torch.cat(drawn)

@@ -1,0 +1,65 @@
+"""Models named on the Hugging Face Hub: their files, brought to the local cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from swquant.errors import SwquantError
+
+_IGNORED = ("*/*", "consolidated*")
+"""Subfolders hold other formats; ``consolidated`` files repeat the weights in a layout of their own."""
+
+
+def download(name: str, patterns: Sequence[str]) -> Path:
+    """Bring a model's files to the local cache, or find them there.
+
+    Args:
+        name: A model on the Hub, e.g. ``meta-llama/Llama-3.2-1B``.
+        patterns: The files wanted, as shell patterns.
+
+    Returns:
+        The directory that holds them.
+
+    Raises:
+        SwquantError: The name is no model that can be had: misspelt, gated, or the Hub cannot be reached.
+    """
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=list(_IGNORED)))
+    except HFValidationError as error:
+        raise SwquantError(
+            f"the model {name!r} is neither a directory nor a valid hub name; give a path or 'owner/name'"
+        ) from error
+    except GatedRepoError as error:
+        raise SwquantError(
+            f"the hub model {name!r} is gated; accept its terms at https://huggingface.co/{name} "
+            "and sign in with 'hf auth login'"
+        ) from error
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise SwquantError(
+            f"the model {name!r} is neither a directory nor a model on the hub; "
+            "check the spelling, or sign in with 'hf auth login' if it is private"
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise SwquantError(
+            f"the model {name!r} is not a directory, is not wholly in the local hub cache, and the hub cannot be "
+            "reached; give a path, or connect and try again"
+        ) from error
+    except Exception as error:  # the client lets through whatever its network and file layers raise
+        raise SwquantError(
+            f"the hub model {name!r} cannot be downloaded ({type(error).__name__}: {_first_line(error)}); "
+            "try again, or give the path of a local copy"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "no details")

@@ -1,0 +1,226 @@
+"""Checkpoints on their way out: safetensors shards written part by part, published in one step."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from swquant.errors import SwquantError
+
+SHARD_BYTES = 64 << 20
+"""Parts are merged into one shard up to this size; a larger part is a shard of its own."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a checkpoint came to.
+
+    Attributes:
+        shards: Names of the safetensors files, in order.
+        tensor_bytes: Size of all tensors.
+    """
+
+    shards: tuple[str, ...]
+    tensor_bytes: int
+
+
+def write_checkpoint(
+    directory: Path,
+    parts: Iterable[Mapping[str, Tensor]],
+    *,
+    config: Mapping[str, object],
+    sidecars: Iterable[Path] = (),
+    extra_files: Mapping[str, str | bytes] | None = None,
+) -> Written:
+    """Write a checkpoint in the layout of ``save_pretrained`` and flush it to the disk.
+
+    Parts are taken one by one, so memory holds at most one part and :data:`SHARD_BYTES` of those before it. Files are
+    ``model.safetensors``, or ``model-0000k-of-0000n.safetensors`` and their index, and ``config.json``; a file that is
+    written here replaces a sidecar of its name. Equal arguments give equal bytes.
+
+    Args:
+        directory: An empty directory, or one to be made; usually a staging place for :func:`publish`.
+        parts: Tensors by full name, e.g. a mapping per block; no name may come twice.
+        config: The content of ``config.json``.
+        sidecars: Files to copy, e.g. the tokenizer's; symbolic links are followed.
+        extra_files: Further files by name.
+
+    Raises:
+        SwquantError: ``directory`` is in use.
+        ValueError: A tensor comes twice, or none comes at all.
+        OSError: The disk is full or fails.
+    """
+    require_unused(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    for source in sidecars:
+        shutil.copyfile(source, directory / source.name)
+        _sync(directory / source.name)
+    weight_map: dict[str, str] = {}
+    sizes: list[int] = []
+    for shard in _shards(parts, SHARD_BYTES):
+        file = _unnumbered(len(sizes))
+        _write_shard(directory / file, shard)
+        weight_map.update(dict.fromkeys(shard, file))
+        sizes.append(sum(tensor.nbytes for tensor in shard.values()))
+        shard.clear()
+    if not sizes:
+        raise ValueError("a checkpoint needs at least one tensor")
+    final = {_unnumbered(index): _numbered(index, len(sizes)) for index in range(len(sizes))}
+    for old, new in final.items():
+        (directory / old).rename(directory / new)
+    if len(sizes) > 1:
+        index = {
+            "metadata": {"total_size": sum(sizes)},
+            "weight_map": {name: final[file] for name, file in sorted(weight_map.items())},
+        }
+        _write_file(directory / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+    for name, content in (extra_files or {}).items():
+        _write_file(directory / name, content)
+    _write_file(directory / "config.json", json.dumps(config, indent=2) + "\n")
+    _sync_directory(directory)
+    return Written(tuple(final.values()), sum(sizes))
+
+
+def publish(staging: Path, out: Path) -> None:
+    """Move the finished directory ``staging`` to ``out`` in one step: ``out`` appears whole or not at all.
+
+    Args:
+        staging: A complete directory on the same file system.
+        out: Must not exist, or be an empty directory; its parents are made.
+
+    Raises:
+        SwquantError: ``out`` is in use, or on another file system.
+    """
+    require_unused(out)
+    target = out.resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if target.exists():
+            target.rmdir()
+        staging.rename(target)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise _in_use(out, "it was filled in the meantime") from error
+        if error.errno == errno.EXDEV:
+            raise SwquantError(
+                f"{staging} and {out} are on different file systems; choose an --out beside it"
+            ) from error
+        raise
+    _sync_directory(target.parent)
+
+
+def require_unused(out: Path) -> None:
+    """Refuse a place that is neither free nor an empty directory.
+
+    Raises:
+        SwquantError: Naming what is there.
+    """
+    if not out.exists():
+        if out.is_symlink():
+            raise _in_use(out, "it is a broken link")
+        return
+    if not out.is_dir():
+        raise _in_use(out, "it is a file")
+    first = min((path.name for path in out.iterdir()), default=None)
+    if first is not None:
+        raise _in_use(out, f"it holds {first!r}")
+
+
+def require_disk(path: Path, needed: int) -> None:
+    """Refuse to begin what the disk cannot hold.
+
+    Args:
+        path: Where it is to be written; need not exist yet.
+        needed: Bytes.
+
+    Raises:
+        SwquantError: With the space needed and the space available.
+    """
+    place = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise SwquantError(
+            f"{path} needs {needed / 1e9:.2f} GB of disk and {free / 1e9:.2f} GB are available; "
+            "free some space or choose another --out"
+        )
+
+
+def _in_use(out: Path, why: str) -> SwquantError:
+    return SwquantError(f"the output directory {out} is in use: {why}; choose another --out, or empty it")
+
+
+def _shards(parts: Iterable[Mapping[str, Tensor]], limit: int) -> Iterator[dict[str, Tensor]]:
+    """Merge consecutive parts while they fit in ``limit`` bytes together."""
+    pending: dict[str, Tensor] = {}
+    pending_bytes = 0
+    seen: set[str] = set()
+    for part in parts:
+        twice = seen.intersection(part)
+        if twice:
+            raise ValueError(f"the tensor {min(twice)!r} came twice")
+        seen.update(part)
+        part_bytes = sum(tensor.nbytes for tensor in part.values())
+        if pending and pending_bytes + part_bytes > limit:
+            yield pending
+            pending, pending_bytes = {}, 0
+        pending.update(part)
+        pending_bytes += part_bytes
+        del part  # so that its tensors go with the shard, not when the next part replaces it
+        if pending_bytes >= limit:
+            yield pending
+            pending, pending_bytes = {}, 0
+    if pending:
+        yield pending
+
+
+def _unnumbered(index: int) -> str:
+    return f"shard-{index:05d}.safetensors"
+
+
+def _numbered(index: int, count: int) -> str:
+    return "model.safetensors" if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+
+
+def _write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    try:
+        save_file({name: _whole(tensor) for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
+    _sync(path)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """The tensor on the CPU with memory of its own: safetensors refuses views of a common storage."""
+    tensor = tensor.detach().cpu().contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
+def _write_file(path: Path, content: str | bytes) -> None:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    """Flush a file's content to the disk."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _sync_directory(path: Path) -> None:
+    """Flush a directory's entries to the disk; Windows has no handle to a directory that could be flushed."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

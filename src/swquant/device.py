@@ -1,0 +1,27 @@
+"""Where to compute."""
+
+from __future__ import annotations
+
+import torch
+
+from swquant.errors import SwquantError
+
+
+def resolve_device(text: str) -> torch.device:
+    """The device of that name; ``auto`` is the accelerator if there is one, else the CPU.
+
+    Raises:
+        SwquantError: If there is no such device here.
+    """
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if text == "auto":
+        return accelerator or torch.device("cpu")
+    here = ["cpu"] if accelerator is None else ["cpu", accelerator.type]
+    try:
+        device = torch.device(text)
+    except RuntimeError as error:
+        raise SwquantError(f"{text!r} is no device; this machine has {' and '.join(here)}") from error
+    count = torch.accelerator.device_count() if accelerator is not None and device.type == accelerator.type else 1
+    if device.type not in here or (device.index or 0) >= count:
+        raise SwquantError(f"the device {text!r} is not available; this machine has {' and '.join(here)}")
+    return device

@@ -1,0 +1,1 @@
+"""The block engine: streams, journal, blocks, and how they move."""

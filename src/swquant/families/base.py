@@ -1,0 +1,86 @@
+"""What a family is: where a model's blocks are, which linears are quantized, and which equivalences hold among them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class NormLinears:
+    """A norm and the linears that read its output; scales and, where both have biases, shifts move between them."""
+
+    norm: str
+    linears: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class QueryKey:
+    """The query and the key projection: a scale on one undoes its inverse on the other.
+
+    Attributes:
+        query: The query projection.
+        key: The key projection.
+        rotary: Rotary positions act on both; channels ``i`` and ``i + head_dim / 2`` then share a scale.
+    """
+
+    query: str
+    key: str
+    rotary: bool
+
+
+@dataclass(frozen=True)
+class ValueOutput:
+    """The value projection and attention's output projection; attention weights sum to 1, so shifts pass through."""
+
+    value: str
+    output: str
+
+
+Equivalence = NormLinears | QueryKey | ValueOutput
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model family, as data. Names of modules inside a block are relative to it, all others are full.
+
+    Attributes:
+        name: The file's name.
+        architectures: Values of ``architectures`` in ``config.json`` that it stands for.
+        blocks: The list of decoder blocks.
+        linears: A block's linears that are quantized.
+        equivalences: Pairs between which scales and shifts can move without changing the block's function.
+        embedding: The token embedding.
+        tail: Modules between the last block and the head, in order.
+        head: The output projection, tied to ``embedding`` where ``tie_word_embeddings`` is set; never quantized.
+        norm_biases: Whether the norms have biases, so that shifts can be learned behind them.
+        requires: Settings in ``config.json`` without which the declaration does not hold.
+    """
+
+    name: str
+    architectures: tuple[str, ...]
+    blocks: str
+    linears: tuple[str, ...]
+    equivalences: tuple[Equivalence, ...]
+    embedding: str = "model.embed_tokens"
+    tail: tuple[str, ...] = ("model.norm",)
+    head: str = "lm_head"
+    norm_biases: bool = False
+    requires: Mapping[str, object] = field(default_factory=dict[str, object])
+
+
+GATED_LINEARS = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
+"""Linears of a LLaMA block, which most families share."""
+
+INPUT_NORM = NormLinears("input_layernorm", GATED_LINEARS[:3])
+MLP_NORM = NormLinears("post_attention_layernorm", GATED_LINEARS[4:6])
+ROTARY_QUERY_KEY = QueryKey("self_attn.q_proj", "self_attn.k_proj", rotary=True)
+VALUE_OUTPUT = ValueOutput("self_attn.v_proj", "self_attn.o_proj")

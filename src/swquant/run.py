@@ -1,0 +1,287 @@
+"""The whole story: from a checkpoint and a recipe to a quantized checkpoint and its report."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swquant import __version__, registry
+from swquant.calibration import draw_from_model, eval_windows, load_tokenizer, read_text, sample_windows, tokenize
+from swquant.checkpoint.reader import Checkpoint, open_checkpoint
+from swquant.checkpoint.writer import publish, require_disk, require_unused, write_checkpoint
+from swquant.device import resolve_device
+from swquant.engine.block import Job, quantize_block
+from swquant.engine.capture import capture, to_device
+from swquant.engine.head import measure
+from swquant.engine.journal import STREAMS, Journal, lock_directory, open_journal
+from swquant.engine.observer import Observer, Silent
+from swquant.engine.skeleton import Skeleton, build_skeleton, check_widths
+from swquant.engine.streams import create_stream, stream_bytes
+from swquant.errors import SwquantError
+from swquant.formats.base import Format
+from swquant.losses import WeightedSum, parse_loss
+from swquant.methods import build_method
+from swquant.phases.base import Phase
+from swquant.quant.qtensor import SCALE_BITS
+from swquant.quant.spec import QuantSpec
+from swquant.recipe import PRESETS, Recipe
+from swquant.report import Quality, Report
+
+LONGEST = 2048
+STREAMS_AT_ONCE = 5
+"""Two generations of the reference and the quantized stream, and the augmented loss's target."""
+
+EVALUATION_SHARE = 5
+"""At most one in so many windows of a calibration text is held out for evaluation."""
+
+REPORT, RECIPE = "report.json", "swquant.yaml"
+
+
+def quantize(recipe: Recipe, source: str | Path, out: str | Path, *, observer: Observer | None = None) -> Report:
+    """Quantize the model ``source`` by ``recipe`` and write the result to ``out``.
+
+    Everything that can be checked without reading weights is checked first. The run keeps a working directory beside
+    ``out``; killed at any moment and called again with the same arguments, it goes on behind the last finished block
+    and writes the same bits. ``out`` appears whole, when all is done, or not at all.
+
+    Args:
+        recipe: What to do.
+        source: A model directory, or a hub name.
+        out: A directory that does not exist yet or is empty. If it holds the finished result of the same call, that is
+            returned.
+        observer: Hears of the progress.
+
+    Returns:
+        The report that also stands in ``out/report.json``.
+
+    Raises:
+        SwquantError: For anything a user can mend, in one sentence.
+    """
+    out, watching = Path(out), observer or Silent()
+    plan = make_plan(recipe, source)
+    watching.stage(f"Reading {plan.checkpoint.directory.name}")
+    key = plan.key()
+    finished = _finished(out, key)
+    if finished is not None:
+        return finished
+    require_unused(out)
+    work = out.with_name(f"{out.name}.swquant-work")
+    with lock_directory(work):
+        journal = open_journal(work, key)
+        if journal.shape is None:
+            _check_disk(plan, out)
+            _start(plan, journal, watching)
+        job = plan.job()
+        watching.begin(len(plan.skeleton.blocks), journal.done)
+        arguments = capture(plan.skeleton, plan.checkpoint, journal.tokens()["tokens"][:1])
+        for index in range(journal.done, len(plan.skeleton.blocks)):
+            quantize_block(job, journal, to_device(arguments[index], plan.device), watching)
+        quality = _quality(plan, journal, watching)
+        watching.stage(f"Writing {out}")
+        report = _write(plan, journal, quality, key, str(source))
+        publish(work / "output", out)
+        journal.clear()
+    return report
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run whose every part is known to fit the others; no weight has been read."""
+
+    recipe: Recipe
+    checkpoint: Checkpoint
+    skeleton: Skeleton
+    spec: QuantSpec
+    phases: tuple[Phase, ...]
+    loss: WeightedSum
+    format: Format
+    device: torch.device
+    text: str | None
+    evaluation: str | None
+    notes: tuple[str, ...]
+
+    def key(self) -> dict[str, Any]:
+        """Everything that the result depends on."""
+        texts = {"calibration_text": self.text, "evaluation_text": self.evaluation}
+        return {
+            "recipe": self.recipe.to_mapping(),
+            "source": self.checkpoint.fingerprint(),
+            **{name: text and hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()},
+            "versions": versions(),
+        }
+
+    def job(self) -> Job:
+        """What stays the same from block to block."""
+        samples, recipe = self.recipe.samples, self.recipe
+        assert samples is not None
+        return Job(self.checkpoint, self.skeleton, self.spec, self.phases, self.loss, samples, recipe.seed, self.device)
+
+
+def make_plan(recipe: Recipe, source: str | Path) -> Plan:
+    """Check a recipe against a model, and fill in its defaults.
+
+    Raises:
+        SwquantError: If any part is unknown, out of range, or does not fit another.
+    """
+    spec, loss, device = recipe.spec, parse_loss(recipe.loss), resolve_device(recipe.device)
+    output: Format = registry.load("swquant.formats", recipe.format)()
+    preset = PRESETS[recipe.preset]
+    options = dict(recipe.options) | ({} if recipe.epochs is None else {"epochs": recipe.epochs})
+    method = build_method(recipe.method, options)
+    checkpoint = open_checkpoint(source)
+    notes = output.check(spec, checkpoint.dtype)
+    skeleton = build_skeleton(checkpoint)
+    check_widths(skeleton, spec)
+    limit = int(skeleton.model.config.max_position_embeddings)
+    if recipe.seq_len is not None and recipe.seq_len > limit:
+        raise SwquantError(f"the sequence length is {recipe.seq_len}, the model takes at most {limit} tokens")
+    text = None if recipe.calibration == "self" else read_text(recipe.calibration)
+    evaluation = None if recipe.evaluation is None else read_text(recipe.evaluation)
+    resolved = replace(
+        recipe,
+        loss=str(loss),
+        samples=recipe.samples or preset.samples,
+        seq_len=recipe.seq_len or min(LONGEST, limit),
+        device=str(device),
+    )
+    phases = method.phases(spec, skeleton.family, preset.effort)
+    return Plan(resolved, checkpoint, skeleton, spec, phases, loss, output, device, text, evaluation, notes)
+
+
+def versions() -> dict[str, str]:
+    """Of swquant and the libraries that compute."""
+    return {"swquant": __version__} | {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+
+
+def _finished(out: Path, key: Mapping[str, Any]) -> Report | None:
+    """The report in ``out`` if it is the result of a run with this key."""
+    try:
+        report = Report.from_json((out / REPORT).read_text(encoding="utf-8"))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return report if report.key == key else None
+
+
+def _check_disk(plan: Plan, out: Path) -> None:
+    recipe = plan.recipe
+    assert recipe.samples is not None
+    assert recipe.seq_len is not None
+    shape = (recipe.samples + recipe.evaluation_samples, recipe.seq_len, plan.skeleton.hidden_size)
+    require_disk(out, STREAMS_AT_ONCE * stream_bytes(shape) + 2 * plan.checkpoint.tensor_bytes)
+
+
+def _start(plan: Plan, journal: Journal, watching: Observer) -> None:
+    """Make the samples and both streams in front of block 0."""
+    calibration, evaluation = _samples(plan, watching)
+    tokens = torch.cat((calibration, evaluation))
+    shape = (tokens.shape[0], tokens.shape[1], plan.skeleton.hidden_size)
+    streams = [create_stream(journal.stream_path(name, 0), shape) for name in STREAMS]
+
+    def write(index: int, hidden: Tensor) -> None:
+        for stream in streams:
+            stream[index] = hidden
+
+    capture(plan.skeleton, plan.checkpoint, tokens, write)
+    journal.begin({"tokens": tokens}, shape, {"evaluation_samples": evaluation.shape[0]})
+
+
+def _samples(plan: Plan, watching: Observer) -> tuple[Tensor, Tensor]:
+    """Tokens to train on and tokens to measure on, ``[samples, tokens]`` each."""
+    recipe, directory = plan.recipe, plan.checkpoint.directory
+    samples, length, held = recipe.samples, recipe.seq_len, recipe.evaluation_samples
+    assert samples is not None
+    assert length is not None
+    measured = torch.empty(0, length, dtype=torch.long)
+    if held and plan.evaluation is not None:
+        measured = eval_windows(tokenize(load_tokenizer(directory), plan.evaluation), length, held)
+        held = 0
+    if plan.text is None:
+        watching.stage(f"Drawing {samples + held} samples of {length} tokens from the model")
+        drawn = draw_from_model(directory, samples + held, length, recipe.seed, plan.device, watching.stage)
+        return drawn[:samples], torch.cat((measured, drawn[samples:]))
+    tokens = tokenize(load_tokenizer(directory), plan.text)
+    held = min(held, len(tokens) // length // EVALUATION_SHARE)
+    if held:
+        measured = eval_windows(tokens[-held * length :], length, held)
+        tokens = tokens[: -held * length]
+    return sample_windows(tokens, samples, length, recipe.seed), measured
+
+
+def _quality(plan: Plan, journal: Journal, watching: Observer) -> Quality | None:
+    count = int(journal.notes["evaluation_samples"])
+    if not count:
+        return None
+    watching.stage("Measuring perplexity and divergence")
+    reference, quantized = journal.open_streams()
+    tokens = journal.tokens()["tokens"][-count:]
+    return measure(plan.skeleton, plan.checkpoint, (reference[-count:], quantized[-count:]), tokens, plan.device)
+
+
+def _write(plan: Plan, journal: Journal, quality: Quality | None, key: Mapping[str, Any], source: str) -> Report:
+    """Write the output and its report into the working directory's ``output``."""
+    staging = journal.root / "output"
+    shutil.rmtree(staging, ignore_errors=True)
+    config = dict(plan.checkpoint.config)
+    quantization = plan.format.config(plan.spec, [plan.skeleton.family.head])
+    if quantization is not None:
+        config["quantization_config"] = quantization
+    written = write_checkpoint(
+        staging,
+        _parts(plan, journal),
+        config=config,
+        sidecars=plan.checkpoint.sidecars(),
+        extra_files={RECIPE: plan.recipe.to_yaml()},
+    )
+    report = Report(
+        source=source,
+        recipe=plan.recipe.to_mapping(),
+        recipe_hash=plan.recipe.digest(),
+        versions=versions(),
+        blocks=journal.reports,
+        quality=quality,
+        bits_per_weight=_bits_per_weight(plan),
+        bytes_source=plan.checkpoint.tensor_bytes,
+        bytes_output=written.tensor_bytes,
+        seconds=round(sum(float(block["seconds"]) for block in journal.reports), 3),
+        notes=plan.notes,
+        loading=plan.format.loading(plan.spec),
+        key=key,
+    )
+    (staging / REPORT).write_text(report.to_json(), encoding="utf-8")
+    return report
+
+
+def _parts(plan: Plan, journal: Journal) -> Iterator[dict[str, Tensor]]:
+    """The output's tensors: what lies outside the blocks as it is, then block by block."""
+    checkpoint, inside = plan.checkpoint, f"{plan.skeleton.family.blocks}."
+    for name in checkpoint.tensors:
+        if not name.startswith(inside):
+            yield {name: checkpoint.read(name)}
+    for index, block in enumerate(plan.skeleton.blocks):
+        committed = journal.block(index, plan.spec)
+        part = {f"{block.prefix}.{name}": value for name, value in committed.params.items()}
+        for name, quantized in committed.quantized.items():
+            module = f"{block.prefix}.{name.removesuffix('.weight')}"
+            part |= plan.format.encode(module, quantized, checkpoint.dtype)
+        yield part
+
+
+def _bits_per_weight(plan: Plan) -> float:
+    """Codes, scales and zero points of the quantized linears, per weight."""
+    bits = weights = 0
+    spec = plan.spec
+    for block in plan.skeleton.blocks:
+        for linear in plan.skeleton.family.linears:
+            rows, columns = plan.checkpoint.tensors[f"{block.prefix}.{linear}.weight"].shape
+            per_group = SCALE_BITS + (0 if spec.symmetric else spec.bits)
+            bits += rows * (columns * spec.bits + spec.groups(columns) * per_group)
+            weights += rows * columns
+    return bits / weights
