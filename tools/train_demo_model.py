@@ -79,7 +79,7 @@ def build_model(args: argparse.Namespace) -> Any:
         "num_hidden_layers": args.layers,
         "num_attention_heads": args.heads,
         "num_key_value_heads": args.kv_heads,
-        "max_position_embeddings": 2 * args.context,
+        "max_position_embeddings": args.context,
         "tie_word_embeddings": True,
         "bos_token_id": 0,
         "eos_token_id": 1,

@@ -148,9 +148,7 @@ class TestValues:
 
     @given(st.lists(st.integers(0, 15), max_size=40))
     @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-    def test_rows_are_those_of_the_whole(
-        self, tmp_path_factory: pytest.TempPathFactory, indices: list[int]
-    ) -> None:
+    def test_rows_are_those_of_the_whole(self, tmp_path_factory: pytest.TempPathFactory, indices: list[int]) -> None:
         directory = tmp_path_factory.getbasetemp() / "rows"
         matrix = torch.arange(64).reshape(16, 4).bfloat16()
         if not directory.exists():
@@ -221,9 +219,7 @@ class TestFingerprint:
         assert open_checkpoint(copy).fingerprint() == fingerprint
 
     @pytest.mark.parametrize("shard", [1, 2])
-    def test_one_bit_of_a_weight_changes_it(
-        self, make_model: Make, weights: dict[str, Tensor], shard: int
-    ) -> None:
+    def test_one_bit_of_a_weight_changes_it(self, make_model: Make, weights: dict[str, Tensor], shard: int) -> None:
         names = sorted(weights)
         directory = make_model({name: weights[name] for name in names[:2]}, {name: weights[name] for name in names[2:]})
         before = open_checkpoint(directory).fingerprint()

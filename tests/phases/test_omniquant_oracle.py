@@ -213,7 +213,7 @@ def test_training_follows_the_papers_equations_step_by_step(bits: int, symmetric
 
     final, report = phase.run(draft, problem)
     assert report.before == pytest.approx(curve[0], rel=1e-5)
-    assert list(report.curve) == pytest.approx(curve[1:], rel=1e-5)
+    assert list(report.curve) == pytest.approx(curve[1:], rel=1e-4)
     assert report.after == min(report.before, *report.curve)
     if report.kept_epoch == epochs:
         for name, value in oracle.quantized().items():

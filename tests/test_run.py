@@ -1,0 +1,204 @@
+"""The main job from end to end, on tiny real checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from swquant import Recipe, SwquantError, evaluate, quantize
+
+MakeModel = Callable[..., Path]
+
+KILLS = 4
+
+
+@pytest.fixture
+def recipe(text: Path) -> Recipe:
+    return Recipe(
+        bits=2,
+        group_size=32,
+        calibration=str(text),
+        samples=8,
+        seq_len=32,
+        epochs=2,
+        evaluation_samples=8,
+        device="cpu",
+    )
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "opt"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_transformers_loads_the_output_and_finds_the_reported_numbers(
+    make_model: MakeModel, family: str, symmetric: bool, recipe: Recipe, tmp_path: Path
+) -> None:
+    source = make_model(family, 2, torch.bfloat16)
+    held_out = tmp_path / "held-out.txt"
+    held_out.write_text(Path(recipe.calibration).read_text()[-4000:])
+    recipe = replace(recipe, symmetric=symmetric, bits=3, evaluation=str(held_out))
+    report = quantize(recipe, source, tmp_path / "out")
+    measured = evaluate(tmp_path / "out", str(held_out), reference=source, context=32, windows=8, device="cpu")
+    assert report.quality is not None
+    assert report.quality.perplexity == pytest.approx(measured.perplexity, rel=1e-4)
+    assert report.quality.perplexity_reference == pytest.approx(measured.reference_perplexity, rel=1e-4)
+    assert report.quality.kl == pytest.approx(measured.kl, rel=1e-3)
+    assert report.quality.top1 == pytest.approx(measured.top1)
+    assert report.bytes_output < report.bytes_source
+
+
+def test_plain_loading_of_a_symmetric_model(llama: Path, recipe: Recipe, tmp_path: Path) -> None:
+    report = quantize(recipe, llama, tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    written = model.generate(**tokenizer("the model", return_tensors="pt"), max_new_tokens=4, do_sample=False)
+    assert written.shape[1] > 2
+    assert "CompressedTensorsConfig" not in report.loading
+
+
+def test_the_dequantized_output_is_the_same_model(llama: Path, recipe: Recipe, tmp_path: Path) -> None:
+    packed = quantize(recipe, llama, tmp_path / "packed")
+    plain = quantize(replace(recipe, format="dequantized"), llama, tmp_path / "plain")
+    assert packed.quality == plain.quality
+    assert not (json.loads((tmp_path / "plain" / "config.json").read_text())).get("quantization_config")
+    one = evaluate(tmp_path / "plain", recipe.calibration, context=32, windows=4, device="cpu")
+    other = evaluate(tmp_path / "packed", recipe.calibration, context=32, windows=4, device="cpu")
+    assert one.perplexity == pytest.approx(other.perplexity, rel=1e-5)
+
+
+def test_what_comes_along(llama: Path, recipe: Recipe, tmp_path: Path) -> None:
+    report = quantize(recipe, llama, tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"config.json", "tokenizer.json", "generation_config.json", "LICENSE.txt", "report.json"} <= names
+    assert Recipe.load(tmp_path / "out" / "swquant.yaml").to_mapping() == report.recipe
+    assert not (tmp_path / "out.swquant-work").exists()
+
+
+def test_what_is_not_quantized_is_unchanged(llama: Path, recipe: Recipe, tmp_path: Path) -> None:
+    quantize(recipe, llama, tmp_path / "out")
+    before, after = (load_file(path / "model.safetensors") for path in (llama, tmp_path / "out"))
+    kept = before.keys() & after.keys()
+    assert {"model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"} <= kept
+    assert all(torch.equal(before[name], after[name]) for name in kept)
+
+
+def test_training_lowers_the_loss_and_the_divergence_of_rounding(llama: Path, recipe: Recipe, tmp_path: Path) -> None:
+    trained = quantize(replace(recipe, epochs=8), llama, tmp_path / "trained")
+    rounded = quantize(replace(recipe, method="rtn", epochs=None), llama, tmp_path / "rounded")
+    phases = [phase for block in trained.blocks for phase in block["phases"]]
+    assert all(phase["after"] < phase["before"] for phase in phases)
+    assert trained.quality.kl < rounded.quality.kl
+
+
+def test_a_finished_output_is_returned_and_not_made_again(llama: Path, recipe: Recipe, tmp_path: Path) -> None:
+    first = quantize(recipe, llama, tmp_path / "out")
+    stamp = (tmp_path / "out" / "report.json").stat().st_mtime_ns
+    assert quantize(recipe, llama, tmp_path / "out").to_json() == first.to_json()
+    assert (tmp_path / "out" / "report.json").stat().st_mtime_ns == stamp
+
+
+def test_an_output_of_another_recipe_is_left_alone(llama: Path, recipe: Recipe, tmp_path: Path) -> None:
+    quantize(recipe, llama, tmp_path / "out")
+    with pytest.raises(SwquantError, match="is in use"):
+        quantize(replace(recipe, seed=1), llama, tmp_path / "out")
+
+
+def test_samples_drawn_from_the_model_repeat(llama: Path, recipe: Recipe, tmp_path: Path) -> None:
+    recipe = replace(recipe, calibration="self", samples=4, evaluation_samples=2)
+    one, other = (quantize(recipe, llama, tmp_path / name) for name in ("one", "other"))
+    assert one.quality == other.quality
+    assert one.quality.tokens == 2 * 31
+
+
+def test_a_full_disk_is_noticed_before_the_work(
+    llama: Path, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
+    with pytest.raises(SwquantError, match="GB are available"):
+        quantize(recipe, llama, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_killed_at_random_moments_it_ends_in_the_same_bits(
+    make_model: MakeModel, recipe: Recipe, tmp_path: Path
+) -> None:
+    source = make_model("llama", 4, torch.bfloat16)
+    recipe = replace(recipe, epochs=10)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe.to_yaml())
+
+    def start(out: Path) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "swquant", "quantize", str(source), "--out", str(out), "--recipe", str(path)]
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ})
+
+    began = time.monotonic()
+    assert start(tmp_path / "whole").wait() == 0
+    whole = time.monotonic() - began
+    moments = random.Random(7)
+    kills = 0
+    for _ in range(KILLS):
+        process = start(tmp_path / "killed")
+        try:
+            process.wait(moments.uniform(0.4, 1.0) * whole)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+            assert not (tmp_path / "killed").exists() or (tmp_path / "killed" / "report.json").exists()
+    last = start(tmp_path / "killed")
+    assert last.wait() == 0, last.stderr.read()
+    assert kills
+    for name in ("model.safetensors", "config.json", "swquant.yaml"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    whole_report, killed_report = (
+        json.loads((tmp_path / name / "report.json").read_text()) for name in ("whole", "killed")
+    )
+    assert whole_report["quality"] == killed_report["quality"]
+
+
+def test_a_run_stopped_behind_any_block_goes_on_to_the_same_bits(
+    make_model: MakeModel, recipe: Recipe, tmp_path: Path
+) -> None:
+    source = make_model("opt", 3)
+    expected = quantize(recipe, source, tmp_path / "whole")
+
+    class Stop:
+        stage = begin = step = staticmethod(lambda *_: None)
+
+        def block(self, index: int, report: object) -> None:
+            raise KeyboardInterrupt
+
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            quantize(recipe, source, tmp_path / "stopped", observer=Stop())
+        assert not (tmp_path / "stopped").exists()
+    resumed = quantize(recipe, source, tmp_path / "stopped")
+    one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "stopped"))
+    assert one == other
+    assert resumed.quality == expected.quality
+
+
+def test_an_unfinished_run_of_another_recipe_is_kept(llama: Path, recipe: Recipe, tmp_path: Path) -> None:
+    class Stop:
+        stage = begin = step = staticmethod(lambda *_: None)
+
+        def block(self, index: int, report: object) -> None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(recipe, llama, tmp_path / "out", observer=Stop())
+    with pytest.raises(SwquantError, match="unfinished run that differs in recipe"):
+        quantize(replace(recipe, seed=5), llama, tmp_path / "out")
+    assert quantize(recipe, llama, tmp_path / "out").quality is not None
