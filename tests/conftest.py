@@ -11,7 +11,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-WORDS = "the model reads a long text and writes short codes for each weight of every block in turn".split()
+TEXT = "the model reads a long text and writes short codes for each weight of every block in turn"
+WORDS = TEXT.split(" ")
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "opt")
 
 MakeModel = Callable[..., Path]
@@ -61,7 +62,7 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
             torch.manual_seed(0)
             model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
             with torch.no_grad():
-                for name, value in model.named_parameters():
+                for value in model.parameters():
                     value.normal_(0, 0.1) if value.dim() == 2 else value.add_(torch.randn_like(value) * 0.1)
         model.to(dtype).save_pretrained(folder)
         _tokenizer().save_pretrained(folder)

@@ -10,5 +10,7 @@ try:
 except importlib.metadata.PackageNotFoundError:
     sys.exit(1)
 numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:2])
-print(f"torch {version} is installed already", "and stays as it is." if LEAST <= numbers < BELOW else "but out of range.")
+print(
+    f"torch {version} is installed already", "and stays as it is." if LEAST <= numbers < BELOW else "but out of range."
+)
 sys.exit(0 if LEAST <= numbers < BELOW else 1)

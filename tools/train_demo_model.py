@@ -17,10 +17,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import demo_corpus
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+import demo_corpus
 
 BOS, EOS = "<s>", "</s>"
 DECAY_SHARE = 1 / 3

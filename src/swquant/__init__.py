@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from swquant.errors import SwquantError
-    from swquant.evaluate import Evaluation, evaluate
+    from swquant.evaluation import Evaluation, evaluate
     from swquant.losses import SlicedWasserstein, SlicedWassersteinLoss, parse_loss, sliced_wasserstein_loss
     from swquant.recipe import Recipe
     from swquant.report import Report
@@ -28,13 +28,13 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Evaluation": "evaluate",
+    "Evaluation": "evaluation",
     "Recipe": "recipe",
     "Report": "report",
     "SlicedWasserstein": "losses",
     "SlicedWassersteinLoss": "losses",
     "SwquantError": "errors",
-    "evaluate": "evaluate",
+    "evaluate": "evaluation",
     "parse_loss": "losses",
     "quantize": "run",
     "sliced_wasserstein_loss": "losses",

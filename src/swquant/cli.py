@@ -80,7 +80,7 @@ def evaluate(
     model: str, text: str, reference: str | None, context: int | None, windows: int | None, device: str, as_json: bool
 ) -> None:
     """Measure MODEL's perplexity, and how far it is from the model it was made of."""
-    from swquant.evaluate import evaluate as measure
+    from swquant.evaluation import evaluate as measure
     from swquant.ui import print_evaluation
 
     result = measure(model, text, reference=reference, context=context, windows=windows, device=device)

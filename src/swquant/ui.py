@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 from swquant.engine.observer import Observer
-from swquant.evaluate import Evaluation
+from swquant.evaluation import Evaluation
 from swquant.report import Report
 
 

@@ -16,7 +16,7 @@ from swquant.engine.capture import capture
 from swquant.engine.head import measure
 from swquant.engine.skeleton import build_skeleton
 from swquant.errors import SwquantError
-from swquant.evaluate.divergence import divergence
+from swquant.evaluation.divergence import divergence
 from swquant.families import family_for
 
 MakeModel = Callable[..., Path]
@@ -72,7 +72,7 @@ def test_the_head_gives_transformers_perplexity_and_divergence(
 
 
 def test_a_near_miss_is_named() -> None:
-    with pytest.raises(SwquantError, match="'LlamaForCausalML'.*LlamaForCausalLM"):
+    with pytest.raises(SwquantError, match=r"'LlamaForCausalML'.*LlamaForCausalLM"):
         family_for({"architectures": ["LlamaForCausalML"]})
 
 

@@ -33,10 +33,10 @@ class EquivalentTransform:
     learned, ``max|X|`` is that of the shifted input.
 
     Departures from the authors' code: the queries' and keys' scales are shared by the two channels that rotary
-    positions mix and by the query heads of a key head, without which the transformed block is another function; shifts also train
-    in weight-only quantization, where the code turns them off although they take the input's mean out of the error;
-    the largest weight is taken over all linears behind a norm, as in SmoothQuant, instead of over one of them; the
-    channel ranges are of the inputs that the quantized model so far produces.
+    positions mix and by the query heads of a key head, without which the transformed block is another function;
+    shifts also train in weight-only quantization, where the code turns them off although they take the input's mean
+    out of the error; the largest weight is taken over all linears behind a norm, as in SmoothQuant, instead of over
+    one of them; the channel ranges are of the inputs that the quantized model so far produces.
 
     Attributes:
         learning_rate: Of scales and shifts; 5e-3 in the paper.

@@ -12,9 +12,9 @@ import torch
 from swquant.calibration import eval_windows, load_tokenizer, read_text, tokenize
 from swquant.device import resolve_device
 from swquant.errors import SwquantError
-from swquant.evaluate.divergence import divergence
-from swquant.evaluate.models import load_model
-from swquant.evaluate.perplexity import window_nll
+from swquant.evaluation.divergence import divergence
+from swquant.evaluation.models import load_model
+from swquant.evaluation.perplexity import window_nll
 
 __all__ = ["Evaluation", "evaluate"]
 

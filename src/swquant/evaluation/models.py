@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,16 @@ def load_model(directory: Path, device: torch.device) -> Any:
     if (config.get("quantization_config") or {}).get("quant_method") == "compressed-tensors":
         extra["quantization_config"] = CompressedTensorsConfig(dequantize=True)
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            directory,
-            dtype=torch.float32,
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            **extra,
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="You passed `quantization_config`")
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                directory,
+                dtype=torch.float32,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                **extra,
+            )
     except Exception as error:  # transformers raises whatever the file makes it run into
         reason = " ".join(str(error).split())[:200]
         raise SwquantError(f"{directory} does not load: {reason}") from error

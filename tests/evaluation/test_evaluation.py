@@ -1,0 +1,64 @@
+"""Perplexity and divergence against transformers and torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from swquant import SwquantError, evaluate
+from swquant.evaluation.divergence import divergence
+
+MakeModel = Callable[..., Path]
+
+
+def test_perplexity_is_the_fields_protocol(llama: Path, text: Path) -> None:
+    measured = evaluate(llama, str(text), context=32, windows=5, device="cpu")
+    model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    ids = AutoTokenizer.from_pretrained(llama)(text.read_text(), return_tensors="pt")["input_ids"][:, : 5 * 32]
+    with torch.no_grad():
+        losses = [model(input_ids=row[None], labels=row[None]).loss for row in ids.view(5, 32)]
+    assert measured.perplexity == pytest.approx(torch.stack(losses).mean().exp().item(), rel=1e-5)
+    assert (measured.windows, measured.tokens, measured.kl) == (5, 5 * 31, None)
+
+
+def test_a_model_does_not_diverge_from_itself(llama: Path, text: Path) -> None:
+    measured = evaluate(llama, str(text), reference=llama, context=16, windows=3, device="cpu")
+    assert measured.kl == pytest.approx(0, abs=1e-7)
+    assert measured.top1 == 1
+    assert measured.reference_perplexity == measured.perplexity
+
+
+def test_divergence_is_torchs_kl() -> None:
+    model, reference = torch.randn(2, 3, 7, 50, generator=torch.Generator().manual_seed(0))
+    kl, same = divergence(model, reference)
+    logs = [logits.double().log_softmax(-1) for logits in (model, reference)]
+    expected = F.kl_div(*logs, log_target=True, reduction="none").sum(-1)
+    torch.testing.assert_close(kl.double(), expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(same, model.argmax(-1) == reference.argmax(-1))
+
+
+def test_the_context_defaults_to_the_models_limit(llama: Path, text: Path) -> None:
+    assert evaluate(llama, str(text), windows=1, device="cpu").context == 64
+
+
+@pytest.mark.parametrize("context", [1, 65])
+def test_a_context_out_of_range_is_refused(llama: Path, text: Path, context: int) -> None:
+    with pytest.raises(SwquantError, match=f"context is {context} tokens, expected 2 to 64"):
+        evaluate(llama, str(text), context=context, device="cpu")
+
+
+def test_another_vocabulary_is_refused(llama: Path, make_model: MakeModel, text: Path) -> None:
+    other = make_model("llama", 1, vocab_size=330)
+    with pytest.raises(SwquantError, match="has 330 tokens"):
+        evaluate(llama, str(text), reference=other, device="cpu")
+
+
+def test_a_text_that_fills_no_window_is_refused(llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("the model")
+    with pytest.raises(SwquantError, match="a window needs 64 tokens"):
+        evaluate(llama, str(tmp_path / "short.txt"), device="cpu")
