@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from swquant import Recipe, SwquantError, evaluate, quantize
+from swquant import Recipe, SwquantError, evaluate, quantize, registry
 
 MakeModel = Callable[..., Path]
 
@@ -38,22 +38,30 @@ def recipe(text: Path) -> Recipe:
     )
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "opt"])
+@pytest.mark.parametrize("family", registry.names("swquant.families"))
 @pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("dtype", "exact"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-3)])
 def test_transformers_loads_the_output_and_finds_the_reported_numbers(
-    make_model: MakeModel, family: str, symmetric: bool, recipe: Recipe, tmp_path: Path
+    make_model: MakeModel,
+    family: str,
+    symmetric: bool,
+    dtype: torch.dtype,
+    exact: float,
+    recipe: Recipe,
+    tmp_path: Path,
 ) -> None:
-    source = make_model(family, 2, torch.bfloat16)
+    """Readers round 3-bit weights to the scales' dtype: nothing is lost in float32, little in bfloat16."""
+    source = make_model(family, 2, dtype)
     held_out = tmp_path / "held-out.txt"
     held_out.write_text(Path(recipe.calibration).read_text()[-4000:])
     recipe = replace(recipe, symmetric=symmetric, bits=3, evaluation=str(held_out))
     report = quantize(recipe, source, tmp_path / "out")
     measured = evaluate(tmp_path / "out", str(held_out), reference=source, context=32, windows=8, device="cpu")
     assert report.quality is not None
-    assert report.quality.perplexity == pytest.approx(measured.perplexity, rel=1e-4)
-    assert report.quality.perplexity_reference == pytest.approx(measured.reference_perplexity, rel=1e-4)
-    assert report.quality.kl == pytest.approx(measured.kl, rel=1e-3)
-    assert report.quality.top1 == pytest.approx(measured.top1)
+    assert report.quality.perplexity == pytest.approx(measured.perplexity, rel=exact)
+    assert report.quality.perplexity_reference == pytest.approx(measured.reference_perplexity, rel=1e-5)
+    assert report.quality.kl == pytest.approx(measured.kl, rel=10 * exact)
+    assert report.quality.top1 == pytest.approx(measured.top1, abs=10 * exact)
     assert report.bytes_output < report.bytes_source
 
 

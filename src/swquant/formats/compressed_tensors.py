@@ -60,8 +60,8 @@ class CompressedTensors:
             )
         if not weights_are_exact(spec, dtype):
             notes.append(
-                f"readers that compute in {dtype_name(dtype)} round each weight (code - zero) * scale to it; "
-                "load with dtype=torch.float32 for exactly the weights that were measured"
+                f"readers, transformers among them, round each weight (code - zero) * scale to {dtype_name(dtype)}; "
+                "the report's numbers are of the unrounded weights and differ from theirs in the fourth digit or so"
             )
         return tuple(notes)
 
