@@ -1,0 +1,79 @@
+"""How long the loss takes, as ratios within one run on one thread.
+
+    python benchmarks/loss_speed.py
+
+Ours against the paper's formulation (project, ``torch.sort`` over the points, mean absolute difference, autograd) and
+against a mean squared error of the same size, forward and backward; rounds are interleaved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from swquant import sliced_wasserstein_loss
+
+SLICES = 128
+SIZES = ((2048, 4096), (2048, 1024))
+RESULTS = Path(__file__).parent / "results" / "loss_speed.json"
+
+
+def paper(pred: Tensor, target: Tensor, rng: torch.Generator) -> Tensor:
+    directions = torch.randn(pred.shape[1], SLICES, generator=rng)
+    directions = directions / directions.norm(dim=0, keepdim=True)
+    ours, theirs = (torch.sort(cloud @ directions, dim=0).values for cloud in (pred, target))
+    return (ours - theirs).abs().mean()
+
+
+def ours(pred: Tensor, target: Tensor, rng: torch.Generator) -> Tensor:
+    return sliced_wasserstein_loss(pred, target, slices=SLICES, generator=rng)
+
+
+def mse(pred: Tensor, target: Tensor, rng: torch.Generator) -> Tensor:
+    return F.mse_loss(pred, target)
+
+
+def seconds(loss: Callable[[Tensor, Tensor, torch.Generator], Tensor], pred: Tensor, target: Tensor) -> float:
+    rng = torch.Generator().manual_seed(0)
+    pred.grad = None
+    began = time.perf_counter()
+    loss(pred, target, rng).backward()
+    return time.perf_counter() - began
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=25)
+    rounds = parser.parse_args().rounds
+    torch.set_num_threads(1)
+    results: list[dict[str, object]] = []
+    for size in SIZES:
+        pred, target = torch.randn(size, requires_grad=True), torch.randn(size)
+        times: dict[str, list[float]] = {"paper": [], "ours": [], "mse": []}
+        for _ in range(rounds + 2):
+            for name, loss in (("paper", paper), ("ours", ours), ("mse", mse)):
+                times[name].append(seconds(loss, pred, target))
+        kept = {name: values[2:] for name, values in times.items()}
+        row: dict[str, object] = {"size": list(size), "slices": SLICES, "rounds": rounds}
+        for one, other in (("ours", "paper"), ("ours", "mse"), ("paper", "mse")):
+            ratios = sorted(a / b for a, b in zip(kept[one], kept[other], strict=True))
+            row[f"{one}/{other}"] = {
+                "median": round(statistics.median(ratios), 3),
+                "min": round(ratios[0], 3),
+                "max": round(ratios[-1], 3),
+            }
+        results.append(row)
+        print(json.dumps(row))
+    RESULTS.write_text(json.dumps({"torch": torch.__version__, "threads": 1, "results": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""Peak memory of a run on random LLaMAs of width 1024 with few and with many blocks.
+
+    python benchmarks/memory.py
+
+Each run is a process of its own; its peak resident memory is compared with that of an interpreter that has only
+imported what a run imports. Samples are random tokens: to draw them from the model would hold all of it. The bound is two blocks in float32 and the streams.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from swquant.checkpoint.writer import write_checkpoint
+
+WIDTH, INNER, SAMPLES, TOKENS = 1024, 2816, 4, 512
+RESULTS = Path(__file__).parent / "results" / "memory.json"
+CHILD = """
+import resource, sys, torch
+import swquant.run as run
+from swquant.recipe import Recipe
+
+torch.set_num_threads(2)
+if len(sys.argv) > 1:
+    source, out, samples, tokens = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+    text = torch.randint(2, 256, (samples, tokens), generator=torch.Generator().manual_seed(0))
+    run.draw_from_model = lambda *_: text
+    recipe = Recipe(samples=samples, seq_len=tokens, epochs=1, evaluation_samples=0, device="cpu")
+    run.quantize(recipe, source, out)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+def peak(*arguments: str) -> int:
+    done = subprocess.run([sys.executable, "-c", CHILD, *arguments], check=True, capture_output=True, text=True)
+    return int(done.stdout.split()[-1])
+
+
+def make(folder: Path, blocks: int) -> Path:
+    """Write block by block, so that this process needs little memory too."""
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=WIDTH,
+        intermediate_size=INNER,
+        num_hidden_layers=blocks,
+        num_attention_heads=16,
+        max_position_embeddings=TOKENS,
+        architectures=["LlamaForCausalLM"],
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    rng = torch.Generator().manual_seed(0)
+    parts = (
+        {name: (torch.randn(value.shape, generator=rng) * 0.02).bfloat16()} for name, value in model.named_parameters()
+    )
+    write_checkpoint(folder, parts, config=config.to_dict())
+    return folder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--blocks", type=int, nargs="+", default=[6, 24])
+    block = 4 * (4 * WIDTH * WIDTH + 3 * WIDTH * INNER)
+    streams = 5 * SAMPLES * TOKENS * WIDTH * 4
+    base = peak()
+    rows: list[dict[str, float]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for blocks in parser.parse_args().blocks:
+            place = Path(folder) / str(blocks)
+            make(place / "model", blocks)
+            over = peak(str(place / "model"), str(place / "out"), str(SAMPLES), str(TOKENS)) - base
+            rows.append({"blocks": blocks, "mb": round(over / 1e6), "in_blocks": round((over - streams) / block, 2)})
+            print(json.dumps(rows[-1]), flush=True)
+    result = {
+        "interpreter_mb": round(base / 1e6),
+        "block_mb": round(block / 1e6),
+        "streams_mb": round(streams / 1e6),
+        "over_the_interpreter": rows,
+    }
+    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
