@@ -3,7 +3,8 @@
     python benchmarks/memory.py
 
 Each run is a process of its own; its peak resident memory is compared with that of an interpreter that has only
-imported what a run imports. Samples are random tokens: to draw them from the model would hold all of it. The bound is two blocks in float32 and the streams.
+imported what a run imports. Samples are random tokens, for drawing them from the model would hold all of it. The bound
+is two blocks in float32 and the streams.
 """
 
 from __future__ import annotations

@@ -111,6 +111,7 @@ def test_text_that_is_too_short_says_how_much_is_needed(
     code, _, error = run(capsys, "quantize", str(llama), "--out", str(tmp_path / "out"), *arguments)
     assert code == 2
     assert "need at least 64 tokens" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["short.txt"]
 
 
 def test_nan_names_its_tensor(

@@ -115,6 +115,17 @@ def test_a_finished_output_is_returned_and_not_made_again(llama: Path, recipe: R
     assert (tmp_path / "out" / "report.json").stat().st_mtime_ns == stamp
 
 
+def test_a_run_killed_between_publishing_and_clearing_is_cleared(
+    llama: Path, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("swquant.engine.journal.Journal.clear", lambda self: None)
+        first = quantize(recipe, llama, tmp_path / "out")
+    assert (tmp_path / "out.swquant-work").exists()
+    assert quantize(recipe, llama, tmp_path / "out").to_json() == first.to_json()
+    assert not (tmp_path / "out.swquant-work").exists()
+
+
 def test_an_output_of_another_recipe_is_left_alone(llama: Path, recipe: Recipe, tmp_path: Path) -> None:
     quantize(recipe, llama, tmp_path / "out")
     with pytest.raises(SwquantError, match="is in use"):

@@ -21,7 +21,7 @@ from swquant.device import resolve_device
 from swquant.engine.block import Job, quantize_block
 from swquant.engine.capture import capture, to_device
 from swquant.engine.head import measure
-from swquant.engine.journal import STREAMS, Journal, lock_directory, open_journal
+from swquant.engine.journal import MANIFEST, STREAMS, Journal, lock_directory, open_journal
 from swquant.engine.observer import Observer, Silent
 from swquant.engine.skeleton import Skeleton, build_skeleton, check_widths
 from swquant.engine.streams import create_stream, stream_bytes
@@ -69,16 +69,18 @@ def quantize(recipe: Recipe, source: str | Path, out: str | Path, *, observer: O
     plan = make_plan(recipe, source)
     watching.stage(f"Reading {plan.checkpoint.directory.name}")
     key = plan.key()
+    work = out.with_name(f"{out.name}.swquant-work")
     finished = _finished(out, key)
     if finished is not None:
+        if (work / MANIFEST).exists():
+            with lock_directory(work):
+                open_journal(work, key).clear()
         return finished
     require_unused(out)
-    work = out.with_name(f"{out.name}.swquant-work")
     with lock_directory(work):
         journal = open_journal(work, key)
         if journal.shape is None:
-            _check_disk(plan, out)
-            _start(plan, journal, watching)
+            _start(plan, journal, out, watching)
         job = plan.job()
         watching.begin(len(plan.skeleton.blocks), journal.done)
         arguments = capture(plan.skeleton, plan.checkpoint, journal.tokens()["tokens"][:1])
@@ -178,8 +180,17 @@ def _check_disk(plan: Plan, out: Path) -> None:
     require_disk(out, STREAMS_AT_ONCE * stream_bytes(shape) + 2 * plan.checkpoint.tensor_bytes)
 
 
-def _start(plan: Plan, journal: Journal, watching: Observer) -> None:
-    """Make the samples and both streams in front of block 0."""
+def _start(plan: Plan, journal: Journal, out: Path, watching: Observer) -> None:
+    """Make the samples and both streams in front of block 0; a start that fails leaves nothing."""
+    try:
+        _check_disk(plan, out)
+        _begin(plan, journal, watching)
+    except BaseException:
+        journal.clear()
+        raise
+
+
+def _begin(plan: Plan, journal: Journal, watching: Observer) -> None:
     calibration, evaluation = _samples(plan, watching)
     tokens = torch.cat((calibration, evaluation))
     shape = (tokens.shape[0], tokens.shape[1], plan.skeleton.hidden_size)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -55,7 +55,6 @@ class PhaseReport:
         after: The same at the end, of the state that was kept.
         curve: Held-out loss after each epoch; ``None`` where it was not finite.
         kept_epoch: The epoch whose state was kept, 0 for the start.
-        terms: The loss's terms by name at the end, weights included.
         events: What went wrong and what was done about it.
     """
 
@@ -64,7 +63,6 @@ class PhaseReport:
     after: float
     curve: tuple[float | None, ...] = ()
     kept_epoch: int = 0
-    terms: Mapping[str, float] = field(default_factory=dict[str, float])
     events: tuple[str, ...] = ()
 
 

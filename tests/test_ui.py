@@ -1,0 +1,38 @@
+"""What a run says while it works and when it is done."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from rich.progress import Progress
+
+from swquant.cli import main
+from swquant.engine.observer import Observer
+from swquant.ui import Bar
+
+
+def test_without_a_terminal_it_prints_a_line_for_each_block(
+    llama: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--calibration", str(text), "--samples", "4", "--seq-len", "32", "--epochs", "1", "--asymmetric"]
+    main(["quantize", str(llama), "--out", str(tmp_path / "out"), *arguments])
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if line.startswith("block ")]
+    assert [line.split(",")[0] for line in lines] == ["block 1/2", "block 2/2"]
+    assert all("loss" in line and "->" in line and "left" in line for line in lines)
+    for said in ("perplexity", "KL to the original", "bits per quantized weight", "CompressedTensorsConfig"):
+        assert said in captured.out
+
+
+def test_the_bar_counts_steps_as_parts_of_blocks() -> None:
+    console = Console(quiet=True)
+    with Progress(console=console) as progress:
+        bar: Observer = Bar(progress)
+        bar.begin(4, 1)
+        bar.step(5, 10)
+        assert progress.tasks[0].completed == 1.5
+        bar.block(1, {"phases": [], "drift": 0.1, "seconds": 1.0})
+        assert progress.tasks[0].completed == 2
+        assert progress.tasks[0].total == 4
