@@ -44,7 +44,7 @@ def peak(*arguments: str) -> int:
     return int(done.stdout.split()[-1])
 
 
-def make(folder: Path, blocks: int) -> Path:
+def make(folder: Path, blocks: int, tokens: int = TOKENS) -> Path:
     """Write block by block, so that this process needs little memory too."""
     config = LlamaConfig(
         vocab_size=256,
@@ -52,7 +52,7 @@ def make(folder: Path, blocks: int) -> Path:
         intermediate_size=INNER,
         num_hidden_layers=blocks,
         num_attention_heads=16,
-        max_position_embeddings=TOKENS,
+        max_position_embeddings=tokens,
         architectures=["LlamaForCausalLM"],
     )
     with torch.device("meta"):

@@ -81,7 +81,7 @@ def _place(out: Path | None) -> Generator[Path]:
 
 def _table(reports: dict[str, Report], seconds: dict[str, float]) -> Table:
     table = Table(title=f"2 bits, groups of 64, {WINDOWS} windows of {CONTEXT} tokens", title_justify="left")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for name in ("perplexity", "KL (nats)", "bits per weight", "size (MB)", "seconds"):
         table.add_column(name, justify="right")
     first = next(iter(reports.values()))
