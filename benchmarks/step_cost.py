@@ -15,9 +15,9 @@ import tempfile
 from pathlib import Path
 
 import torch
-from memory import WIDTH, make
 
 import swquant.run as run
+from memory import WIDTH, make
 from swquant.recipe import Recipe
 
 TOKENS, SAMPLES, EPOCHS = 2048, 4, 2
