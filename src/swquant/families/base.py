@@ -37,7 +37,15 @@ class ValueOutput:
     output: str
 
 
-Equivalence = NormLinears | QueryKey | ValueOutput
+@dataclass(frozen=True)
+class UpDown:
+    """The MLP's up and down projection with a gate's product or a ReLU between them; positive scales pass through."""
+
+    up: str
+    down: str
+
+
+Equivalence = NormLinears | QueryKey | ValueOutput | UpDown
 
 
 @dataclass(frozen=True)
@@ -84,3 +92,4 @@ INPUT_NORM = NormLinears("input_layernorm", GATED_LINEARS[:3])
 MLP_NORM = NormLinears("post_attention_layernorm", GATED_LINEARS[4:6])
 ROTARY_QUERY_KEY = QueryKey("self_attn.q_proj", "self_attn.k_proj", rotary=True)
 VALUE_OUTPUT = ValueOutput("self_attn.v_proj", "self_attn.o_proj")
+UP_DOWN = UpDown("mlp.up_proj", "mlp.down_proj")

@@ -1,6 +1,6 @@
 """OPT: LayerNorm, biases everywhere, learned positions."""
 
-from swquant.families.base import Family, NormLinears, QueryKey, ValueOutput
+from swquant.families.base import Family, NormLinears, QueryKey, UpDown, ValueOutput
 
 OPT = Family(
     name="opt",
@@ -12,6 +12,7 @@ OPT = Family(
         QueryKey("self_attn.q_proj", "self_attn.k_proj", rotary=False),
         ValueOutput("self_attn.v_proj", "self_attn.out_proj"),
         NormLinears("final_layer_norm", ("fc1",)),
+        UpDown("fc1", "fc2"),
     ),
     embedding="model.decoder.embed_tokens",
     tail=("model.decoder.final_layer_norm",),
