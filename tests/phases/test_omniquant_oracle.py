@@ -22,9 +22,7 @@ from swquant.quant.draft import open_draft, realize
 from swquant.quant.spec import QuantSpec
 from swquant.seeds import generator
 
-# AdamW's first steps are the signs of gradients; where rounding noise decides a sign, codes flip from there on.
-FLIPS_AT_4_BITS = 0.1
-
+# All in float64: AdamW's first steps are the signs of gradients, and in float32 rounding noise decides some of them.
 WIDTH, INNER, HEADS, TOKENS, SAMPLES = 32, 64, 2, 8, 6
 
 
@@ -45,11 +43,11 @@ def oracle_quantize(weight: Tensor, upper: Tensor, lower: Tensor, sign: Tensor |
     bottom = torch.clamp(groups.amin(1, keepdim=True), max=0) * torch.sigmoid(lower.reshape(-1, 1))
     if sign is None:
         step = (top - bottom) / (2**bits - 1)
-        step = Straight.apply(step, step.bfloat16().float())
+        step = Straight.apply(step, step.bfloat16().double())
         zero = torch.round(-bottom / step).detach()
     else:
         step = torch.maximum(top, -bottom) / 2 ** (bits - 1)
-        step = Straight.apply(step, step.bfloat16().float()) * sign.reshape(-1, 1)
+        step = Straight.apply(step, step.bfloat16().double()) * sign.reshape(-1, 1)
         zero = torch.full_like(step, 2 ** (bits - 1))
     ratio = groups / step
     integer = torch.clamp(Straight.apply(ratio, torch.round(ratio)) + zero, 0, 2**bits - 1)
@@ -69,7 +67,7 @@ def opt_block(p: dict[str, Tensor], x: Tensor) -> Tensor:
 
 def opt_params(seed: int) -> dict[str, Tensor]:
     rng = torch.Generator().manual_seed(seed)
-    draw = lambda *shape: torch.randn(*shape, generator=rng)  # noqa: E731
+    draw = lambda *shape: torch.randn(*shape, generator=rng).double()  # noqa: E731
     p: dict[str, Tensor] = {}
     for name, (rows, columns) in {
         **{f"self_attn.{n}_proj": (WIDTH, WIDTH) for n in ("q", "k", "v", "out")},
@@ -117,23 +115,23 @@ class OracleOPT(nn.Module):
             weight = torch.stack([p[f"{linear}.weight"].abs().amax(0) for linear in fed]).amax(0)
             self.shift[source] = middle.clone().requires_grad_()
             self.scale[source] = (largest.sqrt() / weight.sqrt()).requires_grad_()
-        self.scale["qk"] = torch.ones(WIDTH, requires_grad=True)
+        self.scale["qk"] = torch.ones(WIDTH, dtype=torch.double, requires_grad=True)
         for linear in self.LINEARS:
             count = p[f"{linear}.weight"].numel() // self.width
-            self.upper[linear], self.lower[linear] = (torch.full((count, 1), 4.0, requires_grad=True) for _ in range(2))
+            self.upper[linear], self.lower[linear] = (torch.full((count, 1), 4.0, dtype=torch.double, requires_grad=True) for _ in range(2))
         self.sign = dict.fromkeys(self.LINEARS)
         if symmetric:
             with torch.no_grad():
                 moved = self.moved()
                 for linear in self.LINEARS:
                     w = moved[f"{linear}.weight"]
-                    full = torch.full((w.numel() // self.width, 1), 100.0)
+                    full = torch.full((w.numel() // self.width, 1), 100.0, dtype=torch.double)
                     errors = [
                         (oracle_quantize(w, full, full, s * torch.ones_like(full), bits, self.width) - w)
                         .reshape(-1, self.width).square().sum(1)
                         for s in (1, -1)
                     ]  # fmt: skip
-                    self.sign[linear] = torch.where(errors[1] < errors[0], -1.0, 1.0)
+                    self.sign[linear] = torch.where(errors[1] < errors[0], -1.0, 1.0).double()
 
     def moved(self) -> dict[str, Tensor]:
         m = dict(self.p)
@@ -171,6 +169,7 @@ def problem_of(p: dict[str, Tensor], x_fp: Tensor, x_q: Tensor, loss: str) -> Pr
         target=opt_block(p, x_fp),
         augmented=opt_block(p, x_q),
         loss=parse_loss(loss),
+        watch=lambda params, linears, visit: None,
         train=list(range(SAMPLES - 1)),
         held=[SAMPLES - 1],
         rng=partial(generator, 0),
@@ -183,8 +182,8 @@ def problem_of(p: dict[str, Tensor], x_fp: Tensor, x_q: Tensor, loss: str) -> Pr
 @pytest.mark.parametrize("bits", [2, 4])
 def test_training_follows_the_papers_equations_step_by_step(bits: int, symmetric: bool) -> None:
     p = opt_params(1)
-    x_fp = torch.randn(SAMPLES, TOKENS, WIDTH, generator=torch.Generator().manual_seed(2))
-    x_q = x_fp + 0.05 * torch.randn(SAMPLES, TOKENS, WIDTH, generator=torch.Generator().manual_seed(3))
+    x_fp = torch.randn(SAMPLES, TOKENS, WIDTH, generator=torch.Generator().manual_seed(2)).double()
+    x_q = x_fp + 0.05 * torch.randn(SAMPLES, TOKENS, WIDTH, generator=torch.Generator().manual_seed(3)).double()
     problem = problem_of(p, x_fp, x_q, "mse")
     oracle = OracleOPT(p, x_q, bits, symmetric)
     optimizer = torch.optim.AdamW(
@@ -215,10 +214,10 @@ def test_training_follows_the_papers_equations_step_by_step(bits: int, symmetric
         curve.append(held_loss())
 
     final, report = phase.run(draft, problem)
-    assert report.before == pytest.approx(curve[0], rel=1e-5)
-    assert list(report.curve) == pytest.approx(curve[1:], rel=1e-4 if bits == 2 else FLIPS_AT_4_BITS)
+    assert report.before == pytest.approx(curve[0], rel=1e-7)
+    assert list(report.curve) == pytest.approx(curve[1:], rel=1e-7)
     assert report.after == min(report.before, *report.curve)
-    if report.kept_epoch == epochs and bits == 2:
+    if report.kept_epoch == epochs:
         for name, value in oracle.quantized().items():
             torch.testing.assert_close(realize(final)[name], value.detach(), rtol=1e-5, atol=1e-5)
 
@@ -227,7 +226,7 @@ def test_training_follows_the_papers_equations_step_by_step(bits: int, symmetric
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_gradients_follow_the_papers_equations(bits: int, symmetric: bool) -> None:
     p = opt_params(1)
-    x = torch.randn(SAMPLES, TOKENS, WIDTH, generator=torch.Generator().manual_seed(2))
+    x = torch.randn(SAMPLES, TOKENS, WIDTH, generator=torch.Generator().manual_seed(2)).double()
     problem = problem_of(p, x, x, "mse")
     oracle = OracleOPT(p, x, bits, symmetric)
     F.mse_loss(opt_block(oracle.quantized(), x), problem.target).backward()
@@ -255,19 +254,19 @@ def test_gradients_follow_the_papers_equations(bits: int, symmetric: bool) -> No
 
 def test_the_transformed_block_is_the_original_at_full_precision() -> None:
     p = opt_params(5)
-    x = torch.randn(SAMPLES, TOKENS, WIDTH, generator=torch.Generator().manual_seed(6))
+    x = torch.randn(SAMPLES, TOKENS, WIDTH, generator=torch.Generator().manual_seed(6)).double()
     problem = problem_of(p, x, x, "mse")
     learnable = EquivalentTransform()
     draft = open_draft(p, tuple(f"{linear}.weight" for linear in OPT.linears), QuantSpec(4, 32, False))
     theta = learnable.init(draft, problem.facts)
     with torch.no_grad():
         for key, value in theta.items():
-            noise = torch.rand(value.shape, generator=torch.Generator().manual_seed(len(key)))
+            noise = torch.rand(value.shape, generator=torch.Generator().manual_seed(len(key))).double()
             value.mul_(0.5 + noise) if key.endswith(".scale") else value.add_(noise)
         moved = learnable.apply(theta, draft, problem.facts)
     assert all(not torch.equal(moved.params[name], p[name]) for name in p if not name.startswith("fc2"))
-    torch.testing.assert_close(opt_block(dict(moved.params), x), opt_block(p, x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(opt_block(dict(moved.params), x), opt_block(p, x), rtol=1e-9, atol=1e-9)
 
 
 def test_llama_declares_the_pairs_that_the_paper_transforms() -> None:
-    assert len(LLAMA.equivalences) == 4
+    assert len(LLAMA.equivalences) == 5

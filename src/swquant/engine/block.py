@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -37,7 +37,7 @@ class Job:
         skeleton: The model's code.
         spec: The grid.
         phases: The method.
-        loss: The training loss.
+        loss: The training loss; ``None`` leaves each phase its own.
         samples: Calibration samples; the streams' further samples are for evaluation and train nothing.
         seed: Of everything random.
         device: Where to compute.
@@ -47,7 +47,7 @@ class Job:
     skeleton: Skeleton
     spec: QuantSpec
     phases: tuple[Phase, ...]
-    loss: Loss
+    loss: Loss | None
     samples: int
     seed: int
     device: torch.device
@@ -85,6 +85,7 @@ def quantize_block(job: Job, journal: Journal, kwargs: Mapping[str, Any], observ
         target=next_reference,
         augmented=augmented,
         loss=job.loss,
+        watch=partial(bound.watch, quantized[: job.samples]),
         train=train,
         held=held,
         rng=partial(generator, job.seed, "block", index),
@@ -140,27 +141,41 @@ class _Bound:
             destination[batch] = self.forward(floats, source[batch].to(self.device)).cpu()
 
     @torch.no_grad()
-    def input_ranges(
-        self, params: Mapping[str, Tensor], source: Tensor, linears: Sequence[str]
-    ) -> dict[str, ChannelRange]:
-        """Channel ranges of the named linears' inputs over the samples of ``source``."""
+    def watch(
+        self,
+        source: Tensor,
+        params: Mapping[str, Tensor],
+        linears: Sequence[str],
+        visit: Callable[[str, Tensor], None],
+    ) -> None:
+        """Run over the samples of ``source`` and show ``visit`` each batch's inputs of the named linears."""
         floats = {name: value.float() for name, value in params.items()}
-        seen: dict[str, ChannelRange] = {}
 
-        def watch(linear: str, _: torch.nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            low, high = arguments[0].flatten(0, -2).aminmax(dim=0)
-            before = seen.get(linear)
-            if before is not None:
-                low, high = torch.minimum(low, before.low), torch.maximum(high, before.high)
-            seen[linear] = ChannelRange(low, high)
+        def seen(linear: str, _: torch.nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            visit(linear, arguments[0].flatten(0, -2))
 
         with ExitStack() as hooks:
             for linear in linears:
                 module = self.block.module.get_submodule(linear)
-                hooks.callback(module.register_forward_pre_hook(partial(watch, linear)).remove)
+                hooks.callback(module.register_forward_pre_hook(partial(seen, linear)).remove)
             for batch in _batches(source):
                 self.forward(floats, source[batch].to(self.device))
-        return seen
+
+    def input_ranges(
+        self, params: Mapping[str, Tensor], source: Tensor, linears: Sequence[str]
+    ) -> dict[str, ChannelRange]:
+        """Channel ranges of the named linears' inputs over the samples of ``source``."""
+        ranges: dict[str, ChannelRange] = {}
+
+        def note(linear: str, inputs: Tensor) -> None:
+            low, high = inputs.aminmax(dim=0)
+            before = ranges.get(linear)
+            if before is not None:
+                low, high = torch.minimum(low, before.low), torch.maximum(high, before.high)
+            ranges[linear] = ChannelRange(low, high)
+
+        self.watch(source, params, linears, note)
+        return ranges
 
 
 def _facts(skeleton: Skeleton, bound: _Bound, params: Mapping[str, Tensor], inputs: Tensor) -> BlockFacts:

@@ -58,6 +58,8 @@ class Family:
         blocks: The list of decoder blocks.
         linears: A block's linears that are quantized.
         equivalences: Pairs between which scales and shifts can move without changing the block's function.
+        writers: Linears whose outputs are added to the residual stream; none where a rotation of the stream is not
+            an equivalence. All others of ``linears`` then read it, each behind the norm of its ``NormLinears``.
         embedding: The token embedding.
         tail: Modules between the last block and the head, in order.
         head: The output projection, tied to ``embedding`` where ``tie_word_embeddings`` is set; never quantized.
@@ -70,6 +72,7 @@ class Family:
     blocks: str
     linears: tuple[str, ...]
     equivalences: tuple[Equivalence, ...]
+    writers: tuple[str, ...] = ()
     embedding: str = "model.embed_tokens"
     tail: tuple[str, ...] = ("model.norm",)
     head: str = "lm_head"
@@ -87,6 +90,8 @@ GATED_LINEARS = (
     "mlp.down_proj",
 )
 """Linears of a LLaMA block, which most families share."""
+
+GATED_WRITERS = ("self_attn.o_proj", "mlp.down_proj")
 
 INPUT_NORM = NormLinears("input_layernorm", GATED_LINEARS[:3])
 MLP_NORM = NormLinears("post_attention_layernorm", GATED_LINEARS[4:6])

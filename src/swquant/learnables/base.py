@@ -44,9 +44,10 @@ class BlockFacts:
 class Learnable(Protocol):
     """Something that training can change about a draft.
 
-    ``init`` makes the state, ``apply`` is a pure and differentiable function from state and draft to draft, ``project``
-    brings the state back to its domain after each step. ``writes`` names what ``apply`` sets: fields of slots, or
-    ``"params"``; two learnables that write the same thing cannot train in one phase.
+    ``init`` makes the state, the same for the same arguments; ``apply`` is a pure and differentiable function from
+    state and draft to draft; ``enter`` and ``project`` change the state in place. ``writes`` names what ``apply`` sets:
+    fields of slots, ``"weights"`` (those of slots) or ``"norms"``; two learnables that write the same thing cannot
+    train in one phase.
     """
 
     writes: ClassVar[frozenset[str]]
@@ -54,6 +55,11 @@ class Learnable(Protocol):
     @property
     def learning_rate(self) -> float:
         """The optimizer's learning rate for this state."""
+        ...
+
+    @property
+    def weight_decay(self) -> float:
+        """The optimizer's weight decay for this state."""
         ...
 
     def init(self, draft: Draft, facts: BlockFacts) -> Theta:
@@ -64,6 +70,10 @@ class Learnable(Protocol):
         """The draft under this state."""
         ...
 
+    def enter(self, theta: Theta, done: int, rounds: int) -> None:
+        """Prepare for a round of training with ``done`` of ``rounds`` behind it; called once more when all are."""
+        ...
+
     def project(self, theta: Theta) -> None:
-        """Bring the state back to its domain, in place."""
+        """Bring the state back to its domain after a step."""
         ...

@@ -23,9 +23,11 @@ class WeightClipping:
 
     Attributes:
         learning_rate: Of the logits; 1e-2 in the paper.
+        weight_decay: Likewise; 0 in the paper.
     """
 
     learning_rate: float = 1e-2
+    weight_decay: float = 0.0
     writes: ClassVar[frozenset[str]] = frozenset({"lo", "hi"})
 
     def init(self, draft: Draft, facts: BlockFacts) -> Theta:
@@ -44,6 +46,9 @@ class WeightClipping:
             for name, slot in draft.slots.items()
         }
         return replace(draft, slots=slots)
+
+    def enter(self, theta: Theta, done: int, rounds: int) -> None:
+        """Nothing changes from round to round."""
 
     def project(self, theta: Theta) -> None:
         """Logits are unconstrained."""

@@ -24,7 +24,10 @@ class Problem:
         inputs: What the quantized model so far puts into the block, ``[samples, tokens, dim]``, maybe memory-mapped.
         target: What the full-precision block makes of the full-precision model's stream.
         augmented: What the full-precision block makes of ``inputs``; present if a phase asks for it.
-        loss: Distance between the block's outputs and a target.
+        loss: Distance between the block's outputs and a target; ``None`` leaves it to the phase.
+        watch: ``watch(parameters, linears, visit)`` runs the block with full-precision ``parameters`` over the inputs of
+            all calibration samples and calls ``visit(linear, x)`` with each batch's input ``[tokens, in_features]`` of
+            each of the named linears.
         train: Samples to train on.
         held: Samples on which states are compared, disjoint from ``train`` where there is more than one sample.
         rng: Generator for a place in the block, e.g. ``rng("slices", 17)``.
@@ -37,7 +40,8 @@ class Problem:
     inputs: Tensor
     target: Tensor
     augmented: Tensor | None
-    loss: Loss
+    loss: Loss | None
+    watch: Callable[[Mapping[str, Tensor], Sequence[str], Callable[[str, Tensor], None]], None]
     train: Sequence[int]
     held: Sequence[int]
     rng: Callable[..., torch.Generator]
@@ -53,8 +57,8 @@ class PhaseReport:
         phase: Its name.
         before: Loss on the held-out samples at the start.
         after: The same at the end, of the state that was kept.
-        curve: Held-out loss after each epoch; ``None`` where it was not finite.
-        kept_epoch: The epoch whose state was kept, 0 for the start.
+        curve: Held-out loss after each round; ``None`` where it was not finite.
+        kept_epoch: The round whose state was kept, 0 for the start.
         events: What went wrong and what was done about it.
     """
 

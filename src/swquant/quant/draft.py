@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from swquant.quant.grid import Extent, Grid, extent_of, group, minmax_grid, stored_as
+from swquant.quant.grid import Extent, Grid, extent_of, group, minmax_grid, stored_as, stored_step, widened
 from swquant.quant.qtensor import QTensor
-from swquant.quant.rounding import codes_of, fake_quantize
+from swquant.quant.rounding import Rounding, codes_of, fake_quantize
 from swquant.quant.spec import QuantSpec
 
 
@@ -24,6 +24,9 @@ class Slot:
         hi: Factor on each group's maximum, likewise.
         sign: Sign of each group's scale, ``[out, groups, 1]``; symmetric grids only.
         extent: The weight's extent where it is known because no learnable changes the weight; ``None`` recomputes it.
+        grid: An explicit grid; ``lo``, ``hi``, ``sign`` and ``extent`` are then unused.
+        rounding: How codes are rounded; ``None`` is to the nearest.
+        gain: Factor on the scale in dequantization alone, a number or ``[out, groups, 1]``.
     """
 
     spec: QuantSpec
@@ -31,6 +34,9 @@ class Slot:
     hi: Tensor | float = 1.0
     sign: Tensor | None = None
     extent: Extent | None = None
+    grid: Grid | None = None
+    rounding: Rounding | None = None
+    gain: Tensor | float = 1.0
 
 
 @dataclass(frozen=True)
@@ -94,36 +100,72 @@ def _squared_error(weight: Tensor, grid: Grid, spec: QuantSpec) -> Tensor:
 
 def grid_of(weight: Tensor, slot: Slot) -> Grid:
     """The grid that ``slot`` puts ``weight`` on."""
+    if slot.grid is not None:
+        return slot.grid
     extent = slot.extent if slot.extent is not None else extent_of(weight, slot.spec)
     return minmax_grid(extent, slot.spec, slot.lo, slot.hi, slot.sign)
 
 
-def realize(draft: Draft) -> dict[str, Tensor]:
-    """Differentiable float32 parameters: slots through the grid, the others as they will be stored."""
-    out = {name: stored_as(draft.params[name], dtype).float() for name, dtype in draft.dtypes.items()}
+def step_of(grid: Grid, slot: Slot) -> Tensor:
+    """What a code is worth in ``slot``: the grid's scale, times the gain where there is one."""
+    return stored_step(grid.scale, slot.gain) if isinstance(slot.gain, Tensor) or slot.gain != 1.0 else grid.scale
+
+
+def snap(weight: Tensor, slot: Slot) -> Tensor:
+    """The differentiable weight on the grid, ``[out, in]`` in float32 (float64 for a float64 weight)."""
+    grid = grid_of(weight, slot)
+    return fake_quantize(weight, grid, slot.spec, step_of(grid, slot), slot.rounding)
+
+
+def realize(draft: Draft, constants: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Differentiable parameters in float32: slots through the grid, the others as they will be stored.
+
+    Args:
+        draft: What to realize.
+        constants: Results for names whose part of the draft has not changed; they are taken as they are.
+    """
+    known = constants or {}
+    out = {
+        name: widened(stored_as(draft.params[name], dtype)) for name, dtype in draft.dtypes.items() if name not in known
+    }
     for name, slot in draft.slots.items():
-        out[name] = fake_quantize(draft.params[name], grid_of(draft.params[name], slot), slot.spec)
-    return out
+        if name not in known:
+            out[name] = snap(draft.params[name], slot)
+    return {**known, **out}
 
 
 @torch.no_grad()
 def commit(draft: Draft) -> Committed:
-    """Integer codes and stored parameters; :meth:`Committed.floats` equals :func:`realize` bit for bit."""
+    """Integer codes and stored parameters; :meth:`Committed.floats` equals :func:`realize` bit for bit.
+
+    Raises:
+        ValueError: A slot's rounding is still soft, so that a code is no integer.
+    """
     quantized: dict[str, QTensor] = {}
     for name, slot in draft.slots.items():
         weight = draft.params[name]
         grid = grid_of(weight, slot)
-        codes = codes_of(group(weight, slot.spec), grid, slot.spec).to(torch.uint8)
+        rounding = slot.rounding and Rounding(group(slot.rounding.values, slot.spec), slot.rounding.up)
+        levels = codes_of(group(weight, slot.spec), grid, slot.spec, rounding)
+        codes = levels.to(torch.uint8)
+        if not torch.equal(codes.to(levels.dtype), levels):
+            raise ValueError(f"the rounding of {name} is still soft: harden it before it is committed")
         zero = grid.zero.squeeze(-1).to(torch.uint8)
-        quantized[name] = QTensor(codes.view(weight.shape), grid.scale.squeeze(-1), zero, slot.spec)
+        step = step_of(grid, slot).squeeze(-1).float()
+        quantized[name] = QTensor(codes.view(weight.shape), step, zero, slot.spec)
     stored = {name: draft.params[name].to(dtype) for name, dtype in draft.dtypes.items()}
     return Committed(quantized, stored)
 
 
 def detach(draft: Draft) -> Draft:
     """The draft without its graph: the starting point of a next phase."""
-    slots = {
-        name: replace(slot, **{key: value.detach() for key, value in vars(slot).items() if isinstance(value, Tensor)})
-        for name, slot in draft.slots.items()
-    }
+    slots = {name: _detached(slot) for name, slot in draft.slots.items()}
     return replace(draft, params={name: value.detach() for name, value in draft.params.items()}, slots=slots)
+
+
+def _detached(slot: Slot) -> Slot:
+    tensors = {key: value.detach() for key, value in vars(slot).items() if isinstance(value, Tensor)}
+    extent = slot.extent and Extent(slot.extent.low.detach(), slot.extent.high.detach())
+    grid = slot.grid and Grid(slot.grid.scale.detach(), slot.grid.zero.detach())
+    rounding = slot.rounding and Rounding(slot.rounding.values.detach(), slot.rounding.up)
+    return replace(slot, extent=extent, grid=grid, rounding=rounding, **tensors)

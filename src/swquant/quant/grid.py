@@ -42,6 +42,11 @@ class _StoredAs(torch.autograd.Function):
         return grad_outputs[0], None
 
 
+def widened(values: Tensor) -> Tensor:
+    """``values`` in float32, or as they are where they are float64."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
 def stored_as(values: Tensor, dtype: torch.dtype) -> Tensor:
     """``values`` rounded to what ``dtype`` can hold, in their own dtype; gradients pass straight through."""
     return values if values.dtype == dtype else _StoredAs.apply(values, dtype)  # pyright: ignore[reportReturnType]
@@ -55,7 +60,17 @@ def group(weight: Tensor, spec: QuantSpec) -> Tensor:
 def extent_of(weight: Tensor, spec: QuantSpec) -> Extent:
     """The :class:`Extent` of each group of ``weight [out, in]``, differentiable."""
     low, high = group(weight, spec).aminmax(dim=-1, keepdim=True)
-    return Extent(low.float().clamp(max=0), high.float().clamp(min=0))
+    return Extent(widened(low).clamp(max=0), widened(high).clamp(min=0))
+
+
+def at_least(scale: Tensor) -> Tensor:
+    """``scale`` with a magnitude of :data:`MIN_SCALE` or more and its sign kept; zero counts as positive."""
+    return torch.where(scale < 0, scale.clamp(max=-MIN_SCALE), scale.clamp(min=MIN_SCALE))
+
+
+def stored_step(scale: Tensor, gain: Tensor | float) -> Tensor:
+    """What a code is worth: ``scale * gain`` as files hold it, in bfloat16 and of the least magnitude or more."""
+    return stored_as(at_least(scale * gain), torch.bfloat16)
 
 
 def minmax_grid(extent: Extent, spec: QuantSpec, lo: Tensor | float, hi: Tensor | float, sign: Tensor | None) -> Grid:

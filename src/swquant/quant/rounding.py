@@ -3,75 +3,145 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from swquant.quant.grid import Grid, group
+from swquant.quant.grid import Grid, group, widened
 from swquant.quant.spec import QuantSpec
 
 _CPU_CHUNK = 1 << 17
 
 
-def codes_of(weight: Tensor, grid: Grid, spec: QuantSpec) -> Tensor:
-    """Codes of ``weight [out, groups, width]``: ``clamp(round(weight / scale) + zero, 0, 2**bits - 1)``, as floats."""
-    return (weight.float() / grid.scale).round_().add_(grid.zero).clamp_(0, spec.max_code)
+@dataclass(frozen=True)
+class Rounding:
+    """How ``u = weight / scale`` becomes an integer, where that is not to the nearest.
+
+    Attributes:
+        values: ``[out, in]``, floating point or bool.
+        up: ``False``: ``round(u + values)``, SignRound's offsets. ``True``: ``floor(u) + values``, TesseraQ's soft
+            decisions in [0, 1]; once all are 0 or 1 the result is an integer.
+    """
+
+    values: Tensor
+    up: bool
 
 
-def fake_quantize(weight: Tensor, grid: Grid, spec: QuantSpec) -> Tensor:
-    """Quantize and dequantize ``weight [out, in]`` with straight-through gradients to the weight and the scale.
+def codes_of(weight: Tensor, grid: Grid, spec: QuantSpec, rounding: Rounding | None = None) -> Tensor:
+    """Codes of ``weight [out, groups, width]``: ``clamp(integer(weight / scale) + zero, 0, 2**bits - 1)``, as floats.
 
-    With ``u = weight / scale``, ``q = clamp(round(u) + zero, 0, 2**bits - 1)`` and ``m`` 1 where ``round(u) + zero`` is
-    within the clamp and 0 elsewhere::
+    Args:
+        weight: Grouped weight.
+        grid: Scale and zero of its groups.
+        spec: The grid's kind.
+        rounding: Its ``values`` grouped like ``weight``; ``None`` is to the nearest. Soft decisions give soft codes.
+    """
+    return _level(_ratio(weight, grid.scale), grid.zero, rounding).clamp_(0, spec.max_code)
 
-        out = (q - zero) * scale,   d out / d weight = m,   d out / d scale = (q - zero) - m * u
 
-    which is what automatic differentiation yields for a straight-through ``round``. The zero point gets no gradient.
-    The backward pass recomputes ``q``, so that nothing of the weight's size is kept but the weight, in its own dtype.
+def fake_quantize(
+    weight: Tensor, grid: Grid, spec: QuantSpec, step: Tensor | None = None, rounding: Rounding | None = None
+) -> Tensor:
+    """Quantize and dequantize ``weight [out, in]`` with straight-through gradients.
+
+    With ``u = weight / scale``, ``level = integer(u) + zero``, ``q = clamp(level, 0, 2**bits - 1)``, ``d`` the step of
+    dequantization and ``m`` 1 where ``level`` is within the clamp and 0 elsewhere::
+
+        out = (q - zero) * d
+        d out / d weight = m * d / scale             d out / d step = q - zero
+        d out / d scale  = -m * u * d / scale        d out / d zero = (m - 1) * d
+        d out / d rounding.values = m * d
+
+    which is what automatic differentiation yields for straight-through ``round`` and ``floor``. Where ``step`` is
+    ``scale`` itself, the two gradients add up to ``q - zero - m * u``. The backward pass recomputes ``q``, so that
+    nothing of the weight's size is kept but the weight and the rounding, in their own dtypes.
+
+    Args:
+        weight: ``[out, in]``.
+        grid: Scale and zero of its groups.
+        spec: The grid's kind.
+        step: What a code is worth, ``[out, groups, 1]``; ``None`` is the grid's scale.
+        rounding: ``None`` is to the nearest.
 
     Returns:
-        ``float32 [out, in]``, bit for bit what :meth:`swquant.quant.qtensor.QTensor.dequantize` gives for the codes of
-        :func:`codes_of`.
+        ``[out, in]`` in float32 (float64 for a float64 weight), bit for bit what
+        :meth:`swquant.quant.qtensor.QTensor.dequantize` gives for the codes of :func:`codes_of` and ``step``.
     """
-    return _FakeQuantize.apply(weight, grid.scale, grid.zero, spec)  # pyright: ignore[reportReturnType]
+    values, up = (None, False) if rounding is None else (rounding.values, rounding.up)
+    step = grid.scale if step is None else step
+    return _FakeQuantize.apply(weight, grid.scale, step, grid.zero, values, up, spec)  # pyright: ignore[reportReturnType]
+
+
+def _ratio(weight: Tensor, scale: Tensor) -> Tensor:
+    return widened(weight) / scale
+
+
+def _level(ratio: Tensor, zero: Tensor, rounding: Rounding | None) -> Tensor:
+    """``integer(ratio) + zero``, a new tensor."""
+    if rounding is None:
+        return ratio.round().add_(zero)
+    if rounding.up:
+        return ratio.floor().add_(rounding.values).add_(zero)
+    return (ratio + rounding.values).round_().add_(zero)
 
 
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec) -> Tensor:
-        ctx.save_for_backward(weight, scale, zero)
-        ctx.spec = spec
-        out = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        scale: Tensor,
+        step: Tensor,
+        zero: Tensor,
+        values: Tensor | None,
+        up: bool,
+        spec: QuantSpec,
+    ) -> Tensor:
+        ctx.save_for_backward(weight, scale, step, zero, values)
+        ctx.up, ctx.spec, ctx.one_scale = up, spec, step is scale
+        out = torch.empty(weight.shape, dtype=widened(weight[:0]).dtype, device=weight.device)
         grouped, result = group(weight, spec), group(out, spec)
         for rows in _chunks(weight):
-            codes = codes_of(grouped[rows], Grid(scale[rows], zero[rows]), spec)
-            torch.mul(codes.sub_(zero[rows]), scale[rows], out=result[rows])
+            rounding = _rows(values, up, rows, spec)
+            codes = codes_of(grouped[rows], Grid(scale[rows], zero[rows]), spec, rounding)
+            torch.mul(codes.sub_(zero[rows]), step[rows], out=result[rows])
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, *grad_outputs: Any
-    ) -> tuple[Tensor | None, Tensor | None, None, None]:
-        weight, scale, zero = ctx.saved_tensors
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        weight, scale, step, zero, values = ctx.saved_tensors
         spec: QuantSpec = ctx.spec
         grad, grouped = group(grad_outputs[0].contiguous(), spec), group(weight, spec)
-        to_weight, to_scale = ctx.needs_input_grad[:2]
-        grad_weight = (
-            torch.empty(grad_outputs[0].shape, dtype=weight.dtype, device=weight.device) if to_weight else None
-        )
-        grad_scale = torch.empty_like(scale) if to_scale else None
+        wanted: tuple[bool, ...] = ctx.needs_input_grad[:5]
+        out = [
+            torch.empty_like(tensor) if need else None
+            for tensor, need in zip((weight, scale, step, zero, values), wanted, strict=True)
+        ]
         for rows in _chunks(weight):
-            ratio = grouped[rows].float() / scale[rows]
-            level = ratio.round().add_(zero[rows])
+            ratio = _ratio(grouped[rows], scale[rows])
+            level = _level(ratio, zero[rows], _rows(values, ctx.up, rows, spec))
             inside = (level >= 0) & (level <= spec.max_code)
-            if grad_weight is not None:
-                group(grad_weight, spec)[rows] = grad[rows] * inside
-            if grad_scale is not None:
-                slope = level.clamp_(0, spec.max_code).sub_(zero[rows]).sub_(ratio.mul_(inside))
-                grad_scale[rows] = slope.mul_(grad[rows]).sum(-1, keepdim=True)
-        return grad_weight, grad_scale, None, None
+            flow = grad[rows] * inside
+            if out[2] is not None:
+                codes = level.clamp_(0, spec.max_code).sub_(zero[rows])
+                out[2][rows] = codes.mul_(grad[rows]).sum(-1, keepdim=True)
+            if out[3] is not None:
+                out[3][rows] = (flow - grad[rows]).sum(-1, keepdim=True).mul_(step[rows])
+            if out[4] is not None:
+                group(out[4], spec)[rows] = flow * step[rows]
+            if out[0] is not None:
+                group(out[0], spec)[rows] = flow if ctx.one_scale else flow * (step[rows] / scale[rows])
+            if out[1] is not None:
+                slope = flow.mul_(ratio).sum(-1, keepdim=True).neg_()
+                out[1][rows] = slope if ctx.one_scale else slope.mul_(step[rows] / scale[rows])
+        return (*out, None, None)
+
+
+def _rows(values: Tensor | None, up: bool, rows: slice, spec: QuantSpec) -> Rounding | None:
+    return None if values is None else Rounding(group(values, spec)[rows], up)
 
 
 def _chunks(weight: Tensor) -> Iterator[slice]:

@@ -1,0 +1,101 @@
+"""Scales and shifts moved between a block's layers: other parameters, the same function at full precision."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from swquant.families.base import Equivalence, NormLinears, QueryKey, UpDown
+from swquant.learnables.base import BlockFacts
+from swquant.quant.draft import Draft
+from swquant.quant.grid import widened
+
+
+def source_of(pair: Equivalence) -> str:
+    """The module whose output is divided: the norm, the value, query or up projection; it names the pair."""
+    if isinstance(pair, NormLinears):
+        return pair.norm
+    if isinstance(pair, UpDown):
+        return pair.up
+    return pair.query if isinstance(pair, QueryKey) else pair.value
+
+
+def fed_by(pair: Equivalence) -> tuple[str, ...]:
+    """The linears whose input is transformed; none for a query-key pair."""
+    if isinstance(pair, NormLinears):
+        return pair.linears
+    if isinstance(pair, UpDown):
+        return (pair.down,)
+    return () if isinstance(pair, QueryKey) else (pair.output,)
+
+
+def move(
+    draft: Draft,
+    pairs: Iterable[Equivalence],
+    scales: Mapping[str, Tensor],
+    shifts: Mapping[str, Tensor],
+    facts: BlockFacts,
+) -> Draft:
+    """Divide each pair's source by its scale after taking off its shift, and undo both behind it; differentiable.
+
+    Args:
+        draft: The parameters.
+        pairs: Between which modules.
+        scales: By :func:`source_of`: per channel of the source's output, ``[channels]``; for value-output pairs of the
+            key-value heads alone; for query-key pairs ``[key_value_heads, free]``, where rotary positions leave half of
+            a head's channels free.
+        shifts: Likewise, where there is one.
+        facts: Heads.
+
+    Returns:
+        The draft with other parameters; the extents of changed weights are unknown.
+    """
+    params = dict(draft.params)
+    for pair in pairs:
+        source = source_of(pair)
+        scale, shift = scales[source], shifts.get(source)
+        if isinstance(pair, QueryKey):
+            per_key = torch.cat((scale, scale), -1) if pair.rotary else scale
+            _divide_output(params, pair.query, per_query_head(per_key.flatten(), facts), None)
+            _divide_output(params, pair.key, 1 / per_key.flatten(), None)
+            continue
+        _divide_output(params, source, scale, shift)
+        shared = not isinstance(pair, NormLinears | UpDown)
+        for linear in fed_by(pair):
+            wide = per_query_head(scale, facts) if shared else scale
+            _multiply_input(params, linear, wide, per_query_head(shift, facts) if shared and shift is not None else shift)
+    slots = {
+        name: slot if params[name] is draft.params[name] else replace(slot, extent=None)
+        for name, slot in draft.slots.items()
+    }
+    return replace(draft, params=params, slots=slots)
+
+
+def per_key_head(channels: Tensor, facts: BlockFacts) -> Tensor:
+    """View channels of all query heads as ``[key_value_heads, query heads of each, head_dim]``."""
+    return channels.view(facts.key_value_heads, facts.heads // facts.key_value_heads, -1)
+
+
+def per_query_head(channels: Tensor, facts: BlockFacts) -> Tensor:
+    """Repeat channels of the key and value heads for the query heads that share them, flat."""
+    per_head = channels.view(facts.key_value_heads, -1)
+    return per_head.repeat_interleave(facts.heads // facts.key_value_heads, dim=0).flatten()
+
+
+def _divide_output(params: dict[str, Tensor], module: str, scale: Tensor, shift: Tensor | None) -> None:
+    """``(output - shift) / scale`` of a norm or a linear, merged into its parameters."""
+    weight, bias = params[f"{module}.weight"], params.get(f"{module}.bias")
+    params[f"{module}.weight"] = widened(weight) / (scale if weight.dim() == 1 else scale.unsqueeze(1))
+    if bias is not None:
+        params[f"{module}.bias"] = (widened(bias) if shift is None else widened(bias) - shift) / scale
+
+
+def _multiply_input(params: dict[str, Tensor], linear: str, scale: Tensor, shift: Tensor | None) -> None:
+    """Undo ``(input - shift) / scale`` within the linear that receives it."""
+    weight = widened(params[f"{linear}.weight"])
+    if shift is not None:
+        params[f"{linear}.bias"] = widened(params[f"{linear}.bias"]) + weight @ shift
+    params[f"{linear}.weight"] = weight * scale

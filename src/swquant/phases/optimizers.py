@@ -1,0 +1,69 @@
+"""Optimizers and their schedules, as data that a phase holds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+
+class SignSGD(torch.optim.Optimizer):
+    """``p <- p - lr * sign(grad)`` (arXiv 2309.05516, eq. 4)."""
+
+    def __init__(self, params: Iterable[Any]) -> None:
+        super().__init__(params, {"lr": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Take a step; ``closure`` is not called."""
+        for group in self.param_groups:
+            for value in group["params"]:
+                if value.grad is not None:
+                    value.add_(value.grad.sign_(), alpha=-group["lr"])
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """How a phase takes its steps.
+
+    Attributes:
+        kind: ``adamw`` and ``adam`` as in torch (weight decay apart from the gradient, or in it), ``sign_sgd``.
+        schedule: The rate over the phase: ``constant``; ``linear`` to zero; ``cosine`` down to ``floor``.
+        floor: Where the cosine ends, as a share of the rate.
+        restart: Forget the optimizer's moments at the beginning of every round.
+    """
+
+    kind: Literal["adamw", "adam", "sign_sgd"] = "adamw"
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    floor: float = 0.0
+    restart: bool = False
+
+    def open(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """The optimizer for groups of ``params``, ``lr`` and ``weight_decay``."""
+        kept = [dict(group, rate=group["lr"]) for group in groups if group["params"]]
+        if self.kind == "sign_sgd":
+            return SignSGD(kept)
+        return torch.optim.Adam(kept) if self.kind == "adam" else torch.optim.AdamW(kept)
+
+    def factor(self, step: int, steps: int) -> float:
+        """The schedule's factor on the rate for step number ``step`` of ``steps``."""
+        if self.schedule == "linear":
+            return 1 - step / steps
+        if self.schedule == "cosine":
+            return self.floor + (1 - self.floor) * (1 + math.cos(math.pi * step / steps)) / 2
+        return 1.0
+
+
+def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Set every group's rate to ``factor`` times the one that it was opened with."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["rate"] * factor
+
+
+def trainable(theta: dict[str, Tensor]) -> list[Tensor]:
+    """The tensors of a learnable's state that are trained."""
+    return [value for value in theta.values() if value.requires_grad]
