@@ -25,7 +25,7 @@ def weights() -> dict[str, Tensor]:
 
 
 @pytest.fixture
-def make_model(tmp_path: Path) -> Make:
+def lay_out(tmp_path: Path) -> Make:
     """Lay out a model directory from its shards: one is ``model.safetensors``, several get an index."""
 
     def make(*shards: Mapping[str, Tensor], config: object = CONFIG, name: str = "model") -> Path:

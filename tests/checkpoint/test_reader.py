@@ -46,8 +46,8 @@ def edit_index(directory: Path, weight_map: object) -> None:
 
 
 class TestWhole:
-    def test_one_file(self, make_model: Make, weights: dict[str, Tensor]) -> None:
-        directory = make_model(weights)
+    def test_one_file(self, lay_out: Make, weights: dict[str, Tensor]) -> None:
+        directory = lay_out(weights)
         checkpoint = open_checkpoint(str(directory))
         assert checkpoint.directory == directory
         assert checkpoint.config == {"model_type": "llama", "hidden_size": 4}
@@ -60,12 +60,10 @@ class TestWhole:
             assert read.dtype == tensor.dtype
             assert torch.equal(read, tensor)
 
-    def test_shards_and_a_tensor_that_the_index_does_not_list(
-        self, make_model: Make, weights: dict[str, Tensor]
-    ) -> None:
+    def test_shards_and_a_tensor_that_the_index_does_not_list(self, lay_out: Make, weights: dict[str, Tensor]) -> None:
         names = sorted(weights)
         shards = [{name: weights[name] for name in half} for half in (names[2:], names[:2])]
-        directory = make_model(*shards)
+        directory = lay_out(*shards)
         listed = {names[0]: "model-00002-of-00002.safetensors", names[3]: "model-00001-of-00002.safetensors"}
         edit_index(directory, listed)
         checkpoint = open_checkpoint(directory)
@@ -73,30 +71,30 @@ class TestWhole:
         assert all(torch.equal(checkpoint.read(name), weights[name]) for name in names)
         assert {stored.file.name for stored in checkpoint.tensors.values()} == set(listed.values())
 
-    def test_the_single_file_goes_before_an_index(self, make_model: Make, weights: dict[str, Tensor]) -> None:
-        directory = make_model(weights)
+    def test_the_single_file_goes_before_an_index(self, lay_out: Make, weights: dict[str, Tensor]) -> None:
+        directory = lay_out(weights)
         edit_index(directory, {"model.norm.weight": "elsewhere.safetensors"})
         assert set(open_checkpoint(directory).tensors) == set(weights)
 
-    def test_sizes_and_dtype_count_bytes_of_floating_tensors(self, make_model: Make) -> None:
+    def test_sizes_and_dtype_count_bytes_of_floating_tensors(self, lay_out: Make) -> None:
         shard = {
             "a": torch.ones(40, dtype=torch.bfloat16),
             "b": torch.ones(21),
             "c": torch.ones(1000, dtype=torch.int64),
         }
-        checkpoint = open_checkpoint(make_model(shard))
+        checkpoint = open_checkpoint(lay_out(shard))
         assert checkpoint.tensor_bytes == 80 + 84 + 8000
         assert checkpoint.dtype == torch.float32
 
     @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16])
-    def test_integer_buffers(self, make_model: Make, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
+    def test_integer_buffers(self, lay_out: Make, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
         weights["buffer"] = torch.tensor([0, 1, 1]).to(dtype)
-        checkpoint = open_checkpoint(make_model(weights))
+        checkpoint = open_checkpoint(lay_out(weights))
         assert checkpoint.tensors["buffer"].dtype == dtype
         assert torch.equal(checkpoint.read("buffer"), weights["buffer"])
 
-    def test_read_survives_the_file_and_leaves_it_alone(self, make_model: Make, weights: dict[str, Tensor]) -> None:
-        directory = make_model(weights)
+    def test_read_survives_the_file_and_leaves_it_alone(self, lay_out: Make, weights: dict[str, Tensor]) -> None:
+        directory = lay_out(weights)
         checkpoint = open_checkpoint(directory)
         before = (directory / "model.safetensors").read_bytes()
         tensor = checkpoint.read("model.norm.weight")
@@ -105,8 +103,8 @@ class TestWhole:
         assert (directory / "model.safetensors").read_bytes() == before
         assert torch.equal(checkpoint.read("model.norm.weight"), weights["model.norm.weight"])
 
-    def test_has_and_a_missing_tensor(self, make_model: Make, weights: dict[str, Tensor]) -> None:
-        checkpoint = open_checkpoint(make_model(weights))
+    def test_has_and_a_missing_tensor(self, lay_out: Make, weights: dict[str, Tensor]) -> None:
+        checkpoint = open_checkpoint(lay_out(weights))
         assert checkpoint.has("model.norm.weight")
         assert not checkpoint.has("lm_head.weight")
         for act in (checkpoint.read, lambda name: checkpoint.rows(name, torch.tensor([0]))):
@@ -114,9 +112,9 @@ class TestWhole:
                 act("lm_head.weight")
 
     def test_home_directory(
-        self, make_model: Make, weights: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, lay_out: Make, weights: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        directory = make_model(weights)
+        directory = lay_out(weights)
         monkeypatch.setenv("HOME", str(tmp_path))
         monkeypatch.setenv("USERPROFILE", str(tmp_path))
         assert open_checkpoint("~/model").directory == directory
@@ -125,12 +123,10 @@ class TestWhole:
 class TestValues:
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-    def test_one_bad_value_is_refused_where_it_is_read(
-        self, make_model: Make, value: float, dtype: torch.dtype
-    ) -> None:
+    def test_one_bad_value_is_refused_where_it_is_read(self, lay_out: Make, value: float, dtype: torch.dtype) -> None:
         matrix = torch.ones(5, 3, dtype=dtype)
         matrix[3, 1] = value
-        directory = make_model({"w": matrix})
+        directory = lay_out({"w": matrix})
         checkpoint = open_checkpoint(directory)
         said = f"'w' in {re.escape(str(directory / 'model.safetensors'))} holds NaN or infinite values"
         with pytest.raises(SwquantError, match=said):
@@ -139,12 +135,12 @@ class TestValues:
             checkpoint.rows("w", torch.tensor([0, 3]))
         assert torch.equal(checkpoint.rows("w", torch.tensor([0, 4])), torch.ones(2, 3, dtype=dtype))
 
-    def test_a_bad_value_behind_the_first_chunk(self, make_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_bad_value_behind_the_first_chunk(self, lay_out: Make, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("swquant.checkpoint.reader._CHUNK", 4)
         matrix = torch.ones(5, 3)
         matrix[4, 2] = float("nan")
         with pytest.raises(SwquantError, match="NaN"):
-            open_checkpoint(make_model({"w": matrix})).read("w")
+            open_checkpoint(lay_out({"w": matrix})).read("w")
 
     @given(st.lists(st.integers(0, 15), max_size=40))
     @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -160,9 +156,9 @@ class TestValues:
         assert torch.equal(rows, matrix[indices])
 
     def test_rows_merge_neighbours(
-        self, make_model: Make, weights: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+        self, lay_out: Make, weights: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        checkpoint = open_checkpoint(make_model(weights))
+        checkpoint = open_checkpoint(lay_out(weights))
         asked: list[slice] = []
 
         class Shard:
@@ -184,20 +180,20 @@ class TestValues:
         assert asked == [slice(0, 1), slice(3, 6), slice(9, 11)]
 
     @pytest.mark.parametrize("row", [-1, 16])
-    def test_a_row_that_is_not_there(self, make_model: Make, weights: dict[str, Tensor], row: int) -> None:
-        checkpoint = open_checkpoint(make_model(weights))
+    def test_a_row_that_is_not_there(self, lay_out: Make, weights: dict[str, Tensor], row: int) -> None:
+        checkpoint = open_checkpoint(lay_out(weights))
         with pytest.raises(SwquantError, match=rf"^row {row} of 'model.embed_tokens.weight' .* rows 0 to 15; "):
             checkpoint.rows("model.embed_tokens.weight", torch.tensor([2, row, 40]))
 
     @pytest.mark.parametrize(("name", "shape"), [("model.norm.weight", (2,)), ("model.embed_tokens.weight", (2, 2))])
     def test_rows_are_of_a_matrix(
-        self, make_model: Make, weights: dict[str, Tensor], name: str, shape: tuple[int, ...]
+        self, lay_out: Make, weights: dict[str, Tensor], name: str, shape: tuple[int, ...]
     ) -> None:
         with pytest.raises(ValueError, match="wants a matrix and a vector"):
-            open_checkpoint(make_model(weights)).rows(name, torch.zeros(shape, dtype=torch.int64))
+            open_checkpoint(lay_out(weights)).rows(name, torch.zeros(shape, dtype=torch.int64))
 
-    def test_a_file_damaged_after_opening(self, make_model: Make, weights: dict[str, Tensor]) -> None:
-        directory = make_model(weights)
+    def test_a_file_damaged_after_opening(self, lay_out: Make, weights: dict[str, Tensor]) -> None:
+        directory = lay_out(weights)
         checkpoint = open_checkpoint(directory)
         os.truncate(directory / "model.safetensors", 100)
         with pytest.raises(SwquantError, match="is damaged or not a safetensors file"):
@@ -208,8 +204,8 @@ class TestValues:
 
 
 class TestFingerprint:
-    def test_a_copy_has_the_same(self, make_model: Make, weights: dict[str, Tensor], tmp_path: Path) -> None:
-        directory = make_model(weights)
+    def test_a_copy_has_the_same(self, lay_out: Make, weights: dict[str, Tensor], tmp_path: Path) -> None:
+        directory = lay_out(weights)
         copy = tmp_path / "elsewhere"
         shutil.copytree(directory, copy)
         os.utime(copy / "model.safetensors", (1, 1))
@@ -219,9 +215,9 @@ class TestFingerprint:
         assert open_checkpoint(copy).fingerprint() == fingerprint
 
     @pytest.mark.parametrize("shard", [1, 2])
-    def test_one_bit_of_a_weight_changes_it(self, make_model: Make, weights: dict[str, Tensor], shard: int) -> None:
+    def test_one_bit_of_a_weight_changes_it(self, lay_out: Make, weights: dict[str, Tensor], shard: int) -> None:
         names = sorted(weights)
-        directory = make_model({name: weights[name] for name in names[:2]}, {name: weights[name] for name in names[2:]})
+        directory = lay_out({name: weights[name] for name in names[:2]}, {name: weights[name] for name in names[2:]})
         before = open_checkpoint(directory).fingerprint()
         path = directory / f"model-0000{shard}-of-00002.safetensors"
         times = path.stat()
@@ -231,8 +227,8 @@ class TestFingerprint:
         os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
         assert open_checkpoint(directory).fingerprint() != before
 
-    def test_config_and_shard_names_change_it(self, make_model: Make, weights: dict[str, Tensor]) -> None:
-        directory = make_model(weights)
+    def test_config_and_shard_names_change_it(self, lay_out: Make, weights: dict[str, Tensor]) -> None:
+        directory = lay_out(weights)
         fingerprints = [open_checkpoint(directory).fingerprint()]
         (directory / "config.json").write_text('{"model_type": "llama", "hidden_size": 5}')
         fingerprints.append(open_checkpoint(directory).fingerprint())
@@ -275,8 +271,8 @@ class TestSidecars:
         "vocab.pth",
     )
 
-    def test_what_is_copied(self, make_model: Make, weights: dict[str, Tensor]) -> None:
-        directory = make_model(weights)
+    def test_what_is_copied(self, lay_out: Make, weights: dict[str, Tensor]) -> None:
+        directory = lay_out(weights)
         for name in (*self.WANTED, *self.OTHERS):
             (directory / name).write_text("x")
         (directory / "tokenizer.jsondir.json").mkdir()
@@ -284,11 +280,11 @@ class TestSidecars:
         assert [path.name for path in sidecars] == sorted(self.WANTED)
         assert {path.parent for path in sidecars} == {directory}
 
-    def test_links_in_a_hub_cache(self, make_model: Make, weights: dict[str, Tensor], tmp_path: Path) -> None:
+    def test_links_in_a_hub_cache(self, lay_out: Make, weights: dict[str, Tensor], tmp_path: Path) -> None:
         repo = tmp_path / "models--owner--name"
         (repo / "blobs").mkdir(parents=True)
         (repo / "snapshots").mkdir()
-        snapshot = make_model(weights, name="models--owner--name/snapshots/abc")
+        snapshot = lay_out(weights, name="models--owner--name/snapshots/abc")
         for file in list(snapshot.iterdir()):
             file.rename(repo / "blobs" / file.name)
             file.symlink_to(Path("../../blobs") / file.name)
@@ -299,16 +295,16 @@ class TestSidecars:
         assert torch.equal(checkpoint.read("model.norm.weight"), weights["model.norm.weight"])
 
     def test_a_link_to_a_private_file_is_refused(
-        self, make_model: Make, weights: dict[str, Tensor], tmp_path: Path
+        self, lay_out: Make, weights: dict[str, Tensor], tmp_path: Path
     ) -> None:
         (tmp_path / "private").write_text("secret")
-        directory = make_model(weights)
+        directory = lay_out(weights)
         (directory / "LICENSE").symlink_to("../private")
         with pytest.raises(SwquantError, match=r"LICENSE is a link to .*private, outside the model"):
             open_checkpoint(directory).sidecars()
 
-    def test_a_link_within_the_directory(self, make_model: Make, weights: dict[str, Tensor]) -> None:
-        directory = make_model(weights)
+    def test_a_link_within_the_directory(self, lay_out: Make, weights: dict[str, Tensor]) -> None:
+        directory = lay_out(weights)
         (directory / "README.md").write_text("x")
         (directory / "LICENSE").symlink_to("README.md")
         assert open_checkpoint(directory).sidecars() == (directory / "LICENSE",)
@@ -328,8 +324,8 @@ class TestRefusals:
     def test_a_path_object_is_never_a_hub_name(self) -> None:
         refused(Path("owner/name"), "no such directory: 'owner")
 
-    def test_no_config(self, make_model: Make, weights: dict[str, Tensor]) -> None:
-        directory = make_model(weights)
+    def test_no_config(self, lay_out: Make, weights: dict[str, Tensor]) -> None:
+        directory = lay_out(weights)
         (directory / "config.json").unlink()
         refused(directory, f"{directory} has no config.json")
 
@@ -338,51 +334,51 @@ class TestRefusals:
         [b"", b"{", b"\xff\xfe\x00", b'{"a": 1} x', b"[" * 100_000, b'{"a": ' + b"9" * 5000 + b"}"],
         ids=["empty", "cut", "not text", "more", "deep", "huge number"],
     )
-    def test_config_is_not_json(self, make_model: Make, weights: dict[str, Tensor], content: bytes) -> None:
-        directory = make_model(weights)
+    def test_config_is_not_json(self, lay_out: Make, weights: dict[str, Tensor], content: bytes) -> None:
+        directory = lay_out(weights)
         (directory / "config.json").write_bytes(content)
         refused(directory, f"{directory / 'config.json'} is not valid JSON")
 
     @pytest.mark.parametrize("content", [[], "x", 1, None])
-    def test_config_is_no_object(self, make_model: Make, weights: dict[str, Tensor], content: object) -> None:
-        directory = make_model(weights, config=content)
+    def test_config_is_no_object(self, lay_out: Make, weights: dict[str, Tensor], content: object) -> None:
+        directory = lay_out(weights, config=content)
         refused(directory, f"{directory / 'config.json'} does not hold a JSON object")
 
     def test_config_is_too_large(
-        self, make_model: Make, weights: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+        self, lay_out: Make, weights: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr("swquant.checkpoint.reader._JSON_LIMIT", 10)
-        refused(make_model(weights), "does not hold a JSON object")
+        refused(lay_out(weights), "does not hold a JSON object")
 
     @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth"])
-    def test_only_pickles(self, make_model: Make, weights: dict[str, Tensor], name: str) -> None:
-        directory = make_model(weights)
+    def test_only_pickles(self, lay_out: Make, weights: dict[str, Tensor], name: str) -> None:
+        directory = lay_out(weights)
         (directory / "model.safetensors").rename(directory / name)
         refused(directory, "only pickled weights", repr(name), "save_pretrained(path, safe_serialization=True)")
 
-    def test_no_weights(self, make_model: Make, weights: dict[str, Tensor]) -> None:
-        directory = make_model(weights)
+    def test_no_weights(self, lay_out: Make, weights: dict[str, Tensor]) -> None:
+        directory = lay_out(weights)
         (directory / "model.safetensors").unlink()
         refused(directory, "holds no weights", "model.safetensors", INDEX)
 
-    def test_weights_without_their_index(self, make_model: Make, weights: dict[str, Tensor]) -> None:
-        directory = make_model(weights)
+    def test_weights_without_their_index(self, lay_out: Make, weights: dict[str, Tensor]) -> None:
+        directory = lay_out(weights)
         (directory / "model.safetensors").rename(directory / "model-00001-of-00002.safetensors")
         refused(directory, "holds 'model-00001-of-00002.safetensors', expected", INDEX)
 
     @pytest.mark.parametrize("weight_map", [None, {}, [], "x"])
-    def test_index_without_a_map(self, make_model: Make, weights: dict[str, Tensor], weight_map: object) -> None:
-        directory = make_model(weights, {})
+    def test_index_without_a_map(self, lay_out: Make, weights: dict[str, Tensor], weight_map: object) -> None:
+        directory = lay_out(weights, {})
         edit_index(directory, weight_map)
         refused(directory, f"{directory / INDEX} has no weight_map")
 
-    def test_index_is_not_json(self, make_model: Make, weights: dict[str, Tensor]) -> None:
-        directory = make_model(weights, {})
+    def test_index_is_not_json(self, lay_out: Make, weights: dict[str, Tensor]) -> None:
+        directory = lay_out(weights, {})
         (directory / INDEX).write_text("{")
         refused(directory, f"{directory / INDEX} is not valid JSON")
 
-    def test_missing_shard(self, make_model: Make) -> None:
-        directory = make_model({"a": torch.ones(2)}, {"b": torch.ones(2)})
+    def test_missing_shard(self, lay_out: Make) -> None:
+        directory = lay_out({"a": torch.ones(2)}, {"b": torch.ones(2)})
         (directory / "model-00002-of-00002.safetensors").unlink()
         refused(directory, "names 'model-00002-of-00002.safetensors', which is missing")
 
@@ -402,28 +398,28 @@ class TestRefusals:
             None,
         ],
     )
-    def test_index_that_leaves_the_directory(self, make_model: Make, tmp_path: Path, file: object) -> None:
-        directory = make_model({"a": torch.ones(2)}, {"b": torch.ones(2)})
+    def test_index_that_leaves_the_directory(self, lay_out: Make, tmp_path: Path, file: object) -> None:
+        directory = lay_out({"a": torch.ones(2)}, {"b": torch.ones(2)})
         save_file({"a": torch.ones(2)}, tmp_path / "x.safetensors")
         edit_index(directory, {"a": file})
         refused(directory, f"puts 'a' into {str(file)!r}, expected the name of a safetensors file beside it")
 
     @pytest.mark.parametrize("file", ["\ud800.safetensors", "n" * 5000 + ".safetensors", "\x1b[2J.safetensors"])
-    def test_index_with_a_name_that_no_file_has(self, make_model: Make, file: str) -> None:
-        directory = make_model({"a": torch.ones(2)}, {"b": torch.ones(2)})
+    def test_index_with_a_name_that_no_file_has(self, lay_out: Make, file: str) -> None:
+        directory = lay_out({"a": torch.ones(2)}, {"b": torch.ones(2)})
         edit_index(directory, {"a": file})
         with pytest.raises(SwquantError) as caught:
             open_checkpoint(directory)
         assert "\x1b" not in str(caught.value)
         assert "\ud800" not in str(caught.value)
 
-    def test_tensor_that_its_shard_lacks(self, make_model: Make) -> None:
-        directory = make_model({"a": torch.ones(2)}, {"b": torch.ones(2)})
+    def test_tensor_that_its_shard_lacks(self, lay_out: Make) -> None:
+        directory = lay_out({"a": torch.ones(2)}, {"b": torch.ones(2)})
         edit_index(directory, {"a": "model-00001-of-00002.safetensors", "c": "model-00002-of-00002.safetensors"})
         refused(directory, "model-00002-of-00002.safetensors lacks 'c', which", "promises")
 
-    def test_tensor_in_two_shards(self, make_model: Make) -> None:
-        directory = make_model({"a": torch.ones(2), "b": torch.ones(2)}, {"b": torch.ones(2)})
+    def test_tensor_in_two_shards(self, lay_out: Make) -> None:
+        directory = lay_out({"a": torch.ones(2), "b": torch.ones(2)}, {"b": torch.ones(2)})
         refused(directory, "model-00001-of-00002.safetensors and model-00002-of-00002.safetensors hold 'b'")
 
     @pytest.mark.parametrize("nested", [False, True])
@@ -432,43 +428,43 @@ class TestRefusals:
         [({"quant_method": "gptq"}, "'gptq'"), ({}, "'an unnamed method'"), ("x", "'an unnamed method'")],
     )
     def test_already_quantized(
-        self, make_model: Make, weights: dict[str, Tensor], nested: bool, quantization: object, said: str
+        self, lay_out: Make, weights: dict[str, Tensor], nested: bool, quantization: object, said: str
     ) -> None:
         config: dict[str, object] = {"quantization_config": quantization}
-        directory = make_model(weights, config={"text_config": config} if nested else config)
+        directory = lay_out(weights, config={"text_config": config} if nested else config)
         refused(directory, f"{directory} is already quantized, by {said}")
 
-    def test_a_null_quantization_config_is_none(self, make_model: Make, weights: dict[str, Tensor]) -> None:
+    def test_a_null_quantization_config_is_none(self, lay_out: Make, weights: dict[str, Tensor]) -> None:
         config = {"quantization_config": None, "text_config": None}
-        assert open_checkpoint(make_model(weights, config=config)).config == config
+        assert open_checkpoint(lay_out(weights, config=config)).config == config
 
     @pytest.mark.parametrize(
         ("dtype", "said"),
         [(torch.float64, "F64"), (torch.float8_e4m3fn, "F8_E4M3"), (torch.complex64, "C64")],
     )
-    def test_other_dtypes(self, make_model: Make, dtype: torch.dtype, said: str) -> None:
-        directory = make_model({"w": torch.ones(2).to(dtype)})
+    def test_other_dtypes(self, lay_out: Make, dtype: torch.dtype, said: str) -> None:
+        directory = lay_out({"w": torch.ones(2).to(dtype)})
         refused(directory, f"'w' in {directory / 'model.safetensors'} is {said}, expected F32, F16 or BF16")
 
-    def test_empty_tensor(self, make_model: Make) -> None:
-        directory = make_model({"w": torch.ones(0, 4), "v": torch.ones(1)})
+    def test_empty_tensor(self, lay_out: Make) -> None:
+        directory = lay_out({"w": torch.ones(0, 4), "v": torch.ones(1)})
         refused(directory, "'w' in", "is empty, of shape [0, 4]")
 
     @pytest.mark.parametrize("shard", [{}, {"ids": torch.arange(3)}])
-    def test_no_floating_tensor(self, make_model: Make, shard: dict[str, Tensor]) -> None:
-        refused(make_model(shard), "holds no floating-point tensor")
+    def test_no_floating_tensor(self, lay_out: Make, shard: dict[str, Tensor]) -> None:
+        refused(lay_out(shard), "holds no floating-point tensor")
 
     @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="permissions do not bind this user")
     @pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
-    def test_unreadable_file(self, make_model: Make, weights: dict[str, Tensor], file: str) -> None:
-        directory = make_model(weights)
+    def test_unreadable_file(self, lay_out: Make, weights: dict[str, Tensor], file: str) -> None:
+        directory = lay_out(weights)
         (directory / file).chmod(0)
         refused(directory, str(directory / file), "cannot be read")
 
     @pytest.mark.skipif(os.name == "nt", reason="Windows has no named pipes in directories")
     @pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
-    def test_a_pipe_does_not_hang(self, make_model: Make, weights: dict[str, Tensor], file: str) -> None:
-        directory = make_model(weights)
+    def test_a_pipe_does_not_hang(self, lay_out: Make, weights: dict[str, Tensor], file: str) -> None:
+        directory = lay_out(weights)
         (directory / file).unlink()
         os.mkfifo(directory / file)
         refused(directory, str(directory))
@@ -494,24 +490,24 @@ HEADER_FAULTS: dict[str, tuple[object, bytes, int | None]] = {
 
 class TestHostileShards:
     @pytest.mark.parametrize("fault", HEADER_FAULTS)
-    def test_each_fault_is_named(self, make_model: Make, weights: dict[str, Tensor], fault: str) -> None:
-        directory = make_model(weights)
+    def test_each_fault_is_named(self, lay_out: Make, weights: dict[str, Tensor], fault: str) -> None:
+        directory = lay_out(weights)
         header, body, length = HEADER_FAULTS[fault]
         write_raw(directory / "model.safetensors", header, body, length)
         refused(directory, f"{directory / 'model.safetensors'} is damaged or not a safetensors file (")
 
-    def test_a_sound_raw_file_is_read(self, make_model: Make, weights: dict[str, Tensor]) -> None:
-        directory = make_model(weights)
+    def test_a_sound_raw_file_is_read(self, lay_out: Make, weights: dict[str, Tensor]) -> None:
+        directory = lay_out(weights)
         write_raw(directory / "model.safetensors", {"w": entry("F32", [1], 0, 4)}, struct.pack("<f", 1.5))
         assert open_checkpoint(directory).read("w").tolist() == [1.5]
 
-    def test_a_pickle_under_a_safe_name(self, make_model: Make, weights: dict[str, Tensor]) -> None:
-        directory = make_model(weights)
+    def test_a_pickle_under_a_safe_name(self, lay_out: Make, weights: dict[str, Tensor]) -> None:
+        directory = lay_out(weights)
         torch.save(weights, directory / "model.safetensors")
         refused(directory, "is damaged or not a safetensors file")
 
-    def test_hostile_tensor_name_in_a_sentence(self, make_model: Make) -> None:
-        refused(make_model({"\x1b[2J" + "n" * 5000: torch.ones(0)}), "'\\x1b[2Jnnn", "nnn...'", "is empty")
+    def test_hostile_tensor_name_in_a_sentence(self, lay_out: Make) -> None:
+        refused(lay_out({"\x1b[2J" + "n" * 5000: torch.ones(0)}), "'\\x1b[2Jnnn", "nnn...'", "is empty")
 
     @given(data=st.data())
     @settings(max_examples=400, deadline=2000)
