@@ -23,7 +23,7 @@ from swquant.engine.capture import capture, to_device
 from swquant.engine.head import measure
 from swquant.engine.journal import MANIFEST, STREAMS, Journal, lock_directory, open_journal
 from swquant.engine.observer import Observer, Silent
-from swquant.engine.skeleton import Skeleton, build_skeleton, check_widths
+from swquant.engine.skeleton import Skeleton, build_skeleton, check_widths, with_full_names
 from swquant.engine.streams import create_stream, stream_bytes
 from swquant.errors import SwquantError
 from swquant.formats.base import Format
@@ -138,7 +138,7 @@ def make_plan(recipe: Recipe, source: str | Path) -> Plan:
     preset = PRESETS[recipe.preset]
     options = dict(recipe.options) | ({} if recipe.epochs is None else {"epochs": recipe.epochs})
     method = build_method(recipe.method, options)
-    checkpoint = open_checkpoint(source)
+    checkpoint = with_full_names(open_checkpoint(source))
     notes = output.check(spec, checkpoint.dtype)
     skeleton = build_skeleton(checkpoint)
     check_widths(skeleton, spec)

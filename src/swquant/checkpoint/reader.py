@@ -13,7 +13,7 @@ import os
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NoReturn
@@ -73,12 +73,14 @@ class Stored:
 
     Attributes:
         file: The safetensors file that holds it.
+        key: Its name there.
         dtype: Its dtype there.
         shape: Its shape.
         nbytes: Its size.
     """
 
     file: Path
+    key: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     nbytes: int
@@ -110,8 +112,8 @@ class Checkpoint:
         """
         stored = self._stored(name)
         with _opened(stored.file) as shard:
-            tensor: Tensor = shard.get_tensor(name).clone()
-        return _finite(tensor, name, stored.file)
+            tensor: Tensor = shard.get_tensor(stored.key).clone()
+        return _finite(tensor, stored)
 
     def rows(self, name: str, indices: Tensor) -> Tensor:
         """``read(name)[indices]`` of a matrix, reading no other rows; each row is read once.
@@ -136,12 +138,29 @@ class Checkpoint:
             )
         found = torch.empty(len(wanted), width, dtype=stored.dtype)
         with _opened(stored.file) as shard:
-            matrix = shard.get_slice(name)
+            matrix = shard.get_slice(stored.key)
             done = 0
             for start, stop in _runs(wanted.tolist()):
                 found[done : done + stop - start] = matrix[start:stop]
                 done += stop - start
-        return _finite(found, name, stored.file)[places]
+        return _finite(found, stored)[places]
+
+    def prefixed(self, prefix: str, expected: str, kept: str) -> Checkpoint:
+        """This checkpoint under full names, if it is the save of a base model, whose names lack ``prefix``.
+
+        transformers' ``OPTModel`` saves ``decoder.layers.0...`` as what ``OPTForCausalLM`` calls
+        ``model.decoder.layers.0...``. Where any name begins with ``prefix``, or ``expected`` is not found without it,
+        names stay as they are.
+
+        Args:
+            prefix: What full names begin with, e.g. ``model.``.
+            expected: A full name that every such model has.
+            kept: Names that begin with this are full without ``prefix``, e.g. ``lm_head.``.
+        """
+        if expected.removeprefix(prefix) not in self.tensors or any(name.startswith(prefix) for name in self.tensors):
+            return self
+        full = {name if name.startswith(kept) else prefix + name: stored for name, stored in self.tensors.items()}
+        return replace(self, tensors=dict(sorted(full.items())))
 
     @property
     def tensor_bytes(self) -> int:
@@ -315,16 +334,17 @@ def _stored(file: Path, name: str, header: Any) -> Stored:
         raise SwquantError(
             f"{_shown(name)} in {file} is empty, of shape {list(shape)}; save the model again with its weights gathered"
         )
-    return Stored(file, dtype, shape, math.prod(shape) * dtype.itemsize)
+    return Stored(file, name, dtype, shape, math.prod(shape) * dtype.itemsize)
 
 
-def _finite(tensor: Tensor, name: str, file: Path) -> Tensor:
+def _finite(tensor: Tensor, stored: Stored) -> Tensor:
     """``tensor`` itself; chunks keep the check's memory small."""
     if tensor.is_floating_point():
         for chunk in tensor.view(-1).split(_CHUNK):
             if not bool(torch.isfinite(chunk).all()):
                 raise SwquantError(
-                    f"{_shown(name)} in {file} holds NaN or infinite values; download the file again or ask its author"
+                    f"{_shown(stored.key)} in {stored.file} holds NaN or infinite values; "
+                    "download the file again or ask its author"
                 )
     return tensor
 

@@ -20,18 +20,20 @@ def family_for(config: Mapping[str, Any]) -> Family:
             declaration does not cover.
     """
     known: dict[str, Family] = {}
+    bases: dict[str, Family] = {}
     for name in registry.names(__name__):
         family: Family = registry.load(__name__, name)
         known |= dict.fromkeys(family.architectures, family)
+        bases |= dict.fromkeys(family.base_architectures, family)
     architectures = config.get("architectures")
     if not isinstance(architectures, list) or len(architectures) != 1 or not isinstance(architectures[0], str):
         raise SwquantError(
             f"config.json names the architectures {architectures!r}, expected one of {', '.join(sorted(known))}"
         )
     architecture = architectures[0]
-    if architecture not in known:
+    if architecture not in known and architecture not in bases:
         raise SwquantError(f"the architecture {architecture!r} is not known{did_you_mean(architecture, sorted(known))}")
-    family = known[architecture]
+    family = (bases | known)[architecture]
     for key, expected in family.requires.items():
         if config.get(key, expected) != expected:
             raise SwquantError(

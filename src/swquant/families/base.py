@@ -65,6 +65,8 @@ class Family:
         head: The output projection, tied to ``embedding`` where ``tie_word_embeddings`` is set; never quantized.
         norm_biases: Whether the norms have biases, so that shifts can be learned behind them.
         requires: Settings in ``config.json`` without which the declaration does not hold.
+        base_architectures: Those of models saved without their head, which suffices where the head is the embedding;
+            the output is the first of ``architectures``.
     """
 
     name: str
@@ -78,6 +80,7 @@ class Family:
     head: str = "lm_head"
     norm_biases: bool = False
     requires: Mapping[str, object] = field(default_factory=dict[str, object])
+    base_architectures: tuple[str, ...] = ()
 
 
 GATED_LINEARS = (

@@ -18,4 +18,5 @@ OPT = Family(
     tail=("model.decoder.final_layer_norm",),
     norm_biases=True,
     requires={"do_layer_norm_before": True, "enable_bias": True, "layer_norm_elementwise_affine": True},
+    base_architectures=("OPTModel",),
 )

@@ -18,4 +18,5 @@ QWEN2 = Family(
     linears=GATED_LINEARS,
     equivalences=(INPUT_NORM, ROTARY_QUERY_KEY, VALUE_OUTPUT, MLP_NORM, UP_DOWN),
     writers=GATED_WRITERS,
+    base_architectures=("Qwen2Model",),
 )

@@ -9,4 +9,5 @@ QWEN3 = Family(
     linears=GATED_LINEARS,
     equivalences=(INPUT_NORM, VALUE_OUTPUT, MLP_NORM, UP_DOWN),
     writers=GATED_WRITERS,
+    base_architectures=("Qwen3Model",),
 )
