@@ -8,16 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swquant.checkpoint.reader import Checkpoint
+from swquant.checkpoint.rotation import Source
 from swquant.engine.skeleton import Recorder, Skeleton
 
 
 @torch.no_grad()
 def capture(
     skeleton: Skeleton,
-    checkpoint: Checkpoint,
+    checkpoint: Source,
     tokens: Tensor,
     write: Callable[[int, Tensor], None] | None = None,
+    write_stored: Callable[[int, Tensor], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Run the model without its blocks, sample by sample.
 
@@ -29,6 +30,7 @@ def capture(
         checkpoint: Its weights.
         tokens: ``int64 [samples, tokens]``.
         write: Called with each sample's index and its hidden states ``[tokens, dim]`` in front of block 0.
+        write_stored: Likewise, with the hidden states that the embedding gives in the dtype in which it is stored.
 
     Returns:
         Keyword arguments for each block.
@@ -36,25 +38,31 @@ def capture(
     used, compact = tokens.unique(return_inverse=True)
     model = skeleton.model
     recorders: Any = model.get_submodule(skeleton.family.blocks)
-    embedding = nn.Embedding.from_pretrained(
-        checkpoint.rows(f"{skeleton.family.embedding}.weight", used).float(), freeze=True
-    )
-    model.set_submodule(skeleton.family.embedding, embedding)
+    name = f"{skeleton.family.embedding}.weight"
+    rows = checkpoint.rows(name, used)
+    model.set_submodule(skeleton.family.embedding, nn.Embedding.from_pretrained(rows.float(), freeze=True))
     body = model.get_submodule("model")
-    skipped = {f"{skeleton.family.embedding}.weight", f"{skeleton.family.head}.weight"}
+    skipped = {name, f"{skeleton.family.head}.weight"}
     params = {
         name.removeprefix("model."): checkpoint.read(name).float()
         for name, value in model.named_parameters()
         if value.is_meta and name not in skipped
     }
-    for index in range(tokens.shape[0]):
-        torch.func.functional_call(
-            body, params, kwargs={"input_ids": compact[index : index + 1], "use_cache": False}, strict=False
-        )
+    kept = {name.removeprefix("model."): rows.to(checkpoint.tensors[name].dtype).float()}
+
+    def hidden(index: int, changed: Mapping[str, Tensor]) -> Tensor:
+        arguments = {"input_ids": compact[index : index + 1], "use_cache": False}
+        torch.func.functional_call(body, {**params, **changed}, kwargs=arguments, strict=False)
         first: Recorder = recorders[0]
         assert first.hidden is not None
+        return first.hidden[0]
+
+    for index in range(tokens.shape[0]):
+        exact = hidden(index, {})
         if write is not None:
-            write(index, first.hidden[0])
+            write(index, exact)
+        if write_stored is not None:
+            write_stored(index, hidden(index, kept))
     return [dict(recorder.kwargs) for recorder in recorders]
 
 

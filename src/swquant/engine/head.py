@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from swquant.checkpoint.reader import Checkpoint
+from swquant.checkpoint.rotation import Source
 from swquant.engine.skeleton import Skeleton
 from swquant.report import Quality
 
@@ -43,7 +43,7 @@ class _Side:
 @torch.no_grad()
 def measure(
     skeleton: Skeleton,
-    checkpoint: Checkpoint,
+    checkpoint: Source,
     streams: tuple[Tensor, Tensor],
     tokens: Tensor,
     device: torch.device,
@@ -55,7 +55,8 @@ def measure(
 
     Args:
         skeleton: The model's code.
-        checkpoint: The original's weights; tail and head are those of both models.
+        checkpoint: The original's weights; the tail is that of both models, and the head as it is stored that of the
+            quantized one.
         streams: The reference and the quantized stream behind the last block, ``[samples, tokens, dim]``.
         tokens: ``int64 [samples, tokens]``, the text.
         device: Where to compute.
@@ -66,11 +67,14 @@ def measure(
     reference, quantized = _Side.begin(count), _Side.begin(count)
     cross = torch.zeros(count)
     tail = _Tail.load(skeleton, checkpoint, device)
-    for first, weight in _head_rows(skeleton, checkpoint):
-        weight = weight.to(device)
+    for first, slices in _head_rows(skeleton, checkpoint):
+        heads = [part.to(device).T for part in slices]
         for start in range(samples):
             part = slice(start * (length - 1), (start + 1) * (length - 1))
-            logits = [tail(stream[start : start + 1, :-1].to(device)).flatten(0, 1) @ weight.T for stream in streams]
+            logits = [
+                tail(stream[start : start + 1, :-1].to(device)).flatten(0, 1) @ head
+                for stream, head in zip(streams, heads, strict=True)
+            ]
             kept = _update(reference, part, logits[0], labels[part], first)
             cross[part] = cross[part] * kept + _weighted_gap(logits, reference.peak[part])
             _update(quantized, part, logits[1], labels[part], first)
@@ -109,11 +113,13 @@ def _perplexity(side: _Side) -> float:
     return math.exp(min(700.0, float((side.log_total - side.target.double()).mean())))
 
 
-def _head_rows(skeleton: Skeleton, checkpoint: Checkpoint) -> Iterator[tuple[int, Tensor]]:
+def _head_rows(skeleton: Skeleton, checkpoint: Source) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
+    """Slices of the head, each with its first row's index: as it is read, and in the dtype in which it is stored."""
     name = skeleton.head_weight
     rows = checkpoint.tensors[name].shape[0]
     for first in range(0, rows, VOCABULARY_ROWS):
-        yield first, checkpoint.rows(name, torch.arange(first, min(first + VOCABULARY_ROWS, rows))).float()
+        read = checkpoint.rows(name, torch.arange(first, min(first + VOCABULARY_ROWS, rows)))
+        yield first, (read.float(), read.to(checkpoint.tensors[name].dtype).float())
 
 
 @dataclass(frozen=True)
@@ -124,7 +130,7 @@ class _Tail:
     params: tuple[dict[str, Tensor], ...]
 
     @staticmethod
-    def load(skeleton: Skeleton, checkpoint: Checkpoint, device: torch.device) -> _Tail:
+    def load(skeleton: Skeleton, checkpoint: Source, device: torch.device) -> _Tail:
         modules = tuple(skeleton.model.get_submodule(name) for name in skeleton.family.tail)
         params = tuple(
             {key: checkpoint.read(f"{name}.{key}").float().to(device) for key, _ in module.named_parameters()}

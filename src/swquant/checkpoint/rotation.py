@@ -1,0 +1,252 @@
+"""A checkpoint seen through a rotation: the weights of an equivalent model whose outliers are spread over all channels.
+
+With an orthogonal ``R`` an RMS norm without its weight commutes: ``norm(h R) = norm(h) R``. So with every norm's weight
+``g`` folded into the linears behind it, the residual stream ``h`` can become ``h R`` without a change of the model's
+function (SliceGPT, arXiv 2401.15024; QuaRot, arXiv 2404.00456): where ``W [out, in]`` reads the stream it becomes
+``W diag(g) R``, where it writes the stream ``R' W``, and biases follow the outputs. Likewise the values of each head
+become ``v H``: rows of the value projection ``H' W_v``, columns of the output projection ``W_o H``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swquant.checkpoint.reader import Checkpoint, Stored
+from swquant.errors import SwquantError
+from swquant.families import Family
+from swquant.families.base import NormLinears, ValueOutput
+from swquant.quant.hadamard import random_rotation
+from swquant.seeds import generator
+
+CHUNK_ROWS = 4096
+"""Rows of the embedding and the head that are in memory in float64 at once."""
+
+
+@dataclass(frozen=True)
+class _Change:
+    """One tensor's new value ``left' W diag(fold) right``; a bias counts as ``[out, 1]``.
+
+    Attributes:
+        source: The tensor ``W`` of the original.
+        fold: The norm whose weight it takes in.
+        left: Orthogonal ``[k, k]``, applied to each ``k`` consecutive rows.
+        right: Orthogonal ``[k, k]``, applied to each ``k`` consecutive columns.
+    """
+
+    source: str
+    fold: str | None = None
+    left: Tensor | None = None
+    right: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class RotatedCheckpoint:
+    """The rotated model, tensor by tensor as asked for; made by :func:`rotate`. It reads like a :class:`Checkpoint`.
+
+    What the rotation changes is computed in float64 and returned in float32, norm weights that were folded are 1, all
+    else is as stored. The output keeps the dtypes in ``tensors``, to which :func:`stored` rounds.
+
+    Attributes:
+        inner: The original.
+        config: Its configuration, with untied embeddings.
+        tensors: Its tensors, with the head's own if the embeddings were tied.
+        seed: The seed of both rotations.
+        stream: ``R``, ``float64 [dim, dim]``.
+        heads: ``H``, ``float64 [head_dim, head_dim]``.
+    """
+
+    inner: Checkpoint
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Stored]
+    seed: int
+    stream: Tensor = field(repr=False, compare=False)
+    heads: Tensor = field(repr=False, compare=False)
+    changes: Mapping[str, _Change] = field(repr=False, compare=False)
+    folded: frozenset[str] = field(repr=False)
+
+    @property
+    def directory(self) -> Path:
+        """Where the original is."""
+        return self.inner.directory
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating dtype that most bytes of the original have."""
+        return self.inner.dtype
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Size of all tensors as they would be stored."""
+        return sum(stored.nbytes for stored in self.tensors.values())
+
+    def has(self, name: str) -> bool:
+        """Whether there is a tensor ``name``."""
+        return name in self.tensors
+
+    def read(self, name: str) -> Tensor:
+        """The tensor ``name`` on the CPU.
+
+        Raises:
+            SwquantError: As :meth:`Checkpoint.read`.
+        """
+        if name in self.folded:
+            return torch.ones(self.tensors[name].shape, dtype=self.tensors[name].dtype)
+        change = self.changes.get(name)
+        if change is None:
+            return self.inner.read(name)
+        if change.left is not None:
+            return self._apply(change, self.inner.read(change.source)).float()
+        count, width = self.tensors[name].shape
+        out = torch.empty(count, width)
+        for rows in torch.arange(count).split(CHUNK_ROWS):
+            out[rows] = self.rows(name, rows)
+        return out
+
+    def rows(self, name: str, indices: Tensor) -> Tensor:
+        """``read(name)[indices]`` of a matrix; no other rows are read unless the rotation mixes rows.
+
+        Raises:
+            SwquantError: As :meth:`Checkpoint.rows`.
+            ValueError: Likewise.
+        """
+        change = self.changes.get(name)
+        if change is None:
+            return self.inner.rows(name, indices)
+        if change.left is not None:
+            return self.read(name)[indices]
+        return self._apply(change, self.inner.rows(change.source, indices)).float()
+
+    def require_finite(self) -> None:
+        """Look at every value of the original once.
+
+        Raises:
+            SwquantError: As :meth:`Checkpoint.require_finite`.
+        """
+        self.inner.require_finite()
+
+    def sidecars(self) -> tuple[Path, ...]:
+        """The original's files that belong beside the weights.
+
+        Raises:
+            SwquantError: As :meth:`Checkpoint.sidecars`.
+        """
+        return self.inner.sidecars()
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the original's fingerprint and the seed."""
+        return hashlib.sha256(f"{self.inner.fingerprint()} rotated by {self.seed}".encode()).hexdigest()
+
+    def _apply(self, change: _Change, original: Tensor) -> Tensor:
+        """Rows of the original, or a bias, changed; float64 of the same shape."""
+        out = original.double().view(len(original), -1)
+        if change.fold is not None:
+            out = out * self.inner.read(change.fold).double()
+        if change.right is not None:
+            out = (out.unflatten(1, (-1, len(change.right))) @ change.right).flatten(1)
+        if change.left is not None:
+            out = (change.left.T @ out.unflatten(0, (-1, len(change.left)))).flatten(0, 1)
+        return out.view(original.shape)
+
+
+Source = Checkpoint | RotatedCheckpoint
+
+
+def stored(source: Source, name: str) -> Tensor:
+    """The tensor ``name`` as an output holds it that does not quantize it: in the dtype that ``tensors`` tells.
+
+    Raises:
+        SwquantError: As :meth:`Checkpoint.read`.
+    """
+    entry = source.tensors[name]
+    if len(entry.shape) != 2:
+        return source.read(name).to(entry.dtype)
+    out = torch.empty(entry.shape, dtype=entry.dtype)
+    for rows in torch.arange(entry.shape[0]).split(CHUNK_ROWS):
+        out[rows] = source.rows(name, rows).to(entry.dtype)
+    return out
+
+
+def rotate(inner: Checkpoint, family: Family, seed: int) -> RotatedCheckpoint:
+    """See ``inner`` through a rotation of the residual stream and of each head's values; no weight is read.
+
+    Args:
+        inner: The original.
+        family: Its family.
+        seed: Of the random signs.
+
+    Raises:
+        SwquantError: If the family has no such equivalence, or ``config.json`` does not fit the tensors.
+    """
+    if not family.writers:
+        raise SwquantError(
+            f"models of the family {family.name} cannot be rotated: that takes norms that neither subtract a mean "
+            "nor add a bias; leave the rotation out"
+        )
+    embedding, head = f"{family.embedding}.weight", f"{family.head}.weight"
+    tied = bool(inner.config.get("tie_word_embeddings", False))
+    tensors = dict(inner.tensors)
+    if tied:
+        tensors[head] = _entry(inner, embedding)
+    stream = random_rotation(_entry(inner, embedding).shape[1], generator(seed, "rotation", "stream"))
+    heads = random_rotation(_head_size(inner, family), generator(seed, "rotation", "heads"))
+    folded = {f"{name}.weight" for name in family.tail}
+    changes = {
+        embedding: _Change(embedding, right=stream),
+        head: _Change(embedding if tied else head, f"{family.tail[-1]}.weight", right=stream),
+    }
+    inside = f"{family.blocks}."
+    for prefix in {
+        inside + name.removeprefix(inside).partition(".")[0] for name in inner.tensors if name.startswith(inside)
+    }:
+        changes |= _block_changes(prefix, family, stream, heads)
+        folded |= {f"{prefix}.{pair.norm}.weight" for pair in family.equivalences if isinstance(pair, NormLinears)}
+    config = {**inner.config, "tie_word_embeddings": False}
+    tensors = dict(sorted(tensors.items()))
+    return RotatedCheckpoint(inner, config, tensors, seed, stream, heads, changes, frozenset(folded))
+
+
+def _block_changes(prefix: str, family: Family, stream: Tensor, heads: Tensor) -> dict[str, _Change]:
+    """Changes of a block's linears, and of such biases as they may have, by full name."""
+    weights: dict[str, _Change] = {}
+    for pair in family.equivalences:
+        if isinstance(pair, NormLinears):
+            norm = f"{prefix}.{pair.norm}.weight"
+            weights |= {linear: _Change(f"{prefix}.{linear}.weight", norm, right=stream) for linear in pair.linears}
+    weights |= {linear: _Change(f"{prefix}.{linear}.weight", left=stream) for linear in family.writers}
+    for pair in family.equivalences:
+        if isinstance(pair, ValueOutput):
+            weights[pair.value] = replace(weights[pair.value], left=heads)
+            weights[pair.output] = replace(weights[pair.output], right=heads)
+    biases = {
+        f"{prefix}.{linear}.bias": _Change(f"{prefix}.{linear}.bias", left=change.left)
+        for linear, change in weights.items()
+        if change.left is not None
+    }
+    return biases | {change.source: change for change in weights.values()}
+
+
+def _head_size(inner: Checkpoint, family: Family) -> int:
+    """Channels of one attention head."""
+    output = next(pair.output for pair in family.equivalences if isinstance(pair, ValueOutput))
+    name = f"{family.blocks}.0.{output}.weight"
+    columns = _entry(inner, name).shape[1]
+    count = inner.config.get("num_attention_heads")
+    if not isinstance(count, int) or count < 1 or columns % count:
+        raise SwquantError(
+            f"{inner.directory / 'config.json'} sets num_attention_heads to {count!r}, "
+            f"which does not divide the {columns} columns of {name}"
+        )
+    return columns // count
+
+
+def _entry(inner: Checkpoint, name: str) -> Stored:
+    if name not in inner.tensors:
+        raise SwquantError(f"{inner.directory} has no tensor {name!r}; check that it is a whole checkpoint")
+    return inner.tensors[name]
