@@ -184,6 +184,7 @@ def _start(plan: Plan, journal: Journal, out: Path, watching: Observer) -> None:
     """Make the samples and both streams in front of block 0; a start that fails leaves nothing."""
     try:
         _check_disk(plan, out)
+        plan.checkpoint.require_finite()
         _begin(plan, journal, watching)
     except BaseException:
         journal.clear()

@@ -135,6 +135,43 @@ class TestValues:
             checkpoint.rows("w", torch.tensor([0, 3]))
         assert torch.equal(checkpoint.rows("w", torch.tensor([0, 4])), torch.ones(2, 3, dtype=dtype))
 
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+    @given(place=st.integers(0, 10**6), size=st.integers(1, 300))
+    @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    def test_one_bad_value_anywhere_is_found(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float, dtype: torch.dtype, place: int, size: int
+    ) -> None:
+        monkeypatch.setattr("swquant.checkpoint.reader._CHUNK", 64)
+        path = tmp_path / "model.safetensors"
+        (tmp_path / "config.json").write_text("{}")
+        vector = torch.randn(size, generator=torch.Generator().manual_seed(size)).to(dtype)
+        sound = {"a": torch.ones(3, 2), "ids": torch.arange(4), "scalar": torch.tensor(1.0), "w": vector}
+        save_file(sound, path)
+        open_checkpoint(tmp_path).require_finite()
+        vector[place % size] = value
+        save_file(sound, path)
+        with pytest.raises(SwquantError, match=f"^'w' in {re.escape(str(path))} holds NaN or infinite values; "):
+            open_checkpoint(tmp_path).require_finite()
+
+    @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells memory of files from other")
+    def test_the_files_are_mapped_and_not_held(self, lay_out: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+        def held() -> int:
+            lines = Path("/proc/self/status").read_text().splitlines()
+            return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon:"))
+
+        checkpoint = open_checkpoint(lay_out({"w": torch.zeros(64 << 20, dtype=torch.bfloat16)}))
+        aminmax, seen = torch.aminmax, [held()]
+
+        def watched(chunk: Tensor) -> object:
+            seen.append(held())
+            return aminmax(chunk)
+
+        monkeypatch.setattr(torch, "aminmax", watched)
+        checkpoint.require_finite()
+        assert len(seen) == 1 + 16
+        assert max(seen) - seen[0] < 32 << 20
+
     def test_a_bad_value_behind_the_first_chunk(self, lay_out: Make, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("swquant.checkpoint.reader._CHUNK", 4)
         matrix = torch.ones(5, 3)

@@ -145,6 +145,16 @@ class Checkpoint:
                 done += stop - start
         return _finite(found, stored)[places]
 
+    def require_finite(self) -> None:
+        """Look at every value once; the files are mapped, so memory holds no more than a chunk of them.
+
+        Raises:
+            SwquantError: A file cannot be read, or a value is NaN or infinite; the tensor is named.
+        """
+        for stored in self.tensors.values():
+            with _opened(stored.file) as shard:
+                _finite(shard.get_tensor(stored.key), stored)
+
     def prefixed(self, prefix: str, expected: str, kept: str) -> Checkpoint:
         """This checkpoint under full names, if it is the save of a base model, whose names lack ``prefix``.
 
@@ -338,10 +348,10 @@ def _stored(file: Path, name: str, header: Any) -> Stored:
 
 
 def _finite(tensor: Tensor, stored: Stored) -> Tensor:
-    """``tensor`` itself; chunks keep the check's memory small."""
-    if tensor.is_floating_point():
+    """``tensor`` itself; chunks keep the check's memory small, and extremes, which NaN passes into, its time."""
+    if tensor.is_floating_point() and tensor.numel():
         for chunk in tensor.view(-1).split(_CHUNK):
-            if not bool(torch.isfinite(chunk).all()):
+            if not bool(torch.stack(torch.aminmax(chunk)).isfinite().all()):
                 raise SwquantError(
                     f"{_shown(stored.key)} in {stored.file} holds NaN or infinite values; "
                     "download the file again or ask its author"
