@@ -12,6 +12,7 @@ from torch.func import functional_call
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from swquant.checkpoint.reader import Checkpoint
+from swquant.checkpoint.rotation import Source
 from swquant.errors import SwquantError
 from swquant.families import Family, family_for
 from swquant.quant.spec import QuantSpec
@@ -24,8 +25,8 @@ class Block:
     prefix: str
     module: nn.Module
 
-    def load(self, checkpoint: Checkpoint) -> dict[str, Tensor]:
-        """Read the block's parameters as they are stored, by their names inside the block."""
+    def load(self, checkpoint: Source) -> dict[str, Tensor]:
+        """Read the block's parameters by their names inside the block."""
         return {name: checkpoint.read(f"{self.prefix}.{name}") for name, _ in self.module.named_parameters()}
 
     def forward(self, params: Mapping[str, Tensor], hidden: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
@@ -104,7 +105,7 @@ def with_full_names(checkpoint: Checkpoint) -> Checkpoint:
     return replace(full, config={**checkpoint.config, "architectures": [family.architectures[0]]})
 
 
-def build_skeleton(checkpoint: Checkpoint) -> Skeleton:
+def build_skeleton(checkpoint: Source) -> Skeleton:
     """The skeleton for ``checkpoint``; no weight is read.
 
     Raises:
@@ -113,6 +114,7 @@ def build_skeleton(checkpoint: Checkpoint) -> Skeleton:
     family = family_for(checkpoint.config)
     try:
         config = AutoConfig.from_pretrained(checkpoint.directory, local_files_only=True, trust_remote_code=False)
+        config.tie_word_embeddings = bool(checkpoint.config.get("tie_word_embeddings", config.tie_word_embeddings))
         with torch.device("meta"):
             model: Any = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
@@ -144,7 +146,7 @@ def check_widths(skeleton: Skeleton, spec: QuantSpec) -> None:
         spec.require_divides(linear, weight.shape[1])
 
 
-def _check_parameters(model: nn.Module, checkpoint: Checkpoint, *, tied: bool, head: str) -> None:
+def _check_parameters(model: nn.Module, checkpoint: Source, *, tied: bool, head: str) -> None:
     for name, parameter in model.named_parameters():
         if tied and name == f"{head}.weight":
             continue
