@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from swquant import SwquantError, registry
-from swquant.methods import build_method
+from swquant.methods import parse_methods
 
 KINDS = ("methods", "losses", "families", "formats")
 
@@ -39,8 +39,8 @@ def test_a_near_miss_is_named(kind: str) -> None:
 )
 def test_a_methods_options_are_checked(options: dict[str, object], said: str) -> None:
     with pytest.raises(SwquantError, match=said):
-        build_method("omniquant", options)
+        parse_methods("omniquant", options)
 
 
 def test_an_int_serves_where_a_float_is_expected() -> None:
-    assert build_method("omniquant", {"alpha": 1}).alpha == 1
+    assert parse_methods("omniquant", {"alpha": 1})[0].method.alpha == 1

@@ -44,9 +44,10 @@ class Recipe:
         bits: Width of a weight's code: 2, 3, 4 or 8.
         group_size: Weights that share a scale: 32, 64, 128; ``None`` (``channel`` in files) is one per output channel.
         symmetric: Fixed zero point and free sign of the scale, or a zero point per group.
-        method: Name of a method, see ``swquant list methods``.
-        options: The method's own options.
-        loss: Loss expression, e.g. ``0.9*mse + 0.1*sliced_wasserstein(slices=256)``.
+        method: Name of a method (``swquant list methods``), or several with ``+`` between them and their options in
+            parentheses: ``gptq + block_ap(epochs=4) + tesseraq``.
+        options: Options of the method, where there is only one.
+        loss: Loss expression, e.g. ``0.9*mse + 0.1*sliced_wasserstein(slices=256)``; ``None`` is each method's own.
         calibration: A text or jsonl file, a datasets name, or ``self`` for samples drawn from the model.
         samples: Calibration samples; ``None`` is the preset's number.
         seq_len: Tokens of a sample; ``None`` is 2048, or the model's limit if that is less.
@@ -68,7 +69,7 @@ class Recipe:
     symmetric: bool = True
     method: str = "omniquant"
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    loss: str = "0.9*mse + 0.1*sliced_wasserstein"
+    loss: str | None = None
     calibration: str = "self"
     samples: Annotated[int, Field(ge=1)] | None = None
     seq_len: Annotated[int, Field(ge=2)] | None = None
@@ -151,7 +152,9 @@ class Recipe:
     def summary(self) -> str:
         """The recipe in a line."""
         groups = "per channel" if self.group_size is None else f"groups of {self.group_size}"
-        return f"{self.bits} bits, {groups}, {self.method}, loss {self.loss}, preset {self.preset}"
+        symmetry = "symmetric" if self.symmetric else "asymmetric"
+        loss = f"loss {self.loss}, " if self.loss else ""
+        return f"{self.bits} bits, {groups}, {symmetry}, {self.method}, {loss}preset {self.preset}"
 
     def digest(self) -> str:
         """Hash of the canonical form, the same for equal recipes."""

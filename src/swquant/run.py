@@ -28,8 +28,7 @@ from swquant.engine.streams import create_stream, stream_bytes
 from swquant.errors import SwquantError
 from swquant.formats.base import Format
 from swquant.losses import WeightedSum, parse_loss
-from swquant.methods import build_method
-from swquant.phases.base import Phase
+from swquant.methods import Pipeline, Setting, build_pipeline, parse_methods
 from swquant.quant.qtensor import SCALE_BITS
 from swquant.quant.spec import QuantSpec
 from swquant.recipe import PRESETS, Recipe
@@ -102,8 +101,8 @@ class Plan:
     checkpoint: Checkpoint
     skeleton: Skeleton
     spec: QuantSpec
-    phases: tuple[Phase, ...]
-    loss: WeightedSum
+    pipeline: Pipeline
+    loss: WeightedSum | None
     format: Format
     device: torch.device
     text: str | None
@@ -124,7 +123,7 @@ class Plan:
         """What stays the same from block to block."""
         samples, recipe = self.recipe.samples, self.recipe
         assert samples is not None
-        return Job(self.checkpoint, self.skeleton, self.spec, self.phases, self.loss, samples, recipe.seed, self.device)
+        return Job(self.checkpoint, self.skeleton, self.spec, self.pipeline.phases, self.loss, samples, recipe.seed, self.device)
 
 
 def make_plan(recipe: Recipe, source: str | Path) -> Plan:
@@ -133,11 +132,12 @@ def make_plan(recipe: Recipe, source: str | Path) -> Plan:
     Raises:
         SwquantError: If any part is unknown, out of range, or does not fit another.
     """
-    spec, loss, device = recipe.spec, parse_loss(recipe.loss), resolve_device(recipe.device)
+    spec, device = recipe.spec, resolve_device(recipe.device)
+    loss = None if recipe.loss is None else parse_loss(recipe.loss)
     output: Format = registry.load("swquant.formats", recipe.format)()
     preset = PRESETS[recipe.preset]
-    options = dict(recipe.options) | ({} if recipe.epochs is None else {"epochs": recipe.epochs})
-    method = build_method(recipe.method, options)
+    epochs = {} if recipe.epochs is None else {"epochs": recipe.epochs}
+    steps = parse_methods(recipe.method, {**recipe.options, **epochs})
     checkpoint = with_full_names(open_checkpoint(source))
     notes = output.check(spec, checkpoint.dtype)
     skeleton = build_skeleton(checkpoint)
@@ -149,13 +149,16 @@ def make_plan(recipe: Recipe, source: str | Path) -> Plan:
     evaluation = None if recipe.evaluation is None else read_text(recipe.evaluation)
     resolved = replace(
         recipe,
-        loss=str(loss),
+        method=" + ".join(map(str, steps)),
+        options={},
+        epochs=None,
+        loss=loss and str(loss),
         samples=recipe.samples or preset.samples,
         seq_len=recipe.seq_len or min(LONGEST, limit),
         device=str(device),
     )
-    phases = method.phases(spec, skeleton.family, preset.effort)
-    return Plan(resolved, checkpoint, skeleton, spec, phases, loss, output, device, text, evaluation, notes)
+    pipeline = build_pipeline(steps, Setting(spec, skeleton.family, preset.effort))
+    return Plan(resolved, checkpoint, skeleton, spec, pipeline, loss, output, device, text, evaluation, notes)
 
 
 def versions() -> dict[str, str]:

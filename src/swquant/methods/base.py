@@ -1,35 +1,84 @@
-"""The form of a method, and its construction from a recipe's options."""
+"""The form of a method: it names the parts that a run goes through."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
-from swquant import registry
 from swquant.families.base import Family
 from swquant.phases.base import Phase
 from swquant.quant.spec import QuantSpec
-from swquant.validation import build
+
+Subject = Literal["basis", "equivalence", "clips", "grid", "weights", "rounding", "norms", "scales"]
+"""What a part can decide: the basis of the residual stream, scales moved between layers, clips of the min-max grid, an
+explicit grid, the weights, how they are rounded, the norms, and the scales end to end."""
+
+
+@dataclass(frozen=True)
+class Rotate:
+    """Rotate the residual stream and the value heads before the first block; see `swquant.checkpoint.rotation`."""
+
+
+@dataclass(frozen=True)
+class EndToEnd:
+    """Train the committed model's scales against the original's predictions; see `swquant.engine.end_to_end`.
+
+    Attributes:
+        epochs: Passes over the calibration samples.
+        batch_size: Samples per step.
+        learning_rate: AdamW's, for scales.
+        norms: Train the norms' weights too.
+    """
+
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    norms: bool
+
+
+@dataclass(frozen=True)
+class Part:
+    """One thing that a run does.
+
+    Attributes:
+        name: What it is called in messages.
+        work: What is done: to the checkpoint before the first block, to each block, or to the model after the last.
+        decides: What it settles.
+        discards: What would be lost of what parts before it settled.
+        trained: Whether it learns by gradients; two trained parts cannot decide one thing.
+    """
+
+    name: str
+    work: Rotate | Phase | EndToEnd
+    decides: frozenset[Subject]
+    discards: frozenset[Subject] = frozenset()
+    trained: bool = False
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a method may base its defaults on.
+
+    Attributes:
+        spec: The grid.
+        family: The model's family.
+        effort: Factor of the preset on the published amount of training; it has no effect on explicit numbers.
+        first: No block-wise part stands before the method in the recipe.
+    """
+
+    spec: QuantSpec
+    family: Family
+    effort: float
+    first: bool = True
+
+    def scaled(self, published: int) -> int:
+        """A published number of epochs or steps, times the effort."""
+        return max(1, round(published * self.effort))
 
 
 class Method(Protocol):
-    """A frozen dataclass whose fields are the method's options."""
+    """A frozen dataclass whose fields are the method's options; its file's name is its name in recipes."""
 
-    def phases(self, spec: QuantSpec, family: Family, effort: float) -> tuple[Phase, ...]:
-        """The phases in order; an empty tuple is round-to-nearest.
-
-        Args:
-            spec: The grid.
-            family: The model's family, for defaults that depend on it.
-            effort: Factor of the preset on the published number of epochs; it has no effect on an explicit number.
-        """
+    def parts(self, setting: Setting) -> tuple[Part, ...]:
+        """The parts in order; none at all is round-to-nearest."""
         ...
-
-
-def build_method(name: str, options: Mapping[str, Any]) -> Method:
-    """Make the method ``name`` with ``options``.
-
-    Raises:
-        SwquantError: If the method or an option is unknown (with the nearest known), or an option has the wrong type.
-    """
-    return build(registry.load("swquant.methods", name), options, f"the method {name}")

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from swquant.families.base import Family
 from swquant.learnables.base import Learnable
 from swquant.learnables.equivalent_transform import EquivalentTransform
 from swquant.learnables.weight_clipping import WeightClipping
-from swquant.phases.base import Phase
+from swquant.methods.base import Part, Setting, Subject
 from swquant.phases.train import Train
-from swquant.quant.spec import QuantSpec
 
 EPOCHS = 20
 EPOCHS_AT_2_BITS = 40
+REBUILT: frozenset[Subject] = frozenset({"grid", "rounding", "weights"})
 
 
 @dataclass(frozen=True)
@@ -44,13 +43,17 @@ class OmniQuant:
     clipping_rate: float = 1e-2
     transform_rate: float = 5e-3
 
-    def phases(self, spec: QuantSpec, family: Family, effort: float) -> tuple[Phase, ...]:
+    def parts(self, setting: Setting) -> tuple[Part, ...]:
         """One training phase."""
-        published = EPOCHS_AT_2_BITS if spec.bits == 2 else EPOCHS
-        epochs = self.epochs if self.epochs is not None else max(1, round(published * effort))
-        transform = self.transform if self.transform is not None else family.norm_biases
+        at_2_bits = setting.spec.bits == 2
+        epochs = self.epochs if self.epochs is not None else setting.scaled(EPOCHS_AT_2_BITS if at_2_bits else EPOCHS)
+        transform = self.transform if self.transform is not None else setting.family.norm_biases
         learnables: tuple[Learnable, ...] = (WeightClipping(self.clipping_rate),)
+        decides: set[Subject] = {"clips"}
         if transform:
-            learnables = (EquivalentTransform(self.transform_rate, self.alpha, self.shift), *learnables)
-        augmented = self.augmented if self.augmented is not None else spec.bits == 2
-        return (Train(learnables, epochs, self.batch_size, augmented),)
+            moves = EquivalentTransform(self.transform_rate, alpha=self.alpha, shift=self.shift)
+            learnables = (moves, *learnables)
+            decides.add("equivalence")
+        augmented = self.augmented if self.augmented is not None else at_2_bits
+        phase = Train(learnables, epochs, self.batch_size, augmented)
+        return (Part("omniquant", phase, frozenset(decides), discards=REBUILT, trained=True),)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from swquant.families.base import Family
-from swquant.phases.base import Phase
-from swquant.quant.spec import QuantSpec
+from swquant.methods.base import Part, Setting
 
 
 @dataclass(frozen=True)
@@ -16,6 +14,6 @@ class RTN:
     On symmetric grids each group takes the sign of its scale that gives the smaller squared error.
     """
 
-    def phases(self, spec: QuantSpec, family: Family, effort: float) -> tuple[Phase, ...]:
-        """No phases."""
+    def parts(self, setting: Setting) -> tuple[Part, ...]:
+        """No parts."""
         return ()

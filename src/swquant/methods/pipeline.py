@@ -1,0 +1,154 @@
+"""Methods one after the other: ``rotate + gptq + block_ap(epochs=4) + tesseraq``, read, checked and sorted by stage."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from swquant import registry
+from swquant.errors import SwquantError
+from swquant.methods.base import EndToEnd, Method, Part, Rotate, Setting
+from swquant.phases.base import Phase
+from swquant.validation import build
+
+EXAMPLE = "write methods with '+' between them, such as 'awq + block_ap(epochs=4) + tesseraq'"
+STAGES = ("before the first block", "block by block", "after the last block")
+
+
+@dataclass(frozen=True)
+class Step:
+    """A method of a pipeline with its options."""
+
+    name: str
+    options: Mapping[str, Any]
+    method: Method
+
+    def __str__(self) -> str:
+        shown = ", ".join(f"{key}={self.options[key]!r}" for key in sorted(self.options))
+        return f"{self.name}({shown})" if shown else self.name
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """What a run does, by stage.
+
+    Attributes:
+        rotate: Whether the checkpoint is rotated first.
+        phases: What is done to each block.
+        finish: What is done to the model after the last block.
+        parts: All of it, in order.
+    """
+
+    rotate: bool
+    phases: tuple[Phase, ...]
+    finish: EndToEnd | None
+    parts: tuple[Part, ...]
+
+
+def parse_methods(expression: str, options: Mapping[str, Any] | None = None) -> tuple[Step, ...]:
+    """Read a pipeline.
+
+    >>> " + ".join(map(str, parse_methods("awq + block_ap(epochs = 4)")))
+    'awq + block_ap(epochs=4)'
+
+    Args:
+        expression: Names of methods with keyword options, ``+`` between them.
+        options: Options of the method, where there is only one.
+
+    Raises:
+        SwquantError: The text is something else, or a method or an option is unknown or has the wrong type.
+    """
+    try:
+        tree = ast.parse(" ".join(expression.split()), mode="eval").body
+        calls = list(_calls(tree))
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise SwquantError(f"the method {expression!r} cannot be read: {EXAMPLE}") from error
+    if options:
+        if len(calls) > 1:
+            raise SwquantError(
+                f"options {', '.join(sorted(options))} of {expression!r} could be any method's: "
+                f"write them in parentheses behind the method they belong to, such as {calls[0][0]}(key=value)"
+            )
+        calls = [(calls[0][0], {**calls[0][1], **options})]
+    return tuple(
+        Step(name, given, build(registry.load("swquant.methods", name), given, f"the method {name}"))
+        for name, given in calls
+    )
+
+
+def build_pipeline(steps: tuple[Step, ...], setting: Setting) -> Pipeline:
+    """Sort the parts of all methods by stage.
+
+    Raises:
+        SwquantError: A combination that cannot be: two parts learn one thing, a later part would discard what an
+            earlier one settled, or a stage comes too late.
+    """
+    parts: list[Part] = []
+    for step in steps:
+        first = not any(_stage(part) == 1 for part in parts)
+        own = step.method.parts(Setting(setting.spec, setting.family, setting.effort, first))
+        for part in own:
+            for earlier in parts:
+                _check_pair(earlier, part)
+            parts.append(part)
+    works = [part.work for part in parts]
+    finish = [work for work in works if isinstance(work, EndToEnd)]
+    return Pipeline(
+        rotate=any(isinstance(work, Rotate) for work in works),
+        phases=tuple(work for work in works if not isinstance(work, Rotate | EndToEnd)),
+        finish=finish[0] if finish else None,
+        parts=tuple(parts),
+    )
+
+
+def _check_pair(earlier: Part, later: Part) -> None:
+    before, behind = _stage(earlier), _stage(later)
+    if before > behind:
+        raise SwquantError(
+            f"{later.name} works {STAGES[behind]} and {earlier.name} {STAGES[before]}: put {later.name} first"
+        )
+    if earlier.name == later.name:
+        raise SwquantError(f"{later.name} stands twice: leave one of the two out")
+    both = earlier.decides & later.decides
+    if earlier.trained and later.trained and both:
+        raise SwquantError(f"{earlier.name} and {later.name} both learn the {_list(both)}: leave one of the two out")
+    lost = earlier.decides & later.discards
+    if lost:
+        raise SwquantError(
+            f"{later.name} would discard the {_list(lost)} that {earlier.name} has found: "
+            f"put {later.name} before {earlier.name}, or leave one of the two out"
+        )
+
+
+def _stage(part: Part) -> int:
+    return 0 if isinstance(part.work, Rotate) else 2 if isinstance(part.work, EndToEnd) else 1
+
+
+def _list(subjects: frozenset[Any]) -> str:
+    return " and the ".join(sorted(subjects))
+
+
+def _calls(node: ast.expr) -> Iterator[tuple[str, dict[str, Any]]]:
+    match node:
+        case ast.BinOp(op=ast.Add(), left=left, right=right):
+            yield from _calls(left)
+            yield from _calls(right)
+        case ast.Name(id=name):
+            yield name, {}
+        case ast.Call(func=ast.Name(id=name), args=[], keywords=keywords):
+            yield name, {_key(keyword): _literal(keyword.value) for keyword in keywords}
+        case _:
+            raise ValueError
+
+
+def _key(keyword: ast.keyword) -> str:
+    if keyword.arg is None:
+        raise ValueError
+    return keyword.arg
+
+
+def _literal(node: ast.expr) -> Any:
+    """A literal's value; a bare name is a text, so that ``start=awq`` needs no quotes."""
+    return node.id if isinstance(node, ast.Name) else ast.literal_eval(node)

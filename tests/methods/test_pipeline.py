@@ -1,0 +1,65 @@
+"""Pipelines: reading, and combinations that cannot be."""
+
+from __future__ import annotations
+
+import pytest
+
+from swquant import SwquantError
+from swquant.families.llama import LLAMA
+from swquant.families.opt import OPT
+from swquant.learnables.equivalent_transform import EquivalentTransform
+from swquant.methods import Setting, build_pipeline, parse_methods
+from swquant.phases.train import Train
+from swquant.quant.spec import QuantSpec
+
+SETTING = Setting(QuantSpec(2, 64, True), LLAMA, 1.0)
+
+
+def test_the_canonical_form_reads_back_to_itself() -> None:
+    text = " + ".join(map(str, parse_methods("  rtn+omniquant( epochs=4 ,alpha=1 )")))
+    assert text == "rtn + omniquant(alpha=1, epochs=4)"
+    assert " + ".join(map(str, parse_methods(text))) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "cannot be read"),
+        ("omniquant - rtn", "cannot be read"),
+        ("omniquant(4)", "cannot be read"),
+        ("omniquant(**{})", "cannot be read"),
+        ("omniquant(epochs=print())", "cannot be read"),
+        ("omniquant()()", "cannot be read"),
+        ("omniquant(" * 500, "cannot be read"),
+        ("omniqant", "did you mean 'omniquant'"),
+        ("rtn + omniquant(epoch=4)", "did you mean 'epochs'"),
+    ],
+)
+def test_what_is_no_pipeline_is_refused_in_a_sentence(text: str, said: str) -> None:
+    with pytest.raises(SwquantError, match=said) as caught:
+        parse_methods(text)
+    assert "\n" not in str(caught.value)
+
+
+def test_options_outside_need_a_lone_method() -> None:
+    assert str(parse_methods("omniquant(alpha=1)", {"epochs": 3})[0]) == "omniquant(alpha=1, epochs=3)"
+    with pytest.raises(SwquantError, match=r"write them in parentheses.*rtn\(key=value\)"):
+        parse_methods("rtn + omniquant", {"epochs": 3})
+
+
+def test_round_to_nearest_has_no_parts() -> None:
+    assert build_pipeline(parse_methods("rtn"), SETTING).parts == ()
+
+
+@pytest.mark.parametrize(("family", "transforms"), [(LLAMA, False), (OPT, True)])
+def test_defaults_depend_on_the_family(family, transforms: bool) -> None:
+    (phase,) = build_pipeline(parse_methods("omniquant"), Setting(SETTING.spec, family, 0.5)).phases
+    assert isinstance(phase, Train)
+    assert any(isinstance(part, EquivalentTransform) for part in phase.learnables) is transforms
+    assert phase.epochs == 20
+    assert phase.augmented
+
+
+def test_a_method_cannot_stand_twice() -> None:
+    with pytest.raises(SwquantError, match="omniquant stands twice"):
+        build_pipeline(parse_methods("omniquant + omniquant"), SETTING)
