@@ -127,6 +127,9 @@ def require_unused(out: Path) -> None:
     if not out.exists():
         if out.is_symlink():
             raise _in_use(out, "it is a broken link")
+        above = _nearest(out)
+        if not above.is_dir():
+            raise _in_use(out, f"{above} is a file")
         return
     if not out.is_dir():
         raise _in_use(out, "it is a file")
@@ -145,13 +148,17 @@ def require_disk(path: Path, needed: int) -> None:
     Raises:
         SwquantError: With the space needed and the space available.
     """
-    place = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(place).free
+    free = shutil.disk_usage(_nearest(path)).free
     if free < needed:
         raise SwquantError(
             f"{path} needs {needed / 1e9:.2f} GB of disk and {free / 1e9:.2f} GB are available; "
             "free some space or choose another --out"
         )
+
+
+def _nearest(path: Path) -> Path:
+    """``path`` itself if it exists, or the nearest place above it that does."""
+    return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
 
 
 def _in_use(out: Path, why: str) -> SwquantError:
