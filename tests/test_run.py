@@ -92,6 +92,21 @@ def test_what_comes_along(llama: Path, recipe: Recipe, tmp_path: Path) -> None:
     assert not (tmp_path / "out.swquant-work").exists()
 
 
+@pytest.mark.parametrize(("family", "tied"), [("llama", True), ("qwen2", False)])
+def test_a_rotated_model_is_loaded_with_the_reported_numbers(
+    make_model: MakeModel, family: str, tied: bool, recipe: Recipe, tmp_path: Path
+) -> None:
+    source = make_model(family, 2, torch.bfloat16, tie_word_embeddings=tied)
+    held_out = tmp_path / "held-out.txt"
+    held_out.write_text(Path(recipe.calibration).read_text()[-4000:])
+    recipe = replace(recipe, method="rotate + rtn", epochs=None, evaluation=str(held_out))
+    report = quantize(recipe, source, tmp_path / "out")
+    measured = evaluate(tmp_path / "out", str(held_out), reference=source, context=32, windows=8, device="cpu")
+    assert report.quality is not None
+    assert report.quality.perplexity == pytest.approx(measured.perplexity, rel=2e-3)
+    assert report.quality.perplexity_reference == pytest.approx(measured.reference_perplexity, rel=1e-5)
+
+
 def test_what_is_not_quantized_is_unchanged(llama: Path, recipe: Recipe, tmp_path: Path) -> None:
     quantize(recipe, llama, tmp_path / "out")
     before, after = (load_file(path / "model.safetensors") for path in (llama, tmp_path / "out"))

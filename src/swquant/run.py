@@ -15,7 +15,8 @@ from torch import Tensor
 
 from swquant import __version__, registry
 from swquant.calibration import draw_from_model, eval_windows, load_tokenizer, read_text, sample_windows, tokenize
-from swquant.checkpoint.reader import Checkpoint, open_checkpoint
+from swquant.checkpoint.reader import open_checkpoint
+from swquant.checkpoint.rotation import Source, rotate, stored
 from swquant.checkpoint.writer import publish, require_disk, require_unused, write_checkpoint
 from swquant.device import resolve_device
 from swquant.engine.block import Job, quantize_block
@@ -26,6 +27,7 @@ from swquant.engine.observer import Observer, Silent
 from swquant.engine.skeleton import Skeleton, build_skeleton, check_widths, with_full_names
 from swquant.engine.streams import create_stream, stream_bytes
 from swquant.errors import SwquantError
+from swquant.families import family_for
 from swquant.formats.base import Format
 from swquant.losses import WeightedSum, parse_loss
 from swquant.methods import Pipeline, Setting, build_pipeline, parse_methods
@@ -98,7 +100,7 @@ class Plan:
     """A run whose every part is known to fit the others; no weight has been read."""
 
     recipe: Recipe
-    checkpoint: Checkpoint
+    checkpoint: Source
     skeleton: Skeleton
     spec: QuantSpec
     pipeline: Pipeline
@@ -123,7 +125,8 @@ class Plan:
         """What stays the same from block to block."""
         samples, recipe = self.recipe.samples, self.recipe
         assert samples is not None
-        return Job(self.checkpoint, self.skeleton, self.spec, self.pipeline.phases, self.loss, samples, recipe.seed, self.device)
+        phases = self.pipeline.phases
+        return Job(self.checkpoint, self.skeleton, self.spec, phases, self.loss, samples, recipe.seed, self.device)
 
 
 def make_plan(recipe: Recipe, source: str | Path) -> Plan:
@@ -138,7 +141,11 @@ def make_plan(recipe: Recipe, source: str | Path) -> Plan:
     preset = PRESETS[recipe.preset]
     epochs = {} if recipe.epochs is None else {"epochs": recipe.epochs}
     steps = parse_methods(recipe.method, {**recipe.options, **epochs})
-    checkpoint = with_full_names(open_checkpoint(source))
+    checkpoint: Source = with_full_names(open_checkpoint(source))
+    family = family_for(checkpoint.config)
+    pipeline = build_pipeline(steps, Setting(spec, family, preset.effort))
+    if pipeline.rotate:
+        checkpoint = rotate(checkpoint, family, recipe.seed)
     notes = output.check(spec, checkpoint.dtype)
     skeleton = build_skeleton(checkpoint)
     check_widths(skeleton, spec)
@@ -157,7 +164,6 @@ def make_plan(recipe: Recipe, source: str | Path) -> Plan:
         seq_len=recipe.seq_len or min(LONGEST, limit),
         device=str(device),
     )
-    pipeline = build_pipeline(steps, Setting(spec, skeleton.family, preset.effort))
     return Plan(resolved, checkpoint, skeleton, spec, pipeline, loss, output, device, text, evaluation, notes)
 
 
@@ -198,13 +204,8 @@ def _begin(plan: Plan, journal: Journal, watching: Observer) -> None:
     calibration, evaluation = _samples(plan, watching)
     tokens = torch.cat((calibration, evaluation))
     shape = (tokens.shape[0], tokens.shape[1], plan.skeleton.hidden_size)
-    streams = [create_stream(journal.stream_path(name, 0), shape) for name in STREAMS]
-
-    def write(index: int, hidden: Tensor) -> None:
-        for stream in streams:
-            stream[index] = hidden
-
-    capture(plan.skeleton, plan.checkpoint, tokens, write)
+    reference, quantized = (create_stream(journal.stream_path(name, 0), shape) for name in STREAMS)
+    capture(plan.skeleton, plan.checkpoint, tokens, reference.__setitem__, quantized.__setitem__)
     journal.begin({"tokens": tokens}, shape, {"evaluation_samples": evaluation.shape[0]})
 
 
@@ -279,7 +280,7 @@ def _parts(plan: Plan, journal: Journal) -> Iterator[dict[str, Tensor]]:
     checkpoint, inside = plan.checkpoint, f"{plan.skeleton.family.blocks}."
     for name in checkpoint.tensors:
         if not name.startswith(inside):
-            yield {name: checkpoint.read(name)}
+            yield {name: stored(checkpoint, name)}
     for index, block in enumerate(plan.skeleton.blocks):
         committed = journal.block(index, plan.spec)
         part = {f"{block.prefix}.{name}": value for name, value in committed.params.items()}

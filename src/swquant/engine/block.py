@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swquant.checkpoint.reader import Checkpoint
+from swquant.checkpoint.rotation import Source
 from swquant.engine.journal import STREAMS, Journal
 from swquant.engine.observer import Observer
 from swquant.engine.skeleton import Block, Skeleton
@@ -43,7 +43,7 @@ class Job:
         device: Where to compute.
     """
 
-    checkpoint: Checkpoint
+    checkpoint: Source
     skeleton: Skeleton
     spec: QuantSpec
     phases: tuple[Phase, ...]
@@ -92,7 +92,8 @@ def quantize_block(job: Job, journal: Journal, kwargs: Mapping[str, Any], observ
         device=job.device,
         step=observer.step,
     )
-    draft = open_draft(params, tuple(f"{linear}.weight" for linear in job.skeleton.family.linears), job.spec)
+    weights = tuple(f"{linear}.weight" for linear in job.skeleton.family.linears)
+    draft = open_draft(params, weights, job.spec, bound.block.stored_dtypes(job.checkpoint))
     committed, reports = _fold(draft, job.phases, problem)
     bound.advance(committed.floats(), quantized, next_quantized)
     report = {

@@ -29,6 +29,10 @@ class Block:
         """Read the block's parameters by their names inside the block."""
         return {name: checkpoint.read(f"{self.prefix}.{name}") for name, _ in self.module.named_parameters()}
 
+    def stored_dtypes(self, checkpoint: Source) -> dict[str, torch.dtype]:
+        """The dtype of each parameter in an output that does not quantize it."""
+        return {name: checkpoint.tensors[f"{self.prefix}.{name}"].dtype for name, _ in self.module.named_parameters()}
+
     def forward(self, params: Mapping[str, Tensor], hidden: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
         """The block's output for ``hidden [samples, tokens, dim]``; a pure function of its arguments."""
         out = functional_call(self.module, dict(params), (hidden,), dict(kwargs))

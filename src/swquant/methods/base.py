@@ -15,7 +15,7 @@ explicit grid, the weights, how they are rounded, the norms, and the scales end 
 
 
 @dataclass(frozen=True)
-class Rotate:
+class Rotation:
     """Rotate the residual stream and the value heads before the first block; see `swquant.checkpoint.rotation`."""
 
 
@@ -49,7 +49,7 @@ class Part:
     """
 
     name: str
-    work: Rotate | Phase | EndToEnd
+    work: Rotation | Phase | EndToEnd
     decides: frozenset[Subject]
     discards: frozenset[Subject] = frozenset()
     trained: bool = False

@@ -9,7 +9,7 @@ from typing import Any
 
 from swquant import registry
 from swquant.errors import SwquantError
-from swquant.methods.base import EndToEnd, Method, Part, Rotate, Setting
+from swquant.methods.base import EndToEnd, Method, Part, Rotation, Setting
 from swquant.phases.base import Phase
 from swquant.validation import build
 
@@ -96,8 +96,8 @@ def build_pipeline(steps: tuple[Step, ...], setting: Setting) -> Pipeline:
     works = [part.work for part in parts]
     finish = [work for work in works if isinstance(work, EndToEnd)]
     return Pipeline(
-        rotate=any(isinstance(work, Rotate) for work in works),
-        phases=tuple(work for work in works if not isinstance(work, Rotate | EndToEnd)),
+        rotate=any(isinstance(work, Rotation) for work in works),
+        phases=tuple(work for work in works if not isinstance(work, Rotation | EndToEnd)),
         finish=finish[0] if finish else None,
         parts=tuple(parts),
     )
@@ -123,7 +123,7 @@ def _check_pair(earlier: Part, later: Part) -> None:
 
 
 def _stage(part: Part) -> int:
-    return 0 if isinstance(part.work, Rotate) else 2 if isinstance(part.work, EndToEnd) else 1
+    return 0 if isinstance(part.work, Rotation) else 2 if isinstance(part.work, EndToEnd) else 1
 
 
 def _list(subjects: frozenset[Any]) -> str:

@@ -68,20 +68,27 @@ class Committed:
         }
 
 
-def open_draft(params: Mapping[str, Tensor], weights: tuple[str, ...], spec: QuantSpec) -> Draft:
+def open_draft(
+    params: Mapping[str, Tensor],
+    weights: tuple[str, ...],
+    spec: QuantSpec,
+    dtypes: Mapping[str, torch.dtype] | None = None,
+) -> Draft:
     """A draft of round-to-nearest: slots with unit factors, and on symmetric grids the sign with the smaller error.
 
     Args:
-        params: Every parameter of the block, in the dtype it is stored in.
+        params: Every parameter of the block.
         weights: Names of those to quantize.
         spec: The grid's kind.
+        dtypes: The dtype in which each of the others will be stored; ``None`` is that of ``params``.
     """
     slots: dict[str, Slot] = {}
     for name in weights:
         extent = extent_of(params[name], spec)
         sign = better_sign(params[name], extent, spec) if spec.symmetric else None
         slots[name] = Slot(spec, sign=sign, extent=extent)
-    return Draft(params, slots, {name: value.dtype for name, value in params.items() if name not in slots})
+    known = dtypes or {name: value.dtype for name, value in params.items()}
+    return Draft(params, slots, {name: known[name] for name in params if name not in slots})
 
 
 def better_sign(weight: Tensor, extent: Extent, spec: QuantSpec) -> Tensor:
