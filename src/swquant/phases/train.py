@@ -1,10 +1,10 @@
-"""The gradient loop: the only one there is."""
+"""Training on a block's output."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,10 +14,9 @@ from swquant.learnables.base import Learnable, Theta
 from swquant.losses.base import Loss, LossContext
 from swquant.losses.mse import Mse
 from swquant.phases.base import PhaseReport, Problem
-from swquant.phases.optimizers import Optimizer, set_rate, trainable
+from swquant.phases.optimizers import Optimizer, trainable
+from swquant.phases.rounds import RETRIES, Trail, keep_best, run_round, what_next
 from swquant.quant.draft import Draft, detach, realize
-
-RETRIES = 3
 
 
 @dataclass(frozen=True)
@@ -72,34 +71,21 @@ class _Job:
         self.phase, self.draft, self.problem = phase, draft, problem
         self.loss = problem.loss if problem.loss is not None else phase.loss
         self.batch = min(phase.batch_size, len(problem.train))
-        self.steps = phase.steps if phase.steps is not None else -(-len(problem.train) // self.batch)
         self.constants: dict[str, Tensor] = {}
         self.thetas = self._init()
         self._fix_constants()
 
     def keep_best(self) -> tuple[Draft, PhaseReport]:
         phase = self.phase
-        before = self._held_loss(self._apply())
-        trail = _Trail.begin(self.thetas, before)
-        optimizer = self._open(1.0)
-        for done in range(phase.epochs):
-            optimizer = self._enter(done, optimizer, trail.rate)
-            trained = self._round(done, optimizer)
-            held = self._held_loss(self._apply())
-            if math.isfinite(trained) and math.isfinite(held):
-                trail.note(done + 1, held, self.thetas)
-                continue
-            _restore(self.thetas, trail.last)
-            if not trail.lost(done + 1, before):
-                break
-            optimizer = self._open(trail.rate)
-        _restore(self.thetas, trail.best)
+        before = self.held_loss()
+        trail = Trail.begin(self.thetas, before)
+        keep_best(self, trail, self.open(1.0), phase.optimizer, phase.epochs, before, self.problem.step)
         return detach(self._apply()), PhaseReport(
             self.name, before, trail.best_loss, tuple(trail.curve), trail.best_epoch, tuple(trail.events)
         )
 
     def keep_last(self) -> tuple[Draft, PhaseReport]:
-        before = self._held_loss(self.draft)
+        before = self._loss_of(self.draft)
         events: list[str] = []
         for failures in range(RETRIES + 1):
             if failures:
@@ -107,7 +93,7 @@ class _Job:
             curve = self._all_rounds(0.5**failures)
             if curve[-1] is not None:
                 break
-            events.append(f"epoch {len(curve)}: the loss was not finite; {_what_next(failures)}")
+            events.append(f"epoch {len(curve)}: the loss was not finite; {what_next(failures)}")
         after = curve[-1]
         if after is not None and not after > before:
             final = detach(self._apply())
@@ -123,58 +109,54 @@ class _Job:
     def _all_rounds(self, rate: float) -> list[float | None]:
         """Train from beginning to end; returns the held-out losses, the last of them None where one was not finite."""
         curve: list[float | None] = []
-        optimizer = self._open(rate)
-        for done in range(self.phase.epochs):
-            optimizer = self._enter(done, optimizer, rate)
-            trained = self._round(done, optimizer)
-            if done + 1 == self.phase.epochs:
+        phase = self.phase
+        optimizer = self.open(rate)
+        for done in range(phase.epochs):
+            optimizer = self.enter(done, optimizer, rate)
+            trained = run_round(self, optimizer, phase.optimizer, done, phase.epochs, self.problem.step)
+            if done + 1 == phase.epochs:
                 self._advance(done + 1)
-            held = self._held_loss(self._apply())
+            held = self.held_loss()
             good = math.isfinite(trained) and math.isfinite(held)
             curve.append(held if good else None)
             if not good:
                 return curve
         return curve
 
-    def _enter(self, done: int, optimizer: torch.optim.Optimizer, rate: float) -> torch.optim.Optimizer:
+    def enter(self, done: int, optimizer: torch.optim.Optimizer, rate: float) -> torch.optim.Optimizer:
         self._advance(done)
-        return self._open(rate) if self.phase.optimizer.restart else optimizer
+        return self.open(rate) if self.phase.optimizer.restart else optimizer
 
     @torch.no_grad()
     def _advance(self, done: int) -> None:
         for learnable, theta in zip(self.phase.learnables, self.thetas, strict=True):
             learnable.enter(theta, done, self.phase.epochs)
 
-    def _round(self, done: int, optimizer: torch.optim.Optimizer) -> float:
-        """One round of steps; returns the mean training loss."""
-        problem, total = self.problem, torch.zeros((), device=self.problem.device)
-        count = self.steps * self.phase.epochs
-        for index, samples in enumerate(self._batches(done)):
-            step = done * self.steps + index
-            set_rate(optimizer, self.phase.optimizer.factor(step, count))
-            params = realize(self._apply(), self.constants)
-            loss = self._against(params, samples, LossContext(problem.rng("slices", step)))
-            optimizer.zero_grad()
-            loss.backward()  # pyright: ignore[reportUnknownMemberType]
-            optimizer.step()
-            with torch.no_grad():
-                for learnable, theta in zip(self.phase.learnables, self.thetas, strict=True):
-                    learnable.project(theta)
-            total += loss.detach()
-            problem.step(step + 1, count)
-        return float(total) / self.steps
+    def descend(self, samples: Tensor, step: int) -> Tensor:
+        params = realize(self._apply(), self.constants)
+        loss = self._against(params, samples, LossContext(self.problem.rng("slices", step)))
+        loss.backward()  # pyright: ignore[reportUnknownMemberType]
+        return loss.detach()
 
-    def _batches(self, done: int) -> list[Tensor]:
+    @torch.no_grad()
+    def settle(self) -> None:
+        for learnable, theta in zip(self.phase.learnables, self.thetas, strict=True):
+            learnable.project(theta)
+
+    def batches(self, done: int) -> list[Tensor]:
         """Indices of the samples of each step of a round."""
         problem, train = self.problem, torch.tensor(self.problem.train)
         if self.phase.steps is None:
             return list(train[torch.randperm(len(train), generator=problem.rng("order", done + 1))].split(self.batch))
         rng = problem.rng("batches", done + 1)
-        return [train[torch.randperm(len(train), generator=rng)[: self.batch]] for _ in range(self.steps)]
+        return [train[torch.randperm(len(train), generator=rng)[: self.batch]] for _ in range(self.phase.steps)]
+
+    def held_loss(self) -> float:
+        """Of the state on the held-out samples, with the same random numbers at every call."""
+        return self._loss_of(self._apply())
 
     @torch.no_grad()
-    def _held_loss(self, draft: Draft) -> float:
-        """Loss on the held-out samples, with the same random numbers at every call."""
+    def _loss_of(self, draft: Draft) -> float:
         context = LossContext(self.problem.rng("held"))
         params = realize(draft, self.constants)
         batches = torch.tensor(self.problem.held).split(self.phase.batch_size)
@@ -208,7 +190,7 @@ class _Job:
         if len(touched) < len(draft.params):
             self.constants = {name: value for name, value in realize(draft).items() if name not in touched}
 
-    def _open(self, rate: float) -> torch.optim.Optimizer:
+    def open(self, rate: float) -> torch.optim.Optimizer:
         learnables = zip(self.phase.learnables, self.thetas, strict=True)
         return self.phase.optimizer.open(
             [
@@ -216,56 +198,3 @@ class _Job:
                 for part, theta in learnables
             ]
         )
-
-
-@dataclass
-class _Trail:
-    """The states worth going back to, and what happened on the way."""
-
-    start: list[Theta]
-    best: list[Theta]
-    last: list[Theta]
-    best_loss: float
-    best_epoch: int = 0
-    rate: float = 1.0
-    curve: list[float | None] = field(default_factory=list[float | None])
-    events: list[str] = field(default_factory=list[str])
-
-    @staticmethod
-    def begin(thetas: list[Theta], loss: float) -> _Trail:
-        state = _snapshot(thetas)
-        return _Trail(state, state, state, loss if math.isfinite(loss) else math.inf)
-
-    def note(self, epoch: int, loss: float, thetas: list[Theta]) -> None:
-        self.curve.append(loss)
-        self.last = _snapshot(thetas)
-        if loss < self.best_loss:
-            self.best, self.best_loss, self.best_epoch = self.last, loss, epoch
-
-    def lost(self, epoch: int, before: float) -> bool:
-        """Note a loss that was not finite; returns whether to go on, at a rate that has been halved."""
-        self.curve.append(None)
-        failures = len(self.events)
-        going_on = failures < RETRIES
-        self.rate = 0.5 ** (failures + 1)
-        if not going_on:
-            self.best, self.best_loss, self.best_epoch = self.start, before, 0
-        self.events.append(f"epoch {epoch}: the loss was not finite; {_what_next(failures)}")
-        return going_on
-
-
-def _what_next(failures: int) -> str:
-    if failures >= RETRIES:
-        return "kept the starting point"
-    return f"went on from the last good state at {0.5 ** (failures + 1)} of the rate"
-
-
-def _snapshot(thetas: list[Theta]) -> list[Theta]:
-    return [{key: value.detach().clone() for key, value in theta.items()} for theta in thetas]
-
-
-@torch.no_grad()
-def _restore(thetas: list[Theta], state: list[Theta]) -> None:
-    for theta, saved in zip(thetas, state, strict=True):
-        for key, value in theta.items():
-            value.copy_(saved[key])

@@ -1,0 +1,177 @@
+"""Rounds of gradient steps, and the rule by which one of the states on the way is kept: shared by all that trains."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from swquant.learnables.base import Theta
+from swquant.phases.optimizers import Optimizer, set_rate
+
+RETRIES = 3
+
+
+class Trainee(Protocol):
+    """Something that is trained: its state, its gradient, and the loss by which states are compared."""
+
+    thetas: list[Theta]
+
+    def open(self, rate: float) -> torch.optim.Optimizer:
+        """A new optimizer of the state, with ``rate`` times the learning rates."""
+        ...
+
+    def enter(self, done: int, optimizer: torch.optim.Optimizer, rate: float) -> torch.optim.Optimizer:
+        """Prepare for a round with ``done`` behind it; returns the optimizer for it."""
+        ...
+
+    def batches(self, done: int) -> list[Tensor]:
+        """Indices of the samples of each step of a round."""
+        ...
+
+    def descend(self, samples: Tensor, step: int) -> Tensor:
+        """Add the gradient of the loss on ``samples`` to the state's; returns the loss, detached."""
+        ...
+
+    def settle(self) -> None:
+        """Bring the state back to its domain after a step."""
+        ...
+
+    def held_loss(self) -> float:
+        """Loss of the state on the held-out samples."""
+        ...
+
+
+@dataclass
+class Trail:
+    """The states worth going back to, and what happened on the way.
+
+    Attributes:
+        start: The state in the beginning.
+        best: The state with the least held-out loss.
+        last: The last state whose losses were finite.
+        best_loss: Held-out loss of ``best``.
+        best_epoch: The round behind which it was seen, 0 for the start.
+        rate: Factor on the learning rates, halved when a loss is not finite.
+        curve: Held-out loss behind each round; ``None`` where a loss was not finite.
+        events: A sentence for each ``None``.
+    """
+
+    start: list[Theta]
+    best: list[Theta]
+    last: list[Theta]
+    best_loss: float
+    best_epoch: int = 0
+    rate: float = 1.0
+    curve: list[float | None] = field(default_factory=list[float | None])
+    events: list[str] = field(default_factory=list[str])
+
+    @staticmethod
+    def begin(thetas: list[Theta], loss: float) -> Trail:
+        """The trail of a state with this held-out loss."""
+        state = snapshot(thetas)
+        return Trail(state, state, state, loss if math.isfinite(loss) else math.inf)
+
+    @property
+    def ended(self) -> bool:
+        """Whether too many losses were not finite."""
+        return len(self.events) > RETRIES
+
+    def note(self, epoch: int, loss: float, thetas: list[Theta]) -> None:
+        """Take in the state behind a round."""
+        self.curve.append(loss)
+        self.last = snapshot(thetas)
+        if loss < self.best_loss:
+            self.best, self.best_loss, self.best_epoch = self.last, loss, epoch
+
+    def lost(self, epoch: int, before: float) -> None:
+        """Take in a round whose loss was not finite: the rate halves, or the start is kept and the training ends."""
+        self.curve.append(None)
+        failures = len(self.events)
+        self.rate = 0.5 ** (failures + 1)
+        self.events.append(f"epoch {epoch}: the loss was not finite; {what_next(failures)}")
+        if self.ended:
+            self.best, self.best_loss, self.best_epoch = self.start, before, 0
+
+
+def keep_best(
+    trainee: Trainee,
+    trail: Trail,
+    optimizer: torch.optim.Optimizer,
+    schedule: Optimizer,
+    epochs: int,
+    before: float,
+    report: Callable[[int, int], None],
+    behind: Callable[[torch.optim.Optimizer], None] = lambda _: None,
+) -> None:
+    """Train until ``trail`` has ``epochs`` rounds behind it; the trainee ends in the trail's best state.
+
+    Args:
+        trainee: What is trained; its state is the trail's last.
+        trail: Where the training stands.
+        optimizer: The state's.
+        schedule: The learning rate's course.
+        epochs: Rounds in all.
+        before: Held-out loss of the start.
+        report: Called with (steps done, steps in all).
+        behind: Called behind each round with the optimizer.
+    """
+    while len(trail.curve) < epochs and not trail.ended:
+        done = len(trail.curve)
+        optimizer = trainee.enter(done, optimizer, trail.rate)
+        trained = run_round(trainee, optimizer, schedule, done, epochs, report)
+        held = trainee.held_loss()
+        if math.isfinite(trained) and math.isfinite(held):
+            trail.note(done + 1, held, trainee.thetas)
+        else:
+            restore(trainee.thetas, trail.last)
+            trail.lost(done + 1, before)
+            optimizer = trainee.open(trail.rate)
+        behind(optimizer)
+    restore(trainee.thetas, trail.best)
+
+
+def run_round(
+    trainee: Trainee,
+    optimizer: torch.optim.Optimizer,
+    schedule: Optimizer,
+    done: int,
+    epochs: int,
+    report: Callable[[int, int], None],
+) -> float:
+    """The steps of the round with ``done`` of ``epochs`` behind it; returns the mean training loss."""
+    batches = trainee.batches(done)
+    count = len(batches) * epochs
+    losses: list[Tensor] = []
+    for step, samples in enumerate(batches, done * len(batches)):
+        set_rate(optimizer, schedule.factor(step, count))
+        optimizer.zero_grad()
+        losses.append(trainee.descend(samples, step))
+        optimizer.step()
+        trainee.settle()
+        report(step + 1, count)
+    return float(torch.stack(losses).mean())
+
+
+def what_next(failures: int) -> str:
+    """What is done about a loss that is not finite when ``failures`` were so before."""
+    if failures >= RETRIES:
+        return "kept the starting point"
+    return f"went on from the last good state at {0.5 ** (failures + 1)} of the rate"
+
+
+def snapshot(thetas: list[Theta]) -> list[Theta]:
+    """A copy of the state."""
+    return [{key: value.detach().clone() for key, value in theta.items()} for theta in thetas]
+
+
+@torch.no_grad()
+def restore(thetas: list[Theta], state: list[Theta]) -> None:
+    """Set the state to a copy that :func:`snapshot` made."""
+    for theta, saved in zip(thetas, state, strict=True):
+        for key, value in theta.items():
+            value.copy_(saved[key])
