@@ -35,7 +35,7 @@ def app() -> None:
 @click.option("--bits", type=int, help="Bits per weight: 2, 3, 4 or 8.  [2]")
 @click.option("--group-size", help="Weights that share a scale: 32, 64, 128, or 'channel'.  [64]")
 @click.option("--symmetric/--asymmetric", default=None, help="Fixed zero point, or one per group.  [symmetric]")
-@click.option("--method", help="What trains the quantization (swquant list methods).  [omniquant]")
+@click.option("--method", help="One of swquant list methods, or several: 'awq + tesseraq'.  [by recipe]")
 @click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help="An option of the method; repeatable.")
 @click.option("--loss", help="Training loss, e.g. '0.9*mse + 0.1*sliced_wasserstein(slices=256)'.")
 @click.option("--calibration", help="Text or jsonl file, datasets name, or 'self': drawn from the model.  [self]")
@@ -50,6 +50,7 @@ def app() -> None:
 def quantize(source: str, out: Path, recipe_name: str | None, options: tuple[str, ...], **flags: Any) -> None:
     """Quantize SOURCE, a model directory or a hub name.
 
+    Without --recipe and --method, the recipe for the bits, the group size and the preset is taken, and named.
     The same command goes on where a killed run stopped, and ends in the same bits.
     """
     from swquant.recipe import Recipe
@@ -62,7 +63,13 @@ def quantize(source: str, out: Path, recipe_name: str | None, options: tuple[str
         values["group_size"] = _group_size(values["group_size"])
     if options:
         values["options"] = dict(_option(text) for text in options)
-    recipe = Recipe.load(recipe_name) if recipe_name else Recipe()
+    if recipe_name:
+        recipe = Recipe.load(recipe_name)
+    elif "method" in values:
+        recipe = Recipe()
+    else:
+        recipe_name, recipe = Recipe.recommended(values)
+        click.echo(f"Recipe {recipe_name}: {recipe.override(values).summary}", err=True)
     with observer() as watching:
         report = run(recipe.override(values), source, out, observer=watching)
     print_report(report, out)

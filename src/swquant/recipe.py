@@ -122,6 +122,31 @@ class Recipe:
             values["format"] = values["format"].replace("-", "_")
         return build(Recipe, values, what)
 
+    @staticmethod
+    def recommended(values: Mapping[str, Any]) -> tuple[str, Recipe]:
+        """The named recipe for what a user has asked for, its name first.
+
+        Args:
+            values: Keys of a recipe; ``bits``, ``group_size``, ``symmetric`` and ``preset`` choose. Where there is no
+                recipe for a group size, that of the usual one for these bits is taken; :meth:`override` it then.
+
+        Raises:
+            SwquantError: If there is no recipe for these bits.
+        """
+        bits = values.get("bits", 2)
+        known = recipe_names()
+        ending = ("" if values.get("symmetric", True) else "-asym") + (
+            f"-{values['preset']}" if values.get("preset", "default") != "default" else ""
+        )
+        group = values.get("group_size")
+        wanted = f"w{bits}" if group == CHANNEL else f"w{bits}g{group}"
+        for name in (f"{wanted}{ending}", *(f"w{bits}g{usual}{ending}" for usual in (64, 128))):
+            if name in known:
+                return name, Recipe.load(name)
+        raise SwquantError(
+            f"there is no recipe for {bits!r} bits; give --bits 2, 3 or 4, or choose a method with --method"
+        )
+
     def override(self, values: Mapping[str, Any]) -> Recipe:
         """This recipe with ``values`` in place of its own; options are merged one by one."""
         merged = {**self.to_mapping(), **values}
