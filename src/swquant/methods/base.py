@@ -7,6 +7,7 @@ from typing import Literal, Protocol
 
 from swquant.families.base import Family
 from swquant.phases.base import Phase
+from swquant.phases.scale_training import ScaleTraining
 from swquant.quant.spec import QuantSpec
 
 Subject = Literal["basis", "equivalence", "clips", "grid", "weights", "rounding", "norms", "scales"]
@@ -17,23 +18,6 @@ explicit grid, the weights, how they are rounded, the norms, and the scales end 
 @dataclass(frozen=True)
 class Rotation:
     """Rotate the residual stream and the value heads before the first block; see `swquant.checkpoint.rotation`."""
-
-
-@dataclass(frozen=True)
-class EndToEnd:
-    """Train the committed model's scales against the original's predictions; see `swquant.engine.end_to_end`.
-
-    Attributes:
-        epochs: Passes over the calibration samples.
-        batch_size: Samples per step.
-        learning_rate: AdamW's, for scales.
-        norms: Train the norms' weights too.
-    """
-
-    epochs: int
-    batch_size: int
-    learning_rate: float
-    norms: bool
 
 
 @dataclass(frozen=True)
@@ -49,7 +33,7 @@ class Part:
     """
 
     name: str
-    work: Rotation | Phase | EndToEnd
+    work: Rotation | Phase | ScaleTraining
     decides: frozenset[Subject]
     discards: frozenset[Subject] = frozenset()
     trained: bool = False

@@ -9,8 +9,9 @@ from typing import Any
 
 from swquant import registry
 from swquant.errors import SwquantError
-from swquant.methods.base import EndToEnd, Method, Part, Rotation, Setting
+from swquant.methods.base import Method, Part, Rotation, Setting
 from swquant.phases.base import Phase
+from swquant.phases.scale_training import ScaleTraining
 from swquant.validation import build
 
 EXAMPLE = "write methods with '+' between them, such as 'awq + block_ap(epochs=4) + tesseraq'"
@@ -43,7 +44,7 @@ class Pipeline:
 
     rotate: bool
     phases: tuple[Phase, ...]
-    finish: EndToEnd | None
+    finish: ScaleTraining | None
     parts: tuple[Part, ...]
 
 
@@ -94,10 +95,10 @@ def build_pipeline(steps: tuple[Step, ...], setting: Setting) -> Pipeline:
                 _check_pair(earlier, part)
             parts.append(part)
     works = [part.work for part in parts]
-    finish = [work for work in works if isinstance(work, EndToEnd)]
+    finish = [work for work in works if isinstance(work, ScaleTraining)]
     return Pipeline(
         rotate=any(isinstance(work, Rotation) for work in works),
-        phases=tuple(work for work in works if not isinstance(work, Rotation | EndToEnd)),
+        phases=tuple(work for work in works if not isinstance(work, Rotation | ScaleTraining)),
         finish=finish[0] if finish else None,
         parts=tuple(parts),
     )
@@ -123,7 +124,7 @@ def _check_pair(earlier: Part, later: Part) -> None:
 
 
 def _stage(part: Part) -> int:
-    return 0 if isinstance(part.work, Rotation) else 2 if isinstance(part.work, EndToEnd) else 1
+    return 0 if isinstance(part.work, Rotation) else 2 if isinstance(part.work, ScaleTraining) else 1
 
 
 def _list(subjects: frozenset[Any]) -> str:
