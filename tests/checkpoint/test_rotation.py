@@ -211,8 +211,11 @@ def test_a_number_of_heads_that_does_not_fit_is_named(make_model: MakeModel, hea
 
 
 @pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.0.self_attn.o_proj.weight"])
-def test_a_missing_tensor_is_named(make_model: MakeModel, name: str) -> None:
+def test_a_missing_or_flat_tensor_is_named(make_model: MakeModel, name: str) -> None:
     checkpoint = open_checkpoint(make_model("llama", 1))
     tensors = {key: value for key, value in checkpoint.tensors.items() if key != name}
     with pytest.raises(SwquantError, match=f"has no tensor '{name}'"):
         rotate(replace(checkpoint, tensors=tensors), family_for(checkpoint.config), 0)
+    flat = {**checkpoint.tensors, name: checkpoint.tensors["model.norm.weight"]}
+    with pytest.raises(SwquantError, match=rf"{name} in .* has the shape \[64\], expected a matrix"):
+        rotate(replace(checkpoint, tensors=flat), family_for(checkpoint.config), 0)

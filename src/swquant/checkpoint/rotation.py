@@ -192,10 +192,10 @@ def rotate(inner: Checkpoint, family: Family, seed: int) -> RotatedCheckpoint:
     embedding, head = f"{family.embedding}.weight", f"{family.head}.weight"
     tied = bool(inner.config.get("tie_word_embeddings", False))
     tensors = dict(inner.tensors)
-    if tied:
-        tensors[head] = _entry(inner, embedding)
-    stream = random_rotation(_entry(inner, embedding).shape[1], generator(seed, "rotation", "stream"))
+    stream = random_rotation(_columns(inner, embedding), generator(seed, "rotation", "stream"))
     heads = random_rotation(_head_size(inner, family), generator(seed, "rotation", "heads"))
+    if tied:
+        tensors[head] = inner.tensors[embedding]
     folded = {f"{name}.weight" for name in family.tail}
     changes = {
         embedding: _Change(embedding, right=stream),
@@ -236,7 +236,7 @@ def _head_size(inner: Checkpoint, family: Family) -> int:
     """Channels of one attention head."""
     output = next(pair.output for pair in family.equivalences if isinstance(pair, ValueOutput))
     name = f"{family.blocks}.0.{output}.weight"
-    columns = _entry(inner, name).shape[1]
+    columns = _columns(inner, name)
     count = inner.config.get("num_attention_heads")
     if not isinstance(count, int) or count < 1 or columns % count:
         raise SwquantError(
@@ -246,7 +246,10 @@ def _head_size(inner: Checkpoint, family: Family) -> int:
     return columns // count
 
 
-def _entry(inner: Checkpoint, name: str) -> Stored:
+def _columns(inner: Checkpoint, name: str) -> int:
     if name not in inner.tensors:
         raise SwquantError(f"{inner.directory} has no tensor {name!r}; check that it is a whole checkpoint")
-    return inner.tensors[name]
+    shape = inner.tensors[name].shape
+    if len(shape) != 2:
+        raise SwquantError(f"{name} in {inner.directory} has the shape {list(shape)}, expected a matrix")
+    return shape[1]
