@@ -15,7 +15,7 @@ from swquant.losses.base import Loss, LossContext
 from swquant.losses.mse import Mse
 from swquant.phases.base import PhaseReport, Problem
 from swquant.phases.optimizers import Optimizer, trainable
-from swquant.phases.rounds import RETRIES, Trail, keep_best, run_round, what_next
+from swquant.phases.rounds import RETRIES, Trail, keep_best, run_round
 from swquant.quant.draft import Draft, detach, realize
 
 
@@ -87,14 +87,17 @@ class _Job:
     def keep_last(self) -> tuple[Draft, PhaseReport]:
         before = self._loss_of(self.draft)
         events: list[str] = []
+        curve: list[float | None] = []
         for failures in range(RETRIES + 1):
             if failures:
                 self.thetas = self._init()
             curve = self._all_rounds(0.5**failures)
-            if curve[-1] is not None:
+            if None not in curve:
                 break
-            events.append(f"epoch {len(curve)}: the loss was not finite; {what_next(failures)}")
-        after = curve[-1]
+            again = f"began again at {0.5 ** (failures + 1)} of the rate"
+            next_step = again if failures < RETRIES else "kept the starting point"
+            events.append(f"epoch {len(curve)}: the loss was not finite; {next_step}")
+        after = curve[-1] if curve else None
         if after is not None and not after > before:
             final = detach(self._apply())
             return final, PhaseReport(self.name, before, after, tuple(curve), len(curve), tuple(events))
