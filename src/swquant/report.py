@@ -41,10 +41,11 @@ class Report:
         bits_per_weight: Of the quantized weights, scales and zero points included.
         bytes_source: Of the source's tensors.
         bytes_output: Of the output's tensors.
-        seconds: Of the blocks, over all the runs that it took.
+        seconds: Of the blocks and the training behind the last, over all the runs that it took.
         notes: What to know about the data and the output.
         loading: Python code that loads the output.
         key: What the result depends on; a finished output with the same key is not made again.
+        finish: The report of the training behind the last block, and its seconds; ``None`` where there was none.
     """
 
     source: str
@@ -60,6 +61,7 @@ class Report:
     notes: Sequence[str]
     loading: str
     key: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    finish: Mapping[str, Any] | None = None
 
     def to_json(self) -> str:
         """The text of ``report.json``."""
@@ -76,9 +78,10 @@ class Report:
     @property
     def events(self) -> list[str]:
         """What went wrong in training and was recovered from, block by block."""
-        return [
+        found = [
             f"block {index}: {event}"
             for index, block in enumerate(self.blocks)
             for phase in block["phases"]
             for event in phase["events"]
         ]
+        return found + [f"end to end: {event}" for event in (self.finish or {"events": []})["events"]]

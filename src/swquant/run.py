@@ -21,6 +21,7 @@ from swquant.checkpoint.writer import publish, require_disk, require_unused, wri
 from swquant.device import resolve_device
 from swquant.engine.block import Job, quantize_block
 from swquant.engine.capture import capture, to_device
+from swquant.engine.end_to_end import train_scales
 from swquant.engine.head import measure
 from swquant.engine.journal import MANIFEST, STREAMS, Journal, lock_directory, open_journal
 from swquant.engine.observer import Observer, Silent
@@ -87,6 +88,9 @@ def quantize(recipe: Recipe, source: str | Path, out: str | Path, *, observer: O
         arguments = capture(plan.skeleton, plan.checkpoint, journal.tokens()["tokens"][:1])
         for index in range(journal.done, len(plan.skeleton.blocks)):
             quantize_block(job, journal, to_device(arguments[index], plan.device), watching)
+        finish = plan.pipeline.finish
+        if finish is not None and journal.final is None:
+            train_scales(job, finish, journal, to_device(arguments, plan.device), watching)
         quality = _quality(plan, journal, watching)
         watching.stage(f"Writing {out}")
         report = _write(plan, journal, quality, key, str(source))
@@ -256,17 +260,19 @@ def _write(plan: Plan, journal: Journal, quality: Quality | None, key: Mapping[s
         sidecars=plan.checkpoint.sidecars(),
         extra_files={RECIPE: plan.recipe.to_yaml()},
     )
+    finish = None if journal.final is None else journal.final["report"]
     report = Report(
         source=source,
         recipe=plan.recipe.to_mapping(),
         recipe_hash=plan.recipe.digest(),
         versions=versions(),
         blocks=journal.reports,
+        finish=finish,
         quality=quality,
         bits_per_weight=_bits_per_weight(plan),
         bytes_source=plan.checkpoint.tensor_bytes,
         bytes_output=written.tensor_bytes,
-        seconds=round(sum(float(block["seconds"]) for block in journal.reports), 3),
+        seconds=round(sum(float(part["seconds"]) for part in (*journal.reports, *([finish] if finish else []))), 3),
         notes=plan.notes,
         loading=plan.format.loading(plan.spec),
         key=key,

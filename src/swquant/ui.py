@@ -91,7 +91,10 @@ class Bar:
         """Move the bar by a part of a block."""
         if self.task is not None:
             self.progress.update(
-                self.task, completed=self.done + done / total, description=f"{self._description()}, step {done}/{total}"
+                self.task,
+                total=max(self.blocks, self.done + 1),
+                completed=self.done + done / total,
+                description=f"{self._description()}, step {done}/{total}",
             )
 
     def block(self, index: int, report: Mapping[str, Any]) -> None:
@@ -102,7 +105,9 @@ class Bar:
             self.progress.update(self.task, completed=self.done, description=self._description())
 
     def _description(self) -> str:
-        return f"{self.label}block {min(self.done + 1, self.blocks)}/{self.blocks}"
+        return (
+            f"{self.label}block {self.done + 1}/{self.blocks}" if self.done < self.blocks else f"{self.label}all blocks"
+        )
 
 
 def print_report(report: Report, out: Path) -> None:
@@ -145,6 +150,10 @@ def _facts(report: Report) -> Iterator[tuple[str, str]]:
         yield "same first choice", f"{100 * quality.top1:.1f} % of tokens"
     worst = max(range(len(report.blocks)), key=lambda index: report.blocks[index]["drift"])
     yield "drift of the hidden states", f"{report.blocks[-1]['drift']:.4f} at the end, most behind block {worst}"
+    if report.finish is not None:
+        finish = report.finish
+        kept = f"epoch {finish['kept_epoch']} of {len(finish['curve'])}, {_span(finish['seconds'])}"
+        yield "end to end, held-out KL", f"{finish['before']:.4g} -> {finish['after']:.4g} ({kept})"
     yield "time", _span(report.seconds)
     yield "recipe", f"{report.recipe_hash}, in swquant.yaml"
     for text in (*report.notes, *report.events):

@@ -15,6 +15,8 @@ from swquant.engine.skeleton import Skeleton
 from swquant.report import Quality
 
 VOCABULARY_ROWS = 4096
+LOGITS = 1 << 24
+"""Logits of each model that are in memory at once in training."""
 
 
 @dataclass
@@ -142,3 +144,80 @@ class _Tail:
         for module, params in zip(self.modules, self.params, strict=True):
             hidden = functional_call(module, params, (hidden,))
         return hidden
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What follows the last block in both models, held in memory in the dtypes that the weights have on disk.
+
+    Attributes:
+        tail: The modules in front of the head, the same for both.
+        original: The original's head, ``[vocabulary, dim]``.
+        stored: The same as the output stores it, which differs where the checkpoint is seen through a rotation.
+    """
+
+    tail: _Tail
+    original: Tensor
+    stored: Tensor
+
+    @staticmethod
+    def load(skeleton: Skeleton, checkpoint: Source, device: torch.device) -> Heads:
+        """Read both."""
+        original = checkpoint.read(skeleton.head_weight).to(device)
+        stored = original.to(checkpoint.tensors[skeleton.head_weight].dtype)
+        return Heads(_Tail.load(skeleton, checkpoint, device), original, stored)
+
+    def divergence(self, reference: Tensor, hidden: Tensor) -> Tensor:
+        """Mean over all tokens of ``KL(original || quantized)``.
+
+        Args:
+            reference: The original's hidden states behind the last block, ``[samples, tokens, dim]``.
+            hidden: The quantized model's.
+        """
+        with torch.no_grad():
+            return self._gap(self.tail(reference).flatten(0, 1), self.tail(hidden).flatten(0, 1), None)
+
+    def gradient(self, reference: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`divergence`, and its gradient with respect to ``hidden``.
+
+        With the logits ``q = z W'`` of the quantized model, ``d KL / d q = softmax(q) - softmax(r)``, so that the
+        gradient with respect to ``z`` needs no graph over the vocabulary; that of the tail is left to autograd.
+        """
+        leaf = hidden.detach().requires_grad_()
+        with torch.enable_grad():
+            normed = self.tail(leaf)
+        slope = torch.empty_like(normed)
+        with torch.no_grad():
+            loss = self._gap(self.tail(reference).flatten(0, 1), normed.flatten(0, 1), slope.flatten(0, 1))
+        return loss, torch.autograd.grad(normed, leaf, slope)[0]
+
+    def _gap(self, reference: Tensor, normed: Tensor, slope: Tensor | None) -> Tensor:
+        """Mean divergence of ``[tokens, dim]`` in front of the heads, a chunk of tokens at a time; fills ``slope``."""
+        count, total = len(normed), torch.zeros((), dtype=torch.float64, device=normed.device)
+        for part in torch.arange(count).split(max(1, LOGITS // len(self.stored))):
+            rows = slice(int(part[0]), int(part[-1]) + 1)
+            expected = _logits(reference[rows], self.original).log_softmax(-1)
+            found = _logits(normed[rows], self.stored).log_softmax(-1)
+            likely = expected.exp()
+            total += expected.sub_(found).mul_(likely).sum(dtype=torch.float64)
+            if slope is not None:
+                slope[rows] = _times(found.exp_().sub_(likely).div_(count), self.stored)
+        return (total / count).float()
+
+
+def _logits(normed: Tensor, head: Tensor) -> Tensor:
+    """``normed @ head.T`` in float32, for a head in any dtype."""
+    out = normed.new_empty(len(normed), len(head))
+    for first in range(0, len(head), VOCABULARY_ROWS):
+        rows = slice(first, first + VOCABULARY_ROWS)
+        out[:, rows] = normed @ head[rows].float().T
+    return out
+
+
+def _times(slope: Tensor, head: Tensor) -> Tensor:
+    """``slope @ head`` in float32, for a head in any dtype."""
+    out = slope.new_zeros(len(slope), head.shape[1])
+    for first in range(0, len(head), VOCABULARY_ROWS):
+        rows = slice(first, first + VOCABULARY_ROWS)
+        out.addmm_(slope[:, rows], head[rows].float())
+    return out

@@ -25,6 +25,9 @@ from swquant.quant.spec import QuantSpec
 
 MANIFEST = "manifest.json"
 STREAMS = ("reference", "quantized")
+TRAINED = "trained"
+"""The stream that takes the place of the quantized one when the whole model has been trained."""
+FINAL = "final.safetensors"
 
 
 @dataclass
@@ -41,6 +44,9 @@ class Journal:
         shape: Of the streams, ``(samples, tokens, dim)``; ``None`` until the first streams are in.
         reports: A report per finished block.
         checksums: CRC-32 of each finished block's file.
+        notes: What else the start has noted.
+        training: Where the training behind the last block stands; ``None`` before its first epoch.
+        final: What came out of it; ``None`` until then.
     """
 
     root: Path
@@ -49,6 +55,8 @@ class Journal:
     reports: list[Mapping[str, Any]] = field(default_factory=list[Mapping[str, Any]])
     checksums: list[int] = field(default_factory=list[int])
     notes: dict[str, Any] = field(default_factory=dict[str, Any])
+    training: Mapping[str, Any] | None = None
+    final: Mapping[str, Any] | None = None
 
     @property
     def done(self) -> int:
@@ -76,10 +84,14 @@ class Journal:
         return load_file(self.root / "tokens.safetensors")
 
     def open_streams(self) -> tuple[Tensor, Tensor]:
-        """The reference stream and the quantized stream in front of the next block."""
+        """The reference stream and the quantized stream in front of the next block.
+
+        Behind a training of the whole model, only the evaluation samples of the latter are the trained model's.
+        """
         assert self.shape is not None
+        names = STREAMS if self.final is None else (STREAMS[0], TRAINED)
         try:
-            reference, quantized = (open_stream(self.stream_path(name, self.done), self.shape) for name in STREAMS)
+            reference, quantized = (open_stream(self.stream_path(name, self.done), self.shape) for name in names)
         except OSError as error:
             raise self._damaged(str(error)) from error
         return reference, quantized
@@ -95,19 +107,60 @@ class Journal:
             self.stream_path(name, index).unlink(missing_ok=True)
 
     def block(self, index: int, spec: QuantSpec) -> Committed:
-        """A finished block."""
-        path = self.block_path(index)
-        try:
-            intact = zlib.crc32(path.read_bytes()) == self.checksums[index]
-        except OSError as error:
-            raise self._damaged(str(error)) from error
-        if not intact:
-            raise self._damaged(f"the checksum of {path.name} is not the one that was noted")
-        return _from_tensors(load_file(path), spec)
+        """A finished block, with the final scales where there are such."""
+        tensors = self._checked(self.block_path(index), self.checksums[index])
+        if self.final is not None:
+            final, prefix = self._checked(self.root / FINAL, self.final["checksum"]), f"{index}/"
+            tensors |= {name.removeprefix(prefix): final[name] for name in final if name.startswith(prefix)}
+        return _from_tensors(tensors, spec)
+
+    def read_block(self, index: int, spec: QuantSpec, device: torch.device) -> Committed:
+        """A finished block on ``device`` as it was before any training of the whole model, its file not checked."""
+        tensors = load_file(self.block_path(index))
+        return _from_tensors({name: value.to(device) for name, value in tensors.items()}, spec)
+
+    def save_training(self, epoch: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Commit the state of the training behind the last block after another epoch."""
+        before, path = self.training, self.root / f"training-{epoch:05d}.safetensors"
+        checksum = _save(path, dict(tensors))
+        self.training = {**facts, "epoch": epoch, "file": path.name, "checksum": checksum}
+        self._commit()
+        if before is not None:
+            (self.root / before["file"]).unlink(missing_ok=True)
+
+    def training_state(self) -> dict[str, Tensor]:
+        """The tensors that were last saved."""
+        assert self.training is not None
+        return self._checked(self.root / self.training["file"], self.training["checksum"])
+
+    def finish_training(self, tensors: Mapping[str, Tensor], report: Mapping[str, Any]) -> None:
+        """Commit the trained model; the caller has written the stream :data:`TRAINED`.
+
+        Args:
+            tensors: What takes the place of a block's tensors, by the block's number, a slash and its name there.
+            report: What the training did.
+        """
+        checksum, before = _save(self.root / FINAL, dict(tensors)), self.training
+        sync_stream(self.stream_path(TRAINED, self.done))
+        self.final, self.training = {"checksum": checksum, "report": report}, None
+        self._commit()
+        self.stream_path(STREAMS[1], self.done).unlink(missing_ok=True)
+        if before is not None:
+            (self.root / before["file"]).unlink(missing_ok=True)
 
     def clear(self) -> None:
         """Remove the working directory."""
         shutil.rmtree(self.root, ignore_errors=True)
+
+    def _checked(self, path: Path, checksum: int) -> dict[str, Tensor]:
+        """The tensors in a file that has the checksum that was noted for it."""
+        try:
+            intact = zlib.crc32(path.read_bytes()) == checksum
+        except OSError as error:
+            raise self._damaged(str(error)) from error
+        if not intact:
+            raise self._damaged(f"the checksum of {path.name} is not the one that was noted")
+        return load_file(path)
 
     def _sync_streams(self, blocks_behind: int) -> None:
         for name in STREAMS:
@@ -120,6 +173,8 @@ class Journal:
             "reports": self.reports,
             "checksums": self.checksums,
             "notes": self.notes,
+            "training": self.training,
+            "final": self.final,
         }
         _replace(self.root / MANIFEST, json.dumps(state).encode())
 
@@ -141,7 +196,14 @@ def open_journal(root: Path, key: Mapping[str, Any]) -> Journal:
         state = json.loads(manifest.read_bytes())
         theirs, shape = state["key"], tuple(state["shape"])
         journal = Journal(
-            root, key, (shape[0], shape[1], shape[2]), state["reports"], state["checksums"], state["notes"]
+            root,
+            key,
+            (shape[0], shape[1], shape[2]),
+            state["reports"],
+            state["checksums"],
+            state["notes"],
+            state["training"],
+            state["final"],
         )
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise SwquantError(f"{manifest} is damaged ({error}); delete {root} to start over") from error

@@ -1,0 +1,257 @@
+r"""The end-to-end stage: the scales of all blocks, trained together on the original model's predictions.
+
+Behind the last block, with codes ``c`` and zero points ``z`` as they are, each group's scale becomes
+``s = s0 * exp(g)`` and ``g``, zero in the beginning, is trained by AdamW on::
+
+    mean over tokens of KL(softmax(logits of the original) || softmax(logits with weights (c - z) * s))
+
+which is the second step of EfficientQAT (Chen et al., arXiv 2407.11062, E2E-QP) but for the loss and the logarithm.
+Adam's steps in ``g`` are shares of a scale, whatever its magnitude, and no scale changes its sign. ``s`` is rounded to
+bfloat16 inside of the differentiable path (straight-through), so the model that is trained is the one that is written.
+
+Codes stay packed on the disk. A step goes forward block by block and keeps the hidden states in front of each,
+``[blocks, samples, tokens, dim]``; then backward block by block, running each again with a graph. So one block's
+weights exist at a time, and memory grows with the number of blocks by hidden states, scales and AdamW's moments alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swquant.engine.block import TOKENS_PER_FORWARD, Job, split_held
+from swquant.engine.capture import capture
+from swquant.engine.head import Heads
+from swquant.engine.journal import TRAINED, Journal
+from swquant.engine.observer import Observer
+from swquant.engine.streams import batches, create_stream
+from swquant.learnables.base import Theta
+from swquant.phases.base import PhaseReport
+from swquant.phases.optimizers import Optimizer, trainable
+from swquant.phases.rounds import Trail, keep_best, snapshot
+from swquant.phases.scale_training import ScaleTraining
+from swquant.quant.draft import Committed
+from swquant.quant.grid import stored_as, stored_step
+from swquant.quant.qtensor import QTensor
+from swquant.seeds import generator
+
+NAME = "EndToEnd"
+COSINE = Optimizer(schedule="cosine")
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+def train_scales(
+    job: Job, work: ScaleTraining, journal: Journal, arguments: Sequence[Mapping[str, Any]], observer: Observer
+) -> None:
+    """Train the scales of all finished blocks, run the evaluation samples through the result, and commit both.
+
+    Args:
+        job: The run.
+        work: What to train and how.
+        journal: Where the run stands; all blocks are finished. Every epoch is saved to it.
+        arguments: The blocks' keyword arguments beside the hidden states, on the job's device.
+        observer: Hears of the steps.
+    """
+    observer.stage("Training the scales of all blocks end to end")
+    assert journal.shape is not None
+    stream = create_stream(journal.stream_path(TRAINED, journal.done), journal.shape)
+    capture(job.skeleton, job.checkpoint, journal.tokens()["tokens"], write_stored=stream.__setitem__)
+    stage = _Stage(job, work, TrainedModel(job, journal, arguments, work.norms), journal, stream, observer)
+    report = stage.run()
+    stage.model.advance(stream[job.samples :])
+    observer.stage(f"End to end: held-out KL {report['before']:.4g} -> {report['after']:.4g}")
+    journal.finish_training(stage.model.final(), report)
+
+
+class TrainedModel:
+    """The quantized model's blocks: packed codes in the journal, scales in memory.
+
+    Attributes:
+        gains: For each block, by a parameter's name, the logarithm of the factor on its scales (``[out, groups]``) or
+            on a norm's weight (``[dim]``); float32 leaves.
+    """
+
+    def __init__(self, job: Job, journal: Journal, arguments: Sequence[Mapping[str, Any]], norms: bool = False) -> None:
+        self._job, self._journal, self._arguments = job, journal, arguments
+        self.gains = [self._start(journal.block(index, job.spec), norms) for index in range(journal.done)]
+
+    def _start(self, block: Committed, norms: bool) -> Theta:
+        shapes = {name: quantized.scale.shape for name, quantized in block.quantized.items()}
+        if norms:
+            shapes |= {name: value.shape for name, value in block.params.items() if _is_norm(name, value)}
+        return {name: torch.zeros(shape, device=self._job.device, requires_grad=True) for name, shape in shapes.items()}
+
+    def _block(self, index: int) -> Committed:
+        """The block with its present scales, differentiable in the gains."""
+        block = self._journal.read_block(index, self._job.spec, self._job.device)
+        factors = {name: gain.exp() for name, gain in self.gains[index].items()}
+        quantized = {
+            name: QTensor(old.codes, stored_step(old.scale, factors[name]), old.zero, old.spec)
+            for name, old in block.quantized.items()
+        }
+        params = {
+            name: stored_as(value.float() * factors[name], value.dtype) if name in factors else value
+            for name, value in block.params.items()
+        }
+        return Committed(quantized, params)
+
+    def _run(self, index: int, hidden: Tensor) -> Tensor:
+        """Block number ``index`` on ``hidden [samples, tokens, dim]``."""
+        floats = self._block(index).floats()
+        return self._job.skeleton.block(index).forward(floats, hidden, self._arguments[index])
+
+    @torch.no_grad()
+    def forward(self, hidden: Tensor, keep: bool = True) -> list[Tensor]:
+        """The hidden states in front of each block if ``keep``, and behind the last."""
+        states = [hidden]
+        for index in range(len(self.gains)):
+            out = self._run(index, states[-1])
+            states = [*states, out] if keep else [out]
+        return states
+
+    def backward(self, states: list[Tensor], slope: Tensor) -> None:
+        """Add to the gains' gradients.
+
+        Args:
+            states: What :meth:`forward` returned but for the last; they are let go of one after the other.
+            slope: Gradient of the loss with respect to the hidden states behind the last block.
+        """
+        for index in reversed(range(len(self.gains))):
+            hidden = states.pop().detach().requires_grad_()
+            with torch.enable_grad():
+                out = self._run(index, hidden)
+            out.backward(slope)
+            assert hidden.grad is not None
+            slope = hidden.grad
+
+    @torch.no_grad()
+    def advance(self, stream: Tensor) -> None:
+        """Replace the hidden states in front of the first block by those behind the last, in place."""
+        for index in range(len(self.gains)):
+            floats = self._block(index).floats()
+            for part in batches(stream.shape[0], max(1, TOKENS_PER_FORWARD // stream.shape[1])):
+                hidden = stream[part].to(self._job.device)
+                stream[part] = self._job.skeleton.block(index).forward(floats, hidden, self._arguments[index]).cpu()
+
+    @torch.no_grad()
+    def final(self) -> dict[str, Tensor]:
+        """The trained scales and norms as :meth:`Journal.finish_training` takes them."""
+        out: dict[str, Tensor] = {}
+        for index, gains in enumerate(self.gains):
+            block = self._block(index)
+            for name in gains:
+                part = "scale" if name in block.quantized else "plain"
+                value = block.quantized[name].scale.bfloat16() if part == "scale" else block.params[name]
+                out[f"{index}/{name}:{part}"] = value.cpu().contiguous()
+        return out
+
+
+@dataclass
+class _Stage:
+    """The training, as :func:`swquant.phases.rounds.keep_best` drives it."""
+
+    job: Job
+    work: ScaleTraining
+    model: TrainedModel
+    journal: Journal
+    inputs: Tensor
+    observer: Observer
+
+    def __post_init__(self) -> None:
+        self.thetas = self.model.gains
+        self.reference = self.journal.open_streams()[0]
+        self.heads = Heads.load(self.job.skeleton, self.job.checkpoint, self.job.device)
+        self.train, self.held = split_held(self.job.samples)
+
+    def run(self) -> dict[str, Any]:
+        """Train from where the journal stands, to the best state; returns the report."""
+        began, spent = time.monotonic(), 0.0
+        if self.journal.training is None:
+            before = self.held_loss()
+            trail, optimizer = Trail.begin(self.thetas, before), self.open(1.0)
+        else:
+            before, spent = self.journal.training["before"], self.journal.training["seconds"]
+            trail, optimizer = self._resume(self.journal.training)
+
+        def behind(optimizer: torch.optim.Optimizer) -> None:
+            facts = {"before": before, "seconds": spent + time.monotonic() - began}
+            self._save(trail, optimizer, facts)
+
+        keep_best(self, trail, optimizer, COSINE, self.work.epochs, before, self.observer.step, behind)
+        if trail.best_epoch == 0 and not trail.ended:
+            trail.events.append("no epoch had a smaller held-out KL than the start, which was kept")
+        report = PhaseReport(NAME, before, trail.best_loss, tuple(trail.curve), trail.best_epoch, tuple(trail.events))
+        return {**asdict(report), "seconds": round(spent + time.monotonic() - began, 3)}
+
+    def open(self, rate: float) -> torch.optim.Optimizer:
+        params = [gain for theta in self.thetas for gain in trainable(theta)]
+        return COSINE.open([{"params": params, "lr": self.work.learning_rate * rate, "weight_decay": 0.0}])
+
+    def enter(self, done: int, optimizer: torch.optim.Optimizer, rate: float) -> torch.optim.Optimizer:
+        return optimizer
+
+    def batches(self, done: int) -> list[Tensor]:
+        train = torch.tensor(self.train)
+        order = torch.randperm(len(train), generator=generator(self.job.seed, "end to end", "order", done + 1))
+        return list(train[order].split(self.work.batch_size))
+
+    def descend(self, samples: Tensor, step: int) -> Tensor:
+        states = self.model.forward(self.inputs[samples].to(self.job.device))
+        loss, slope = self.heads.gradient(self.reference[samples].to(self.job.device), states.pop())
+        self.model.backward(states, slope)
+        return loss
+
+    def settle(self) -> None:
+        """Every state is in the domain."""
+
+    def held_loss(self) -> float:
+        total = 0.0
+        for samples in torch.tensor(self.held).split(self.work.batch_size):
+            hidden = self.model.forward(self.inputs[samples].to(self.job.device), keep=False)[-1]
+            reference = self.reference[samples].to(self.job.device)
+            total += float(self.heads.divergence(reference, hidden)) * len(samples)
+        return total / len(self.held)
+
+    def _save(self, trail: Trail, optimizer: torch.optim.Optimizer, facts: Mapping[str, Any]) -> None:
+        tensors: dict[str, Tensor] = {}
+        for key, gain, best in self._named(trail.best):
+            tensors |= {f"{key}:last": gain, f"{key}:best": best}
+            tensors |= {f"{key}:{part}": value for part, value in optimizer.state.get(gain, {}).items()}
+        tensors = {key: value.detach().cpu().clone() for key, value in tensors.items()}
+        stand = {"curve": trail.curve, "events": trail.events, "rate": trail.rate}
+        best = {"best_loss": trail.best_loss, "best_epoch": trail.best_epoch}
+        self.journal.save_training(len(trail.curve), tensors, {**stand, **best, **facts})
+        held = trail.curve[-1]
+        shown = "a loss that was not finite" if held is None else f"held-out KL {held:.4g}"
+        self.observer.stage(f"End to end, epoch {len(trail.curve)}/{self.work.epochs}: {shown}")
+
+    @torch.no_grad()
+    def _resume(self, stand: Mapping[str, Any]) -> tuple[Trail, torch.optim.Optimizer]:
+        """The trail and the optimizer that :meth:`_save` saved."""
+        tensors, start, optimizer = self.journal.training_state(), snapshot(self.thetas), self.open(stand["rate"])
+        best = snapshot(self.thetas)
+        for key, gain, kept in self._named(best):
+            gain.copy_(tensors[f"{key}:last"])
+            kept.copy_(tensors[f"{key}:best"])
+            state = {part: tensors[f"{key}:{part}"] for part in MOMENTS if f"{key}:{part}" in tensors}
+            if state:
+                moments = {part: value.to(gain.device) for part, value in state.items() if part != "step"}
+                optimizer.state[gain] = {"step": state["step"], **moments}
+        last, best_loss, best_epoch = snapshot(self.thetas), stand["best_loss"], stand["best_epoch"]
+        trail = Trail(start, best, last, best_loss, best_epoch, stand["rate"], stand["curve"], stand["events"])
+        return trail, optimizer
+
+    def _named(self, states: list[Theta]) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """A key for each gain, the gain, and its counterpart in ``states``."""
+        for index, (theta, state) in enumerate(zip(self.thetas, states, strict=True)):
+            for name, gain in theta.items():
+                yield f"{index}/{name}", gain, state[name]
+
+
+def _is_norm(name: str, value: Tensor) -> bool:
+    return value.dim() == 1 and name.endswith(".weight")
