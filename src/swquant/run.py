@@ -114,6 +114,7 @@ class Plan:
     text: str | None
     evaluation: str | None
     notes: tuple[str, ...]
+    bytes_source: int
 
     def key(self) -> dict[str, Any]:
         """Everything that the result depends on."""
@@ -148,6 +149,7 @@ def make_plan(recipe: Recipe, source: str | Path) -> Plan:
     checkpoint: Source = with_full_names(open_checkpoint(source))
     family = family_for(checkpoint.config)
     pipeline = build_pipeline(steps, Setting(spec, family, preset.effort))
+    bytes_source = checkpoint.tensor_bytes
     if pipeline.rotate:
         checkpoint = rotate(checkpoint, family, recipe.seed)
     notes = output.check(spec, checkpoint.dtype)
@@ -168,7 +170,9 @@ def make_plan(recipe: Recipe, source: str | Path) -> Plan:
         seq_len=recipe.seq_len or min(LONGEST, limit),
         device=str(device),
     )
-    return Plan(resolved, checkpoint, skeleton, spec, pipeline, loss, output, device, text, evaluation, notes)
+    return Plan(
+        resolved, checkpoint, skeleton, spec, pipeline, loss, output, device, text, evaluation, notes, bytes_source
+    )
 
 
 def versions() -> dict[str, str]:
@@ -270,7 +274,7 @@ def _write(plan: Plan, journal: Journal, quality: Quality | None, key: Mapping[s
         finish=finish,
         quality=quality,
         bits_per_weight=_bits_per_weight(plan),
-        bytes_source=plan.checkpoint.tensor_bytes,
+        bytes_source=plan.bytes_source,
         bytes_output=written.tensor_bytes,
         seconds=round(sum(float(part["seconds"]) for part in (*journal.reports, *([finish] if finish else []))), 3),
         notes=plan.notes,
