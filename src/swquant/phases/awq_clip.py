@@ -1,0 +1,75 @@
+"""AWQ's clips: each group's range shrinks as far as its outputs profit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from swquant.phases.base import PhaseReport, Problem
+from swquant.phases.hessian import ErrorTally, best_range, diagonal_blocks, input_moments, input_sets, score_linears
+from swquant.quant.draft import Draft, Slot, snap
+from swquant.quant.grid import Extent, extent_of
+from swquant.quant.spec import QuantSpec
+
+FACTORS = tuple(1 - step / 20 for step in range(10))
+
+
+@dataclass(frozen=True)
+class AwqClip:
+    r"""Weight clipping by search (AWQ, Lin et al., arXiv 2306.00978; ``auto_clip`` in the authors' code).
+
+    Each group ``w`` is clamped to ``[-c max|w|, c max|w|]`` before its grid is made, with the ``c`` in
+    ``{1, 0.95, .. 0.55}`` that leaves the group's part of the output with the least error::
+
+        mean ((Q(clamp(w)) - w) x_g)^2 = d^T H_gg d,   H_gg the group's diagonal block of mean x x^T
+
+    As in the authors' code, queries and keys are not clipped. The result is the slot's ``lo`` and ``hi``.
+
+    Departures from the authors' code: all calibration tokens count instead of 512; on symmetric grids the sign of the
+    scale is searched together with ``c``; the range is clipped and not the weight, which codes outside of it then
+    stand for in the last level.
+    """
+
+    @property
+    def augmented(self) -> bool:
+        """The augmented target is not needed."""
+        return False
+
+    @torch.no_grad()
+    def run(self, draft: Draft, problem: Problem) -> tuple[Draft, PhaseReport]:
+        """Search the clips of all groups, set by set."""
+        family = problem.facts.family
+        unclipped = score_linears(family)
+        sets = [tuple(linear for linear in linears if linear not in unclipped) for linears in input_sets(family)]
+        slots = dict(draft.slots)
+        tally = ErrorTally()
+        for done, linears in enumerate(sets):
+            problem.step(done, len(sets))
+            if not linears:
+                continue
+            second = input_moments(problem, draft.params, linears[0]).second
+            for name in (f"{linear}.weight" for linear in linears):
+                weight, slot = draft.params[name], draft.slots[name]
+                slots[name] = _clipped(weight, slot.spec, second)
+                tally.add(weight, snap(weight, slot), snap(weight, slots[name]), second)
+        problem.step(len(sets), len(sets))
+        return replace(draft, slots=slots), tally.report("AwqClip")
+
+
+def _clipped(weight: Tensor, spec: QuantSpec, second: Tensor) -> Slot:
+    extent = extent_of(weight, spec)
+    ends = [_ends(extent, factor, spec) for factor in FACTORS]
+    found = best_range(weight, extent, spec, diagonal_blocks(second, spec), ends)
+    return Slot(spec, lo=found.lo, hi=found.hi, sign=found.sign, extent=extent)
+
+
+def _ends(extent: Extent, factor: float, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Factors on low and high that stand for a clamp to ``factor`` times the largest magnitude."""
+    if spec.symmetric:
+        both = torch.full_like(extent.low, factor)
+        return both, both
+    limit = factor * torch.maximum(extent.high, -extent.low)
+    low, high = -extent.low, extent.high
+    return torch.where(low > limit, limit / low, 1.0), torch.where(high > limit, limit / high, 1.0)

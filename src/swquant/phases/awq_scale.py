@@ -1,0 +1,105 @@
+"""AWQ's scales: channels with large inputs get larger weights, by a search over one exponent."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from swquant.families.base import Equivalence, QueryKey, ValueOutput
+from swquant.learnables.base import BlockFacts
+from swquant.learnables.moves import fed_by, move, per_key_head, per_query_head, source_of
+from swquant.phases.base import PhaseReport, Problem
+from swquant.phases.hessian import ErrorTally, Moments, input_moments, output_error
+from swquant.quant.draft import Draft, open_draft, snap
+from swquant.quant.grid import widened
+from swquant.quant.spec import QuantSpec
+
+RATIOS = tuple(step / 20 for step in range(20))
+LEAST_SCALE = 1e-4
+
+
+@dataclass(frozen=True)
+class AwqScale:
+    r"""Activation-aware scales (AWQ, Lin et al., arXiv 2306.00978, section 3.2, eqs. 4 and 5), merged into the block.
+
+    For each pair of a source (a norm, the value or the up projection) and the linears ``W`` behind it, with inputs
+    ``X``::
+
+        r* = argmin_r || Q(W diag(s)) diag(s)^-1 X - W X ||^2,   s = mean|X|^r,   r in {0, 1/20, .. 19/20}
+
+    where ``s`` is at least 1e-4 and then divided by ``sqrt(max s * min s)``, as in the authors' code. The source's
+    output is divided by ``s``. All ratios are compared on the block as it is; the moves are made together.
+
+    Departures from the authors' code: errors are those of the linears' own outputs, as in eq. 4, instead of the parent
+    module's; under grouped-query attention the value-output pair is scaled too, the query heads of a key head
+    sharing the mean of their magnitudes, where the code skips it; the inputs are those that the quantized model so far
+    produces; ``Q`` is our grid, with the sign of smaller squared weight error where it is symmetric.
+    """
+
+    @property
+    def augmented(self) -> bool:
+        """The augmented target is not needed."""
+        return False
+
+    @torch.no_grad()
+    def run(self, draft: Draft, problem: Problem) -> tuple[Draft, PhaseReport]:
+        """Search each pair's ratio, move the scales, and open new slots for the weights that changed."""
+        facts = problem.facts
+        pairs = [pair for pair in facts.family.equivalences if not isinstance(pair, QueryKey)]
+        scales: dict[str, Tensor] = {}
+        tally = ErrorTally()
+        for done, pair in enumerate(pairs):
+            problem.step(done, len(pairs))
+            moments = input_moments(problem, draft.params, fed_by(pair)[0])
+            scale = _search(pair, moments, draft, facts)
+            scales[source_of(pair)] = scale
+            for name in _weights(pair):
+                weight, slot = draft.params[name], draft.slots[name]
+                after = _scaled_and_snapped(weight, _wide(pair, scale, facts), slot.spec)
+                tally.add(weight, snap(weight, slot), after, moments.second)
+        problem.step(len(pairs), len(pairs))
+        moved = move(draft, pairs, scales, {}, facts)
+        slots = {
+            name: slot if slot is draft.slots[name] else open_draft(moved.params, (name,), slot.spec).slots[name]
+            for name, slot in moved.slots.items()
+        }
+        return replace(moved, slots=slots), tally.report("AwqScale")
+
+
+def _search(pair: Equivalence, moments: Moments, draft: Draft, facts: BlockFacts) -> Tensor:
+    """The pair's scale per channel of the source's output."""
+    magnitude = moments.magnitude
+    if isinstance(pair, ValueOutput):
+        magnitude = per_key_head(magnitude, facts).mean(1).flatten()
+    best, least = torch.ones_like(magnitude), math.inf
+    for ratio in RATIOS:
+        scale = magnitude.pow(ratio).clamp(min=LEAST_SCALE)
+        scale = scale / (scale.max() * scale.min()).sqrt()
+        wide = _wide(pair, scale, facts)
+        error = 0.0
+        for name in _weights(pair):
+            weight = draft.params[name]
+            snapped = _scaled_and_snapped(weight, wide, draft.slots[name].spec)
+            error += output_error(snapped.sub_(weight), moments.second)
+        if error < least:
+            best, least = scale, error
+    return best
+
+
+def _weights(pair: Equivalence) -> tuple[str, ...]:
+    return tuple(f"{linear}.weight" for linear in fed_by(pair))
+
+
+def _wide(pair: Equivalence, scale: Tensor, facts: BlockFacts) -> Tensor:
+    """The scale per input channel of the linears behind the source."""
+    return per_query_head(scale, facts) if isinstance(pair, ValueOutput) else scale
+
+
+def _scaled_and_snapped(weight: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
+    """``Q(W diag(s)) diag(s)^-1``, a new tensor."""
+    scaled = widened(weight) * scale
+    slot = open_draft({"weight": scaled}, ("weight",), spec).slots["weight"]
+    return snap(scaled, slot).div_(scale)

@@ -1,0 +1,161 @@
+"""What the searches without gradients share: moments of a linear's inputs, and errors of its outputs by them.
+
+A linear's output error over tokens ``x`` is a quadratic form in its weight's error ``D [out, in]``::
+
+    mean ||D x||^2 = tr(D H D^T),   H = mean x x^T   [in, in]
+
+so one pass over the calibration samples serves any number of candidates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from swquant.families.base import Family, NormLinears, ValueOutput
+from swquant.phases.base import PhaseReport, Problem
+from swquant.quant.grid import Extent, group, minmax_grid, widened
+from swquant.quant.rounding import fake_quantize
+from swquant.quant.spec import QuantSpec
+
+CHUNK = 1 << 22
+"""Weights whose candidates are compared at a time."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Of a linear's input over all calibration tokens.
+
+    Attributes:
+        second: Mean of ``x x^T``, ``[in, in]``.
+        magnitude: Mean of ``|x|``, ``[in]``.
+    """
+
+    second: Tensor
+    magnitude: Tensor
+
+
+@dataclass(frozen=True)
+class Range:
+    """Factors on each group's low and high end, ``[out, groups, 1]``, and the scale's sign on symmetric grids."""
+
+    lo: Tensor
+    hi: Tensor
+    sign: Tensor | None
+
+
+@dataclass
+class ErrorTally:
+    """Output errors before and after a phase, relative to the outputs: ``sum tr(D H D^T) / sum tr(W H W^T)``."""
+
+    before: float = 0.0
+    after: float = 0.0
+    energy: float = 0.0
+
+    def add(self, weight: Tensor, before: Tensor, after: Tensor, second: Tensor) -> None:
+        """Count a linear: its weight in full precision, and as it was and is quantized, ``[out, in]`` each."""
+        self.before += output_error(before - weight, second)
+        self.after += output_error(after - weight, second)
+        self.energy += output_error(widened(weight), second)
+
+    def report(self, phase: str, events: Sequence[str] = ()) -> PhaseReport:
+        """The phase's report."""
+        energy = self.energy or math.inf
+        return PhaseReport(phase, self.before / energy, self.after / energy, events=tuple(events))
+
+
+def input_sets(family: Family) -> tuple[tuple[str, ...], ...]:
+    """The block's linears in order, those that read one norm's output together."""
+    shared = {pair.linears[0]: pair.linears for pair in family.equivalences if isinstance(pair, NormLinears)}
+    followers = {linear for linears in shared.values() for linear in linears[1:]}
+    return tuple(shared.get(linear, (linear,)) for linear in family.linears if linear not in followers)
+
+
+def score_linears(family: Family) -> frozenset[str]:
+    """The query and key projections: they read what a value projection reads, and are not it.
+
+    Derived so, they are known where no equivalence holds between them, as in Qwen3.
+    """
+    values = {pair.value for pair in family.equivalences if isinstance(pair, ValueOutput)}
+    behind_norms = (pair.linears for pair in family.equivalences if isinstance(pair, NormLinears))
+    return frozenset(linear for linears in behind_norms if values & {*linears} for linear in linears) - values
+
+
+def input_moments(problem: Problem, params: Mapping[str, Tensor], linear: str) -> Moments:
+    """Moments of the input that ``linear`` has in the block with ``params``, over all calibration samples.
+
+    Sums are kept in float32 (float64 for float64 inputs).
+    """
+    sums: list[Moments] = []
+    tokens = 0
+
+    def visit(_: str, inputs: Tensor) -> None:
+        nonlocal tokens
+        x = widened(inputs)
+        if not sums:
+            sums.append(Moments(x.new_zeros(x.shape[1], x.shape[1]), x.new_zeros(x.shape[1])))
+        sums[0].second.addmm_(x.T, x)
+        sums[0].magnitude.add_(x.abs().sum(0))
+        tokens += x.shape[0]
+
+    problem.watch(params, (linear,), visit)
+    return Moments(sums[0].second / tokens, sums[0].magnitude / tokens)
+
+
+def output_error(error: Tensor, second: Tensor) -> float:
+    """``tr(D H D^T)`` of a weight's error ``D [out, in]`` under the inputs' second moments ``H [in, in]``."""
+    return float((error @ second).mul_(error).sum())
+
+
+def diagonal_blocks(second: Tensor, spec: QuantSpec) -> Tensor:
+    """Each group's own block of ``H [in, in]``: ``[groups, width, width]``."""
+    width = spec.group_width(second.shape[0])
+    return torch.stack([second[start : start + width, start : start + width] for start in range(0, len(second), width)])
+
+
+def best_range(
+    weight: Tensor, extent: Extent, spec: QuantSpec, blocks: Tensor, ends: Sequence[tuple[Tensor, Tensor]]
+) -> Range:
+    """Of all candidates, each group's own with the least output error ``d^T H_gg d``; on symmetric grids of both signs.
+
+    Args:
+        weight: ``[out, in]``.
+        extent: Of its groups.
+        spec: The grid's kind.
+        blocks: :func:`diagonal_blocks` of the inputs' second moments.
+        ends: Candidates ``(lo, hi)``, ``[out, groups, 1]`` each; the first of equals wins.
+    """
+    rows = max(1, CHUNK // weight.shape[1])
+    parts: list[Range] = []
+    for start in range(0, weight.shape[0], rows):
+        some = slice(start, start + rows)
+        low_high = Extent(extent.low[some], extent.high[some])
+        parts.append(_best_of_rows(weight[some], low_high, spec, blocks, [(lo[some], hi[some]) for lo, hi in ends]))
+    signs = [part.sign for part in parts if part.sign is not None]
+    return Range(
+        torch.cat([part.lo for part in parts]),
+        torch.cat([part.hi for part in parts]),
+        torch.cat(signs) if signs else None,
+    )
+
+
+def _best_of_rows(
+    weight: Tensor, extent: Extent, spec: QuantSpec, blocks: Tensor, ends: Sequence[tuple[Tensor, Tensor]]
+) -> Range:
+    ones = torch.ones_like(extent.low)
+    best_lo, best_hi, best_sign = ones, ones, ones
+    least = torch.full_like(extent.low, math.inf)
+    for lo, hi in ends:
+        for sign in (ones, -ones) if spec.symmetric else (ones,):
+            grid = minmax_grid(extent, spec, lo, hi, sign if spec.symmetric else None)
+            error = group(fake_quantize(weight, grid, spec).sub_(weight), spec).transpose(0, 1)
+            cost = (error @ blocks).mul_(error).sum(-1).T.unsqueeze(-1)
+            better = cost < least
+            least = torch.where(better, cost, least)
+            best_lo, best_hi = torch.where(better, lo, best_lo), torch.where(better, hi, best_hi)
+            best_sign = torch.where(better, sign, best_sign)
+    return Range(best_lo, best_hi, best_sign if spec.symmetric else None)
