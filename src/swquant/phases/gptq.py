@@ -1,0 +1,204 @@
+"""GPTQ: columns are rounded one after the other, and those to come make up for each one's error."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from swquant.phases.base import PhaseReport, Problem
+from swquant.phases.hessian import ErrorTally, best_range, diagonal_blocks, input_moments, input_sets
+from swquant.quant.draft import Draft, Slot, better_sign, realize, snap
+from swquant.quant.grid import Extent, Grid, extent_of, minmax_grid, widened
+from swquant.quant.rounding import fake_quantize
+from swquant.quant.spec import QuantSpec
+
+BLOCK = 128
+FACTORS = tuple(1 - step / 20 for step in range(13))
+
+
+@dataclass(frozen=True)
+class Gptq:
+    r"""Error-compensated rounding (GPTQ, Frantar et al., arXiv 2210.17323, algorithm 1).
+
+    With ``H = mean x x^T + lambda I`` and ``U`` upper triangular, ``H^-1 = U^T U``, columns ``j`` in order::
+
+        q_j = Q(w_j),   w_k -= (w_j - q_j) U_jk / U_jj   for all k > j
+
+    in blocks of 128 columns, behind which all others are updated at once. Linears are quantized in the block's order
+    and see the inputs that the quantized ones before them produce. The draft that comes out has each weight as it was
+    when its column was rounded and the explicit grid on which it was, so rounding it to the nearest gives ``q``.
+
+    Without ``act_order`` a group's grid is made from its weights as they are when its first column's turn comes; with
+    ``act_order``, or one scale per row, from the weights as they were, so no file needs to know the order. Clips
+    found before are factors on the groups' ends.
+
+    Departures from the authors' code: groups smaller than 128 see the updates within their block of columns, which the
+    code leaves out; the weight of an input that is always zero is rounded to the nearest, not set to zero; ``search``.
+
+    Attributes:
+        damping: ``lambda`` as a share of the mean of ``diag(H)``; raised tenfold as often as ``H`` cannot be factored.
+        act_order: Take columns in order of falling ``diag(H)``.
+        search: Shrink each group's range by the factor in ``{1, 0.95, .. 0.4}`` with the least ``e^T H_gg e``, ``e``
+            the group's error when rounded to the nearest and ``H_gg`` its block of ``H``; on symmetric grids of both
+            signs. Without, the range is the minimum to the maximum, and the sign that of smaller squared error.
+    """
+
+    damping: float = 0.01
+    act_order: bool = False
+    search: bool = True
+
+    @property
+    def augmented(self) -> bool:
+        """The augmented target is not needed."""
+        return False
+
+    @torch.no_grad()
+    def run(self, draft: Draft, problem: Problem) -> tuple[Draft, PhaseReport]:
+        """Quantize the block's linears in order."""
+        sets = input_sets(problem.facts.family)
+        params, slots = dict(draft.params), dict[str, Slot]()
+        tally = ErrorTally()
+        events: list[str] = []
+        for done, linears in enumerate(sets):
+            problem.step(done, len(sets))
+            so_far = realize(replace(draft, params=params, slots=slots))
+            second = _finite(input_moments(problem, {**params, **so_far}, linears[0]).second, linears[0], events)
+            inputs = _factored(second, self.damping, self.act_order, linears[0], events)
+            for name in (f"{linear}.weight" for linear in linears):
+                weight, slot = draft.params[name], draft.slots[name]
+                params[name], grid = _compensated(weight, slot, inputs, self.search)
+                slots[name] = Slot(slot.spec, grid=grid)
+                tally.add(weight, snap(weight, slot), snap(params[name], slots[name]), second)
+        problem.step(len(sets), len(sets))
+        return replace(draft, params=params, slots=slots), tally.report("Gptq", events)
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What the linears that read one input share.
+
+    Attributes:
+        hessian: ``H`` with its damping, ``[in, in]``.
+        upper: ``U`` of the columns in their order, ``[in, in]``.
+        order: The columns in the order in which they are rounded, ``[in]``; ``None`` is their own.
+    """
+
+    hessian: Tensor
+    upper: Tensor
+    order: Tensor | None
+
+
+def _finite(second: Tensor, name: str, events: list[str]) -> Tensor:
+    """The second moments, or the identity where they are not finite, which is noted."""
+    if torch.isfinite(second).all():
+        return second
+    events.append(f"{name}: the second moments of its inputs are not finite; rounded to the nearest")
+    return torch.eye(len(second), dtype=second.dtype, device=second.device)
+
+
+def _factored(second: Tensor, damping: float, act_order: bool, name: str, events: list[str]) -> _Inputs:
+    """Damp and factor the second moments; the damping grows until it can be done, which is noted."""
+    order = second.diagonal().argsort(descending=True, stable=True) if act_order else None
+    mean = float(second.diagonal().mean()) or 1.0
+    while True:
+        hessian = second.clone()
+        hessian.diagonal().add_(damping * mean)
+        upper = _inverse_factor(hessian if order is None else hessian[order][:, order])
+        if upper is not None:
+            return _Inputs(hessian, upper, order)
+        damping *= 10
+        events.append(f"{name}: the Hessian could not be factored; raised the damping to {damping:.4g}")
+
+
+def _inverse_factor(hessian: Tensor) -> Tensor | None:
+    """The upper ``U`` with ``H^-1 = U^T U``; ``None`` if ``H`` is not positive definite even in float64.
+
+    It is the inverse of the upper ``R`` with ``H = R R^T``, a Cholesky factor from the last column to the first, so
+    ``H`` itself needs no inverse.
+    """
+    for matrix in (hessian, hessian.cpu().double()):
+        lower, failed = torch.linalg.cholesky_ex(matrix.flip(0, 1))
+        if not failed:
+            eye = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+            upper = torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True).to(hessian)
+            if torch.isfinite(upper).all():
+                return upper
+    return None
+
+
+def _compensated(weight: Tensor, slot: Slot, inputs: _Inputs, search: bool) -> tuple[Tensor, Grid]:
+    """Each weight as it was when its column was rounded ``[out, in]``, and the grid."""
+    groups = _Groups.open(weight, slot, inputs, search)
+    order = list(range(weight.shape[1])) if inputs.order is None else inputs.order.tolist()
+    work = widened(weight)[:, order]
+    for start in range(0, len(order), BLOCK):
+        stop = min(start + BLOCK, len(order))
+        errors = torch.empty_like(work[:, start:stop])
+        for column in range(start, stop):
+            grid = groups.of_column(order[column], work)
+            now = work[:, column : column + 1].contiguous()
+            error = (now - fake_quantize(now, grid, groups.alone)).div_(inputs.upper[column, column])
+            work[:, column + 1 : stop].addmm_(error, inputs.upper[column : column + 1, column + 1 : stop], alpha=-1)
+            errors[:, column - start] = error.squeeze(1)
+        work[:, stop:].addmm_(errors, inputs.upper[start:stop, stop:], alpha=-1)
+    if inputs.order is not None:
+        work = work[:, inputs.order.argsort()]
+    return work, groups.grid
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """The grids of a weight's groups, made before the columns' turns or, where ``late``, at each group's first column.
+
+    Attributes:
+        grid: Of all groups; what is late is filled in.
+        slot: The clips.
+        blocks: Blocks of ``H`` to search by; ``None`` is min-max.
+        alone: The grid's kind of a single group.
+        width: Columns of a group.
+        late: Whether groups wait for their first column.
+    """
+
+    grid: Grid
+    slot: Slot
+    blocks: Tensor | None
+    alone: QuantSpec
+    width: int
+    late: bool
+
+    @staticmethod
+    def open(weight: Tensor, slot: Slot, inputs: _Inputs, search: bool) -> _Groups:
+        spec = slot.spec
+        blocks = diagonal_blocks(inputs.hessian, spec) if search else None
+        late = inputs.order is None and spec.group_size is not None
+        if late:
+            low = extent_of(weight, spec).low
+            grid = Grid(torch.empty_like(low), torch.empty_like(low))
+        else:
+            grid = _grid(weight, spec, slot.lo, slot.hi, blocks)
+        alone = QuantSpec(spec.bits, None, spec.symmetric)
+        return _Groups(grid, slot, blocks, alone, spec.group_width(weight.shape[1]), late)
+
+    def of_column(self, column: int, current: Tensor) -> Grid:
+        """The grid of the group that ``column`` is in; a late one is made of the ``current`` weights."""
+        group = column // self.width
+        own = slice(group, group + 1)
+        if self.late and column % self.width == 0:
+            lo, hi = (end[:, own] if isinstance(end, Tensor) else end for end in (self.slot.lo, self.slot.hi))
+            weight = current[:, column : column + self.width].contiguous()
+            grid = _grid(weight, self.alone, lo, hi, None if self.blocks is None else self.blocks[own])
+            self.grid.scale[:, own], self.grid.zero[:, own] = grid.scale, grid.zero
+        return Grid(self.grid.scale[:, own], self.grid.zero[:, own])
+
+
+def _grid(weight: Tensor, spec: QuantSpec, lo: Tensor | float, hi: Tensor | float, blocks: Tensor | None) -> Grid:
+    """The grid of ``weight``'s groups: searched by ``blocks``, or min-max where there are none."""
+    full = extent_of(weight, spec)
+    extent = Extent(full.low * lo, full.high * hi)
+    if blocks is None:
+        return minmax_grid(extent, spec, 1.0, 1.0, better_sign(weight, extent, spec) if spec.symmetric else None)
+    both = (torch.full_like(extent.low, factor) for factor in FACTORS)
+    found = best_range(weight, extent, spec, blocks, [(factor, factor) for factor in both])
+    return minmax_grid(extent, spec, found.lo, found.hi, found.sign)
