@@ -219,9 +219,10 @@ class _Stage:
 
     def _save(self, trail: Trail, optimizer: torch.optim.Optimizer, facts: Mapping[str, Any]) -> None:
         tensors: dict[str, Tensor] = {}
-        for key, gain, best in self._named(trail.best):
+        moments = optimizer.state_dict()["state"]
+        for index, (key, gain, best) in enumerate(self._named(trail.best)):
             tensors |= {f"{key}:last": gain, f"{key}:best": best}
-            tensors |= {f"{key}:{part}": value for part, value in optimizer.state.get(gain, {}).items()}
+            tensors |= {f"{key}:{part}": value for part, value in moments.get(index, {}).items()}
         tensors = {key: value.detach().cpu().clone() for key, value in tensors.items()}
         stand = {"curve": trail.curve, "events": trail.events, "rate": trail.rate}
         best = {"best_loss": trail.best_loss, "best_epoch": trail.best_epoch}
@@ -234,14 +235,14 @@ class _Stage:
     def _resume(self, stand: Mapping[str, Any]) -> tuple[Trail, torch.optim.Optimizer]:
         """The trail and the optimizer that :meth:`_save` saved."""
         tensors, start, optimizer = self.journal.training_state(), snapshot(self.thetas), self.open(stand["rate"])
-        best = snapshot(self.thetas)
-        for key, gain, kept in self._named(best):
+        best, state = snapshot(self.thetas), optimizer.state_dict()
+        for index, (key, gain, kept) in enumerate(self._named(best)):
             gain.copy_(tensors[f"{key}:last"])
             kept.copy_(tensors[f"{key}:best"])
-            state = {part: tensors[f"{key}:{part}"] for part in MOMENTS if f"{key}:{part}" in tensors}
-            if state:
-                moments = {part: value.to(gain.device) for part, value in state.items() if part != "step"}
-                optimizer.state[gain] = {"step": state["step"], **moments}
+            moments = {part: tensors[f"{key}:{part}"] for part in MOMENTS if f"{key}:{part}" in tensors}
+            if moments:
+                state["state"][index] = moments
+        optimizer.load_state_dict(state)
         last, best_loss, best_epoch = snapshot(self.thetas), stand["best_loss"], stand["best_epoch"]
         trail = Trail(start, best, last, best_loss, best_epoch, stand["rate"], stand["curve"], stand["events"])
         return trail, optimizer
