@@ -118,13 +118,16 @@ def build_skeleton(checkpoint: Source) -> Skeleton:
     family = family_for(checkpoint.config)
     try:
         config = AutoConfig.from_pretrained(checkpoint.directory, local_files_only=True, trust_remote_code=False)
+        layers = config.num_hidden_layers
+        if not 0 < layers <= len(checkpoint.tensors):
+            raise ValueError(f"num_hidden_layers is {layers}, and the files hold {len(checkpoint.tensors)} tensors")
         config.tie_word_embeddings = bool(checkpoint.config.get("tie_word_embeddings", config.tie_word_embeddings))
         with torch.device("meta"):
             model: Any = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
             )
-    except (ValueError, TypeError, KeyError, OSError) as error:
-        reason = " ".join(str(error).split())
+    except Exception as error:  # transformers raises whatever the file makes it run into
+        reason = " ".join(str(error).split())[:200]
         raise SwquantError(f"{checkpoint.directory / 'config.json'} does not describe a model: {reason}") from error
     model.eval().requires_grad_(False)
     _check_parameters(model, checkpoint, tied=bool(config.tie_word_embeddings), head=family.head)
