@@ -137,7 +137,11 @@ def _option(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals:
         raise SwquantError(f"--option {text!r} has no '=', expected KEY=VALUE, e.g. --option epochs=10")
-    return key, yaml.safe_load(value)
+    try:
+        return key, yaml.safe_load(value)
+    except (yaml.YAMLError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise SwquantError(f"--option {text!r} has a value that is not valid YAML: {reason}") from error
 
 
 def main(arguments: list[str] | None = None) -> None:
