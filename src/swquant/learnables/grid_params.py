@@ -13,32 +13,34 @@ from swquant.quant.draft import Draft, grid_of
 from swquant.quant.grid import MIN_SCALE, Grid, stored_as
 from swquant.quant.spec import QuantSpec
 
-_SCALE, _ZERO, _SIGN = ".scale", ".zero", ".sign"
+_RATIO, _ZERO, _START = ".ratio", ".zero", ".start"
 
 
 @dataclass(frozen=True)
 class GridParams:
-    r"""Each group's scale and zero point (EfficientQAT, arXiv 2407.11062, section 3.2, eqs. 1 to 5).
+    r"""Each group's scale and zero point (EfficientQAT, arXiv 2407.11062, section 3.2).
 
-    The state holds, ``[out, groups, 1]``, a magnitude ``m`` and on asymmetric grids a real zero point ``b``, both as
-    the draft's grid has them when training begins. The grid is::
+    With ``s0`` the scale of the draft's grid when training begins, a ratio ``r`` that starts at 1 and a real zero point
+    ``b`` that starts where the grid has it, all ``[out, groups, 1]``, the grid is::
 
-        scale = sign * bfloat16(m),   zero = clamp(round(b), 0, 2**bits - 1)
+        scale = bfloat16(s0 * r),   zero = clamp(round(b), 0, 2**bits - 1)
 
-    where ``bfloat16``, ``round`` and ``clamp`` let gradients pass straight through, and ``fake_quantize`` gives
+    where ``bfloat16``, ``round`` and ``clamp`` let gradients pass straight through, and ``fake_quantize`` gives::
 
         d out / d scale = q - zero - 1[inside] * w / scale,   d out / d zero = -scale * 1[outside]
 
-    The sign is that of the scale in the beginning; on symmetric grids the zero point is fixed. Departures from the
-    authors' code: it has no symmetric grids; its scales have a floor of 1e-4 where ours have that of files,
-    :data:`swquant.quant.grid.MIN_SCALE`, to which the state itself is brought back after a step.
+    ``r`` stays positive, so scales keep their sign; on symmetric grids the zero point is fixed.
+
+    Departures from the authors' code: it has no symmetric grids; it trains the scale itself, so that a rate fits scales
+    of one magnitude; its scales have a floor of 1e-4, passed straight through, where ours have that of files,
+    :data:`swquant.quant.grid.MIN_SCALE`, to which ``r`` is brought back after a step.
 
     Attributes:
-        learning_rate: Of scales and zero points; 1e-4 in the paper.
-        weight_decay: Likewise; 0 in the paper.
+        learning_rate: Of ratios and zero points.
+        weight_decay: Likewise.
     """
 
-    learning_rate: float = 1e-4
+    learning_rate: float
     weight_decay: float = 0.0
     writes: ClassVar[frozenset[str]] = frozenset({"grid"})
 
@@ -48,10 +50,9 @@ class GridParams:
         theta: Theta = {}
         for name, slot in draft.slots.items():
             grid = grid_of(draft.params[name], slot)
-            theta[name + _SCALE] = grid.scale.abs().requires_grad_()
-            if slot.spec.symmetric:
-                theta[name + _SIGN] = torch.where(grid.scale < 0, -1.0, 1.0).to(grid.scale.dtype)
-            else:
+            theta[name + _START] = grid.scale.clone()
+            theta[name + _RATIO] = torch.ones_like(grid.scale).requires_grad_()
+            if not slot.spec.symmetric:
                 theta[name + _ZERO] = grid.zero.clone().requires_grad_()
         return theta
 
@@ -64,16 +65,16 @@ class GridParams:
         """Nothing changes from round to round."""
 
     def project(self, theta: Theta) -> None:
-        """Keep magnitudes at what files can hold or more."""
+        """Keep scales at what files can hold or more."""
         for key, value in theta.items():
-            if key.endswith(_SCALE):
-                value.clamp_(min=MIN_SCALE)
+            if key.endswith(_RATIO):
+                value.clamp_(min=MIN_SCALE / theta[key.removesuffix(_RATIO) + _START].abs())
 
 
 def _grid(theta: Theta, name: str, spec: QuantSpec) -> Grid:
-    scale = stored_as(theta[name + _SCALE], torch.bfloat16)
+    scale = stored_as(theta[name + _START] * theta[name + _RATIO], torch.bfloat16)
     if spec.symmetric:
-        return Grid(scale * theta[name + _SIGN], torch.full_like(scale, spec.mid_code))
+        return Grid(scale, torch.full_like(scale, spec.mid_code))
     return Grid(scale, _code(theta[name + _ZERO], spec.max_code))
 
 

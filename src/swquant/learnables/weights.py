@@ -5,36 +5,56 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import torch
+
 from swquant.learnables.base import BlockFacts, Theta
-from swquant.quant.draft import Draft
-from swquant.quant.grid import widened
+from swquant.quant.draft import Draft, grid_of
+from swquant.quant.grid import group, widened
+
+_UNIT = ".unit"
 
 
 @dataclass(frozen=True)
 class Weights:
-    r"""The weights themselves (EfficientQAT, arXiv 2407.11062, section 3.2).
+    r"""The weights themselves (EfficientQAT, arXiv 2407.11062, section 3.2), in units of their grid's step::
 
-    The state is a copy of each slot's weight, ``[out, in]`` in float32. Its gradient passes straight through the
-    rounding where the code is within range, ``d out / d w = 1[0 <= round(w / s) + z <= 2**bits - 1]``, and is 0
+        w = w0 + |s0| * v,   v = 0 in the beginning
+
+    with ``v [out, in]`` trained, ``w0`` the draft's weight and ``s0 [out, groups, 1]`` the scale of its grid when
+    training begins. The gradient of ``w`` passes straight through the rounding where the code is within range and is 0
     elsewhere; see :func:`swquant.quant.rounding.fake_quantize`.
 
+    Departure: the authors' code trains ``w``. Adam's steps have the size of the rate whatever the gradient's, so a rate
+    for ``w`` fits models with weights of one magnitude; a rate for ``v`` counts codes.
+
     Attributes:
-        learning_rate: Of the weights; 2e-5 at 2 bits and 1e-5 above in the paper.
-        weight_decay: Likewise; 0 in the paper.
+        learning_rate: Of ``v``.
+        weight_decay: Likewise.
     """
 
     learning_rate: float
     weight_decay: float = 0.0
     writes: ClassVar[frozenset[str]] = frozenset({"weights", "extent"})
 
+    @torch.no_grad()
     def init(self, draft: Draft, facts: BlockFacts) -> Theta:
-        """A copy of each slot's weight."""
-        return {name: widened(draft.params[name]).detach().clone().requires_grad_() for name in draft.slots}
+        """Zeros, and the units."""
+        theta: Theta = {}
+        for name, slot in draft.slots.items():
+            weight = draft.params[name]
+            theta[name] = torch.zeros_like(widened(weight)).requires_grad_()
+            theta[name + _UNIT] = grid_of(weight, slot).scale.abs()
+        return theta
 
     def apply(self, theta: Theta, draft: Draft, facts: BlockFacts) -> Draft:
-        """Put the state in the weights' place; their extents become unknown."""
-        slots = {name: replace(slot, extent=None) for name, slot in draft.slots.items()}
-        return replace(draft, params={**draft.params, **theta}, slots=slots)
+        """Move the weights; their extents become unknown."""
+        params, slots = dict(draft.params), dict(draft.slots)
+        for name, slot in draft.slots.items():
+            weight = group(widened(draft.params[name]), slot.spec)
+            moved = torch.addcmul(weight, group(theta[name], slot.spec), theta[name + _UNIT])
+            params[name] = moved.view_as(theta[name])
+            slots[name] = replace(slot, extent=None)
+        return replace(draft, params=params, slots=slots)
 
     def enter(self, theta: Theta, done: int, rounds: int) -> None:
         """Nothing changes from round to round."""

@@ -38,12 +38,15 @@ class Optimizer:
         schedule: The rate over the phase: ``constant``; ``linear`` to zero; ``cosine`` down to ``floor``.
         floor: Where the cosine ends, as a share of the rate.
         restart: Forget the optimizer's moments at the beginning of every round.
+        span: Steps that the rates are meant for; a shorter phase takes rates larger by ``sqrt(span / steps)``.
+            ``None`` takes them as they are.
     """
 
     kind: Literal["adamw", "adam", "sign_sgd"] = "adamw"
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     floor: float = 0.0
     restart: bool = False
+    span: int | None = None
 
     def open(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """The optimizer for groups of ``params``, ``lr`` and ``weight_decay``."""
@@ -54,12 +57,13 @@ class Optimizer:
         return (torch.optim.Adam if self.kind == "adam" else torch.optim.AdamW)(kept, fused=fused)
 
     def factor(self, step: int, steps: int) -> float:
-        """The schedule's factor on the rate for step number ``step`` of ``steps``."""
+        """The factor on the rate for step number ``step`` of ``steps``."""
+        most = 1.0 if self.span is None else math.sqrt(max(1.0, self.span / steps))
         if self.schedule == "linear":
-            return 1 - step / steps
+            return most * (1 - step / steps)
         if self.schedule == "cosine":
-            return self.floor + (1 - self.floor) * (1 + math.cos(math.pi * step / steps)) / 2
-        return 1.0
+            return most * (self.floor + (1 - self.floor) * (1 + math.cos(math.pi * step / steps)) / 2)
+        return most
 
 
 def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
