@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -24,7 +24,6 @@ from swquant.quant.draft import Committed, Draft, commit, open_draft
 from swquant.quant.spec import QuantSpec
 from swquant.seeds import generator
 
-TOKENS_PER_FORWARD = 2048
 HELD_SHARE = 8
 
 
@@ -117,7 +116,7 @@ def split_held(samples: int) -> tuple[list[int], list[int]]:
 def drift(reference: Tensor, quantized: Tensor) -> float:
     """How far the quantized stream is off: ``sum (q - r)**2 / sum r**2`` over all samples, tokens and channels."""
     error = energy = 0.0
-    for batch in _batches(reference):
+    for batch in batches(reference):
         error += float((quantized[batch] - reference[batch]).double().square().sum())
         energy += float(reference[batch].double().square().sum())
     return error / energy if energy else 0.0
@@ -138,7 +137,7 @@ class _Bound:
     def advance(self, params: Mapping[str, Tensor], source: Tensor, destination: Tensor) -> None:
         """Write the block's output for every sample of ``source`` to ``destination``."""
         floats = {name: value.float() for name, value in params.items()}
-        for batch in _batches(source):
+        for batch in batches(source):
             destination[batch] = self.forward(floats, source[batch].to(self.device)).cpu()
 
     @torch.no_grad()
@@ -159,7 +158,7 @@ class _Bound:
             for linear in linears:
                 module = self.block.module.get_submodule(linear)
                 hooks.callback(module.register_forward_pre_hook(partial(seen, linear)).remove)
-            for batch in _batches(source):
+            for batch in batches(source):
                 self.forward(floats, source[batch].to(self.device))
 
     def input_ranges(
@@ -192,6 +191,3 @@ def _fold(draft: Draft, phases: Sequence[Phase], problem: Problem) -> tuple[Comm
         reports.append(report)
     return commit(draft), reports
 
-
-def _batches(stream: Tensor) -> Iterator[slice]:
-    return batches(stream.shape[0], max(1, TOKENS_PER_FORWARD // stream.shape[1]))

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swquant.engine.block import TOKENS_PER_FORWARD, Job, split_held
+from swquant.engine.block import Job, split_held
 from swquant.engine.capture import capture
 from swquant.engine.head import Heads
 from swquant.engine.journal import TRAINED, Journal
@@ -134,7 +134,7 @@ class TrainedModel:
         """Replace the hidden states in front of the first block by those behind the last, in place."""
         for index in range(len(self.gains)):
             floats = self._block(index).floats()
-            for part in batches(stream.shape[0], max(1, TOKENS_PER_FORWARD // stream.shape[1])):
+            for part in batches(stream):
                 hidden = stream[part].to(self._job.device)
                 stream[part] = self._job.skeleton.block(index).forward(floats, hidden, self._arguments[index]).cpu()
 

@@ -12,6 +12,9 @@ from torch import Tensor
 BYTES = 4
 """Bytes of an element; streams are float32, so that a resumed run continues with the very numbers it had."""
 
+FORWARD_BYTES = 2**21
+"""Hidden states that go through a block at once where nothing is learned; a block's activations are some ten times that."""
+
 
 def create_stream(path: Path, shape: tuple[int, int, int]) -> Tensor:
     """A new memory-mapped float32 tensor ``[samples, tokens, dim]`` at ``path``; what it holds is undefined."""
@@ -46,8 +49,10 @@ def stream_bytes(shape: tuple[int, int, int]) -> int:
     return samples * tokens * dim * BYTES
 
 
-def batches(samples: int, size: int) -> Iterator[slice]:
-    """Consecutive ranges of at most ``size`` samples."""
+def batches(stream: Tensor) -> Iterator[slice]:
+    """Consecutive ranges of samples whose hidden states take :data:`FORWARD_BYTES` or less, one sample at least."""
+    samples, tokens, dim = stream.shape
+    size = max(1, FORWARD_BYTES // (tokens * dim * BYTES))
     for start in range(0, samples, size):
         yield slice(start, min(start + size, samples))
 
