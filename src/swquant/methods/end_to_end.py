@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
 
 from swquant.methods.base import Part, Setting, Subject
 from swquant.phases.scale_training import ScaleTraining
@@ -24,9 +27,9 @@ class EndToEnd:
         norms: Train the weights of the blocks' norms too.
     """
 
-    epochs: int | None = None
-    batch_size: int = 4
-    learning_rate: float = LEARNING_RATE
+    epochs: Annotated[int, Field(ge=0)] | None = None
+    batch_size: Annotated[int, Field(ge=1)] = 4
+    learning_rate: Annotated[float, Field(gt=0)] = LEARNING_RATE
     norms: bool = False
 
     def parts(self, setting: Setting) -> tuple[Part, ...]:
