@@ -48,7 +48,7 @@ class OracleGrid:
 def oracle_grid(w: Tensor, H: Tensor, lo: Tensor, hi: Tensor, bits: int, symmetric: bool, search: bool) -> OracleGrid:
     """The grid of the group ``w [out, width]``; by brute force over factors and signs where ``search`` is on."""
     low, high = w.amin(1, keepdim=True).clamp(max=0) * lo, w.amax(1, keepdim=True).clamp(min=0) * hi
-    factors = [1 - i / 20 for i in range(13)] if search else [1.0]
+    factors = [1 - i / 20 for i in range(7)] if search else [1.0]
     weights = H if search else torch.eye(len(H), dtype=H.dtype)
     best_factor, best_sign = torch.ones_like(low), torch.ones_like(low)
     least = torch.full_like(low, float("inf"))

@@ -15,7 +15,7 @@ from swquant.quant.rounding import fake_quantize
 from swquant.quant.spec import QuantSpec
 
 BLOCK = 128
-FACTORS = tuple(1 - step / 20 for step in range(13))
+FACTORS = tuple(1 - step / 20 for step in range(7))
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Gptq:
     Attributes:
         damping: ``lambda`` as a share of the mean of ``diag(H)``; raised tenfold as often as ``H`` cannot be factored.
         act_order: Take columns in order of falling ``diag(H)``.
-        search: Shrink each group's range by the factor in ``{1, 0.95, .. 0.4}`` with the least ``e^T H_gg e``, ``e``
+        search: Shrink each group's range by the factor in ``{1, 0.95, .. 0.7}`` with the least ``e^T H_gg e``, ``e``
             the group's error when rounded to the nearest and ``H_gg`` its block of ``H``; on symmetric grids of both
             signs. Without, the range is the minimum to the maximum, and the sign that of smaller squared error.
     """
