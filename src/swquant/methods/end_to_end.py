@@ -11,7 +11,7 @@ from swquant.methods.base import Part, Setting, Subject
 from swquant.phases.scale_training import ScaleTraining
 
 EPOCHS = 8
-LEARNING_RATE = 2e-3
+LEARNING_RATE = 1e-2
 
 
 @dataclass(frozen=True)
