@@ -139,7 +139,7 @@ def test_training_follows_the_papers_equations_step_by_step(bits: int, symmetric
         for index in order.split(BATCH):
             share = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps))
             for group, rate in zip(optimizer.param_groups, (WEIGHT_RATE, GRID_RATE, NORM_RATE), strict=True):
-                group["lr"] = rate * math.sqrt(4096 / steps) * share
+                group["lr"] = rate * min(4096 / steps, 25) * share
             optimizer.zero_grad()
             loss_of(index).backward()
             optimizer.step()

@@ -28,7 +28,7 @@ class BlockAP:
 
     The published run takes 2 epochs over 4096 samples in batches of 2, AdamW without weight decay, its rates falling
     to a twentieth by a cosine. Here 16 epochs over the preset ``best``'s 512 samples see as many. Rates are in units of
-    the grid's steps and for the published 4096 steps; shorter training takes them larger by ``sqrt(4096 / steps)``.
+    the grid's steps and for the published 4096 steps; shorter training takes them larger by ``4096 / steps``, up to 25.
 
     Attributes:
         epochs: Passes over the calibration samples; ``None`` is 16 times the preset's effort.
@@ -43,7 +43,7 @@ class BlockAP:
     epochs: Annotated[int, Field(ge=0)] | None = None
     batch_size: Annotated[int, Field(ge=1)] = 2
     weight_rate: Rate = 7e-4
-    grid_rate: Rate = 1e-3
+    grid_rate: Rate = 3e-4
     norm_rate: Rate = 2e-5
     norms: bool = True
     augmented: bool = False

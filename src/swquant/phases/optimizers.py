@@ -13,6 +13,9 @@ from torch import Tensor
 FUSED = ("cpu", "cuda")
 """Devices on which a step is one kernel, five times as fast as torch's default on a CPU."""
 
+LARGEST_FACTOR = 25.0
+"""Most by which a phase shorter than its optimizer's span raises the rates; see docs/methods/block_ap.md."""
+
 
 class SignSGD(torch.optim.Optimizer):
     """``p <- p - lr * sign(grad)`` (arXiv 2309.05516, eq. 4)."""
@@ -38,8 +41,8 @@ class Optimizer:
         schedule: The rate over the phase: ``constant``; ``linear`` to zero; ``cosine`` down to ``floor``.
         floor: Where the cosine ends, as a share of the rate.
         restart: Forget the optimizer's moments at the beginning of every round.
-        span: Steps that the rates are meant for; a shorter phase takes rates larger by ``sqrt(span / steps)``.
-            ``None`` takes them as they are.
+        span: Steps that the rates are meant for. A shorter phase takes rates larger by ``span / steps``, which covers
+            as much ground, up to :data:`LARGEST_FACTOR`; ``None`` takes them as they are.
     """
 
     kind: Literal["adamw", "adam", "sign_sgd"] = "adamw"
@@ -58,7 +61,7 @@ class Optimizer:
 
     def factor(self, step: int, steps: int) -> float:
         """The factor on the rate for step number ``step`` of ``steps``."""
-        most = 1.0 if self.span is None else math.sqrt(max(1.0, self.span / steps))
+        most = 1.0 if self.span is None else min(max(1.0, self.span / steps), LARGEST_FACTOR)
         if self.schedule == "linear":
             return most * (1 - step / steps)
         if self.schedule == "cosine":
