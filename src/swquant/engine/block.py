@@ -190,4 +190,3 @@ def _fold(draft: Draft, phases: Sequence[Phase], problem: Problem) -> tuple[Comm
         draft, report = phase.run(draft, problem)
         reports.append(report)
     return commit(draft), reports
-
