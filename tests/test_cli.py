@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -11,9 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from swquant import registry
+from swquant import SwquantError, registry
 from swquant.cli import KINDS, app, main
-from swquant.recipe import Recipe, recipe_names
+from swquant.recipe import PRESETS, Recipe, recipe_names
+from swquant.run import make_plan
 
 MakeModel = Callable[..., Path]
 
@@ -49,11 +51,57 @@ def test_help_explains_every_option(capsys: pytest.CaptureFixture[str], command:
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_loads_and_is_what_its_name_says(name: str) -> None:
     recipe = Recipe.load(name)
-    group = f"g{recipe.group_size}" if recipe.group_size else ""
-    loss = "-sw" if "sliced" in recipe.loss else ""
-    preset = "" if recipe.preset == "default" else f"-{recipe.preset}"
-    assert name == f"{recipe.method}{loss}-w{recipe.bits}{group}{preset}"
+    words = name.split("-")
+    label = recipe.spec.label
+    assert label in words
+    method = "-".join(words[: words.index(label)]).removesuffix("-sw")
+    assert recipe.method == method if method else "+" in recipe.method
+    assert ("sw" in words) == ("sliced" in (recipe.loss or ""))
+    rest = words[words.index(label) + 1 :]
+    assert rest == ([] if recipe.symmetric else ["asym"]) + ([] if recipe.preset == "default" else [recipe.preset])
     assert Recipe.from_text(recipe.to_yaml(), "itself") == recipe
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_makes_a_plan(make_model: MakeModel, name: str) -> None:
+    source = make_model("llama", 1, hidden_size=128, head_dim=32)
+    plan = make_plan(replace(Recipe.load(name), device="cpu"), source)
+    assert plan.pipeline.parts
+    assert plan.recipe.samples == PRESETS[plan.recipe.preset].samples
+
+
+def test_without_method_and_recipe_a_good_one_is_picked_and_named(
+    capsys: pytest.CaptureFixture[str], make_model: MakeModel, text: Path, tmp_path: Path
+) -> None:
+    source = make_model("llama", 1, hidden_size=128, head_dim=32)
+    common = ["--calibration", str(text), "--samples", "4", "--seq-len", "16", "--device", "cpu"]
+    code, out, err = run(
+        capsys, "quantize", str(source), "--out", str(tmp_path / "out"), "--bits", "4", "--preset", "fast", *common
+    )
+    assert code == 0
+    assert "Reading model: 4 bits, groups of 128, symmetric, " in err
+    assert "w4g128-fast: " in out
+    written = Recipe.load(tmp_path / "out" / "swquant.yaml")
+    assert written.spec == Recipe.load("w4g128-fast").spec
+
+
+@pytest.mark.parametrize(
+    ("asked", "name"),
+    [
+        ({}, "w2g64"),
+        ({"bits": 3}, "w3g128"),
+        ({"bits": 3, "group_size": "channel"}, "w3"),
+        ({"bits": 2, "group_size": 32, "preset": "best"}, "w2g64-best"),
+        ({"bits": 2, "group_size": 128, "symmetric": False}, "w2g128-asym"),
+    ],
+)
+def test_the_recommended_recipe(asked: dict[str, object], name: str) -> None:
+    assert Recipe.recommended(asked) == (name, Recipe.load(name))
+
+
+def test_eight_bits_have_no_recipe() -> None:
+    with pytest.raises(SwquantError, match="no recipe for 8 bits"):
+        Recipe.recommended({"bits": 8})
 
 
 MISTAKES = {
@@ -67,9 +115,9 @@ MISTAKES = {
     "loss expression": (["--loss", "mse +"], "is not an expression"),
     "format": (["--format", "compressed-tensor"], "did you mean 'compressed_tensors'"),
     "flag": (["--bit", "2"], "--bit"),
-    "option": (["--option", "epoch=3"], "did you mean 'epochs'"),
+    "option": (["--method", "omniquant", "--option", "epoch=3"], "did you mean 'epochs'"),
     "option without value": (["--option", "epochs"], "KEY=VALUE"),
-    "option of the wrong type": (["--option", "epochs=many"], "epochs is 'many'"),
+    "option of the wrong type": (["--method", "omniquant", "--option", "epochs=many"], "epochs is 'many'"),
     "recipe": (["--recipe", "omniquant-sw-w2g65"], "did you mean 'omniquant-sw-w2g64'"),
     "recipe file": (["--recipe", "none.yaml"], "cannot be read"),
     "calibration file": (["--calibration", "none.txt"], "no text file none.txt"),

@@ -51,7 +51,7 @@ class Recipe:
         calibration: A text or jsonl file, a datasets name, or ``self`` for samples drawn from the model.
         samples: Calibration samples; ``None`` is the preset's number.
         seq_len: Tokens of a sample; ``None`` is 2048, or the model's limit if that is less.
-        epochs: Passes over the samples; ``None`` is the method's published number times the preset's effort.
+        epochs: Passes over the samples of every method that trains by epochs; ``None`` is each method's own number.
         evaluation: Where the windows come from on which the report's numbers are measured, in the same forms as
             ``calibration``; ``None`` holds them out of the calibration source.
         evaluation_samples: How many such windows, of ``seq_len`` tokens each; 0 measures nothing.
@@ -133,19 +133,16 @@ class Recipe:
         Raises:
             SwquantError: If there is no recipe for these bits.
         """
-        bits = values.get("bits", 2)
-        known = recipe_names()
-        ending = ("" if values.get("symmetric", True) else "-asym") + (
-            f"-{values['preset']}" if values.get("preset", "default") != "default" else ""
-        )
-        group = values.get("group_size")
-        wanted = f"w{bits}" if group == CHANNEL else f"w{bits}g{group}"
-        for name in (f"{wanted}{ending}", *(f"w{bits}g{usual}{ending}" for usual in (64, 128))):
-            if name in known:
+        spec = Recipe.from_mapping({key: value for key, value in values.items() if key != "loss"}).spec
+        ending = "" if spec.symmetric else "-asym"
+        if values.get("preset", "default") != "default":
+            ending += f"-{values['preset']}"
+        labels = [spec.label] if "group_size" in values else []
+        labels += [f"w{spec.bits}g{usual}" for usual in (64, 128)]
+        for name in (f"{label}{ending}" for label in labels):
+            if name in recipe_names():
                 return name, Recipe.load(name)
-        raise SwquantError(
-            f"there is no recipe for {bits!r} bits; give --bits 2, 3 or 4, or choose a method with --method"
-        )
+        raise SwquantError(f"there is no recipe for {spec.bits} bits: choose a method, such as --method rtn")
 
     def override(self, values: Mapping[str, Any]) -> Recipe:
         """This recipe with ``values`` in place of its own; options are merged one by one."""

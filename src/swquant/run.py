@@ -69,7 +69,7 @@ def quantize(recipe: Recipe, source: str | Path, out: str | Path, *, observer: O
     """
     out, watching = Path(out), observer or Silent()
     plan = make_plan(recipe, source)
-    watching.stage(f"Reading {plan.checkpoint.directory.name}")
+    watching.stage(f"Reading {plan.checkpoint.directory.name}: {plan.recipe.summary}")
     key = plan.key()
     work = out.with_name(f"{out.name}.swquant-work")
     finished = _finished(out, key)
@@ -144,8 +144,7 @@ def make_plan(recipe: Recipe, source: str | Path) -> Plan:
     loss = None if recipe.loss is None else parse_loss(recipe.loss)
     output: Format = registry.load("swquant.formats", recipe.format)()
     preset = PRESETS[recipe.preset]
-    epochs = {} if recipe.epochs is None else {"epochs": recipe.epochs}
-    steps = parse_methods(recipe.method, {**recipe.options, **epochs})
+    steps = parse_methods(recipe.method, recipe.options, recipe.epochs)
     checkpoint: Source = with_full_names(open_checkpoint(source))
     family = family_for(checkpoint.config)
     pipeline = build_pipeline(steps, Setting(spec, family, preset.effort))

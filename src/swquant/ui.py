@@ -110,13 +110,13 @@ class Bar:
         )
 
 
-def print_report(report: Report, out: Path) -> None:
-    """Print what a person wants to know of a finished run."""
+def print_report(report: Report, out: Path, recipe: str | None = None) -> None:
+    """Print what a person wants to know of a finished run; ``recipe`` is the name or the file of the recipe."""
     console = Console(highlight=False)
     table = Table(title=f"{report.source} -> {out}", title_justify="left", show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold")
     table.add_column()
-    for name, value in _facts(report):
+    for name, value in _facts(report, recipe):
         table.add_row(name, value)
     console.print(table)
     console.print("\nTo load it:\n")
@@ -139,7 +139,7 @@ def print_evaluation(result: Evaluation) -> None:
     Console(highlight=False).print(table)
 
 
-def _facts(report: Report) -> Iterator[tuple[str, str]]:
+def _facts(report: Report, recipe: str | None) -> Iterator[tuple[str, str]]:
     saved = report.bytes_source / max(1, report.bytes_output)
     yield "size", f"{_size(report.bytes_source)} -> {_size(report.bytes_output)} ({saved:.2f} times smaller)"
     yield "bits per quantized weight", f"{report.bits_per_weight:.3f}, scales and zero points included"
@@ -155,7 +155,8 @@ def _facts(report: Report) -> Iterator[tuple[str, str]]:
         kept = f"epoch {finish['kept_epoch']} of {len(finish['curve'])}, {_span(finish['seconds'])}"
         yield "end to end, held-out KL", f"{finish['before']:.4g} -> {finish['after']:.4g} ({kept})"
     yield "time", _span(report.seconds)
-    yield "recipe", f"{report.recipe_hash}, in swquant.yaml"
+    named = f"{recipe}: " if recipe else ""
+    yield "recipe", f"{named}{report.recipe['method']}; all of it in swquant.yaml ({report.recipe_hash})"
     for text in (*report.notes, *report.events):
         yield "note", text
 

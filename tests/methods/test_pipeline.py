@@ -47,6 +47,53 @@ def test_options_outside_need_a_lone_method() -> None:
         parse_methods("rtn + omniquant", {"epochs": 3})
 
 
+def test_epochs_go_to_every_method_that_trains_by_them() -> None:
+    steps = parse_methods("gptq + block_ap(epochs=9) + end_to_end", epochs=3)
+    assert " + ".join(map(str, steps)) == "gptq + block_ap(epochs=3) + end_to_end(epochs=3)"
+    with pytest.raises(SwquantError, match="no method of 'gptq' trains by epochs"):
+        parse_methods("gptq", epochs=3)
+
+
+ILLEGAL = [
+    ("gptq + awq", "awq scales would discard the grid and the weights that gptq has found"),
+    ("tesseraq(start=none) + block_ap", "block_ap would discard the rounding that tesseraq has found"),
+    ("signround + tesseraq", "would discard the rounding|both learn the rounding"),
+    ("block_ap + norm_tweaking", "block_ap and norm_tweaking both learn the norms"),
+    ("omniquant + signround", "omniquant and signround both learn the clips"),
+    ("gptq + omniquant", "omniquant would discard the grid and the weights that gptq has found"),
+    ("gptq + rotate", "rotate works before the first block and gptq block by block: put rotate first"),
+    ("end_to_end + gptq", "gptq works block by block and end_to_end after the last block: put gptq first"),
+    ("efficientqat + end_to_end", "end_to_end stands twice"),
+]
+
+
+@pytest.mark.parametrize(("text", "said"), ILLEGAL)
+def test_combinations_that_cannot_be_are_refused_with_the_reason(text: str, said: str) -> None:
+    with pytest.raises(SwquantError, match=said):
+        build_pipeline(parse_methods(text), SETTING)
+
+
+LEGAL = [
+    "awq + gptq",
+    "awq + omniquant",
+    "awq + tesseraq",
+    "omniquant + tesseraq",
+    "gptq + block_ap + tesseraq",
+    "awq(clip=False) + gptq + block_ap + tesseraq + end_to_end",
+    "rotate + awq + signround + norm_tweaking + end_to_end",
+    "rotate + efficientqat",
+]
+
+
+@pytest.mark.parametrize("text", LEGAL)
+def test_combinations_that_can_be(text: str) -> None:
+    pipeline = build_pipeline(parse_methods(text), SETTING)
+    names = [part.name for part in pipeline.parts]
+    assert len(set(names)) == len(names)
+    assert pipeline.rotate is text.startswith("rotate")
+    assert (pipeline.finish is not None) is ("end_to_end" in text or "efficientqat" in text)
+
+
 def test_round_to_nearest_has_no_parts() -> None:
     assert build_pipeline(parse_methods("rtn"), SETTING).parts == ()
 

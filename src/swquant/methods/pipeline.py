@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from swquant import registry
@@ -48,7 +48,9 @@ class Pipeline:
     parts: tuple[Part, ...]
 
 
-def parse_methods(expression: str, options: Mapping[str, Any] | None = None) -> tuple[Step, ...]:
+def parse_methods(
+    expression: str, options: Mapping[str, Any] | None = None, epochs: int | None = None
+) -> tuple[Step, ...]:
     """Read a pipeline.
 
     >>> " + ".join(map(str, parse_methods("awq + block_ap(epochs = 4)")))
@@ -57,9 +59,11 @@ def parse_methods(expression: str, options: Mapping[str, Any] | None = None) -> 
     Args:
         expression: Names of methods with keyword options, ``+`` between them.
         options: Options of the method, where there is only one.
+        epochs: Those of every method that trains by epochs, in place of what the text says.
 
     Raises:
-        SwquantError: The text is something else, or a method or an option is unknown or has the wrong type.
+        SwquantError: The text is something else, a method or an option is unknown or has the wrong type, or no method
+            trains by epochs and they are given.
     """
     try:
         tree = ast.parse(" ".join(expression.split()), mode="eval").body
@@ -73,10 +77,25 @@ def parse_methods(expression: str, options: Mapping[str, Any] | None = None) -> 
                 f"write them in parentheses behind the method they belong to, such as {calls[0][0]}(key=value)"
             )
         calls = [(calls[0][0], {**calls[0][1], **options})]
+    if epochs is not None:
+        calls = _with_epochs(calls, epochs, expression)
     return tuple(
         Step(name, given, build(registry.load("swquant.methods", name), given, f"the method {name}"))
         for name, given in calls
     )
+
+
+def _with_epochs(
+    calls: list[tuple[str, dict[str, Any]]], epochs: int, expression: str
+) -> list[tuple[str, dict[str, Any]]]:
+    kinds = [registry.load("swquant.methods", name) for name, _ in calls]
+    by_epochs = [any(field.name == "epochs" for field in fields(kind)) for kind in kinds]
+    if not any(by_epochs):
+        raise SwquantError(f"no method of {expression!r} trains by epochs: leave them out, or set its own options")
+    return [
+        (name, {**given, "epochs": epochs} if has else given)
+        for (name, given), has in zip(calls, by_epochs, strict=True)
+    ]
 
 
 def build_pipeline(steps: tuple[Step, ...], setting: Setting) -> Pipeline:
