@@ -1,6 +1,6 @@
 """Which cells `methods.py` runs: the methods at one budget, and the designs that ask one question each.
 
-The budget is the number of samples that pass through a block in training, about `PASSES` for every method; with it go
+The budget is the number of samples that pass through a block in training, about the same for every method; with it go
 each method's own optimizer, batch and rates. Searches (AWQ, GPTQ) take what they take.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-PASSES = 400
 ALIGNED_MSE = "0.9*mse + 0.1*sliced_wasserstein"
 ALIGNED_L2 = "0.9*l2 + 0.1*sliced_wasserstein"
 
@@ -27,6 +26,7 @@ class Cell:
         group_size: ``None`` is per channel.
         symmetric: The grid's kind.
         seed: The recipe's.
+        samples: Calibration samples.
     """
 
     model: str
@@ -36,43 +36,83 @@ class Cell:
     bits: int
     group_size: int | None
     symmetric: bool
-    seed: int = 0
+    seed: int
+    samples: int
 
     @property
     def label(self) -> str:
-        """The grid in short."""
+        """The grid and the data in short."""
         group = f" g{self.group_size}" if self.group_size else " per channel"
-        return f"W{self.bits}{group} {'symmetric' if self.symmetric else 'asymmetric'}"
+        symmetry = "symmetric" if self.symmetric else "asymmetric"
+        return f"W{self.bits}{group} {symmetry}, {self.samples} samples"
 
 
 SEARCHES = {"RTN": "rtn", "AWQ": "awq", "GPTQ": "gptq"}
-TRAINED = {
-    "OmniQuant": "omniquant(epochs=7)",
-    "TesseraQ": "tesseraq(iterations=10)",
-    "Block-AP": "block_ap(epochs=7)",
-    "SignRound": "signround(steps=100, batch_size=4)",
-    "NormTweaking": "norm_tweaking(epochs=7)",
-    "EfficientQAT": "efficientqat",
+SMALL = {
+    "OmniQuant": "omniquant(epochs=6)",
+    "TesseraQ": "tesseraq(rounds=10, iterations=6)",
+    "Block-AP": "block_ap(epochs=6)",
+    "SignRound": "signround(steps=60, batch_size=4)",
 }
-SPECS = ((2, 64), (2, 128), (3, None), (4, 128))
+"""About 250 passes over 48 samples."""
+
+OTHERS = {
+    "NormTweaking": "norm_tweaking(epochs=6)",
+    "EfficientQAT": "efficientqat(epochs=4, scale_epochs=2)",
+}
+LARGE = {
+    "OmniQuant": "omniquant(epochs=14)",
+    "TesseraQ": "tesseraq(rounds=20, iterations=20)",
+    "Block-AP": "block_ap(epochs=14)",
+    "SignRound": "signround(steps=200, batch_size=8)",
+    "EfficientQAT": "efficientqat(epochs=10, scale_epochs=4)",
+}
+"""About 1600 passes over 128 samples, what 200 steps of auto-round on batches of 8 take."""
+
+BEST = {"best": "gptq + block_ap(epochs=10) + end_to_end(epochs=4)"}
 
 
 def cells(
     models: tuple[str, ...],
     methods: dict[str, str],
     losses: tuple[str | None, ...] = (None,),
-    specs: tuple[tuple[int, int | None], ...] = ((2, 64),),
-    symmetric: tuple[bool, ...] = (False,),
+    grids: tuple[tuple[int, int | None], ...] = ((2, 64),),
+    symmetric: bool = False,
     seeds: range = range(1),
+    samples: int = 48,
 ) -> Iterator[Cell]:
     """Every combination."""
     for seed in seeds:
         for model in models:
-            for bits, group_size in specs:
-                for sym in symmetric:
-                    for title, method in methods.items():
-                        for loss in losses:
-                            yield Cell(model, title, method, loss, bits, group_size, sym, seed)
+            for bits, group_size in grids:
+                for title, method in methods.items():
+                    for loss in losses:
+                        yield Cell(model, title, method, loss, bits, group_size, symmetric, seed, samples)
 
 
-DESIGNS: dict[str, tuple[Cell, ...]] = {}
+DEMO, TWO_MORE = ("demo",), ("deep", "long")
+FURTHER = ((2, 128), (3, None), (4, 128))
+FIVE = range(5)
+
+DESIGNS: dict[str, tuple[Cell, ...]] = {
+    "screen": (
+        *cells(DEMO, SEARCHES),
+        *cells(DEMO, SMALL, (None, ALIGNED_MSE)),
+        *cells(DEMO, {"TesseraQ": SMALL["TesseraQ"]}, ("mse", ALIGNED_L2)),
+        *cells(DEMO, OTHERS, (None, ALIGNED_MSE)),
+        *cells(DEMO, {"NormTweaking": OTHERS["NormTweaking"]}, ("mse",)),
+    ),
+    "grids": (
+        *cells(DEMO, SEARCHES, grids=FURTHER),
+        *cells(DEMO, SMALL, (None, ALIGNED_MSE), grids=FURTHER),
+        *cells(DEMO, OTHERS, grids=FURTHER),
+    ),
+    "seeds": tuple(cells(DEMO, SMALL, (None, ALIGNED_MSE), seeds=FIVE)),
+    "models": (
+        *cells(TWO_MORE, SEARCHES),
+        *cells(TWO_MORE, SMALL | OTHERS),
+        *cells(TWO_MORE, SMALL, (None, ALIGNED_MSE), seeds=FIVE),
+    ),
+    "peers": tuple(cells(DEMO, {"SignRound": LARGE["SignRound"]} | BEST, seeds=FIVE, samples=128)),
+    "large": tuple(cells(DEMO, LARGE, samples=128)),
+}

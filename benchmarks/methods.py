@@ -30,7 +30,7 @@ from scipy.stats import t
 from designs import DESIGNS, Cell
 from swquant import Recipe, quantize
 
-SAMPLES, WINDOWS, TOKENS_MEASURED = 64, 64, 64 * 256
+TOKENS_MEASURED = 64 * 256
 
 
 def run_cell(cell: Cell, folder: Path) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def run_cell(cell: Cell, folder: Path) -> dict[str, Any]:
             "method": cell.method,
             "loss": cell.loss,
             "calibration": str(folder / "calibration.txt"),
-            "samples": SAMPLES,
+            "samples": cell.samples,
             "seq_len": context,
             "evaluation": str(folder / "evaluation.txt"),
             "evaluation_samples": TOKENS_MEASURED // context,

@@ -124,7 +124,7 @@ MISTAKES = {
     "samples": (["--samples", "0"], "samples is 0"),
     "sequence": (["--seq-len", "4096"], "at most 64"),
     "device": (["--device", "abacus"], "'abacus' is no device"),
-    "epochs of rtn": (["--method", "rtn", "--epochs", "3"], "takes none"),
+    "epochs of rtn": (["--method", "rtn", "--epochs", "3"], "trains by epochs"),
 }
 
 

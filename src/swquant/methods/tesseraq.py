@@ -15,7 +15,7 @@ from swquant.methods.base import Part, Setting, Subject
 from swquant.phases.optimizers import Optimizer
 from swquant.phases.train import Train
 
-ITERATIONS = 250
+ROUNDS, ITERATIONS = 20, 250
 ROUNDING: frozenset[Subject] = frozenset({"rounding"})
 
 
@@ -25,7 +25,8 @@ class TesseraQ:
 
     Defaults are those of the authors' LLaMA configurations: 20 rounds of 250 steps on 4 samples, Adam at 1e-3 with its
     moments forgotten in front of every round. The last state is kept, since only that one is hard, unless the start
-    has a smaller loss.
+    has a smaller loss. Rates are for the published 5000 steps; shorter training takes them larger by as much, up to the
+    limit of :class:`Optimizer`, for a logit has the same way to go.
 
     Attributes:
         start: Whose scales and clips it starts from; ``None`` is AWQ's where no block-wise method stands before it.
@@ -39,7 +40,7 @@ class TesseraQ:
     """
 
     start: Literal["awq", "none"] | None = None
-    rounds: Annotated[int, Field(ge=1)] = 20
+    rounds: Annotated[int, Field(ge=1)] = ROUNDS
     iterations: Annotated[int, Field(ge=1)] | None = None
     batch_size: Annotated[int, Field(ge=1)] = 4
     learning_rate: float = 1e-3
@@ -58,7 +59,7 @@ class TesseraQ:
             self.batch_size,
             self.augmented,
             loss=L2(),
-            optimizer=Optimizer("adam", restart=True),
+            optimizer=Optimizer("adam", restart=True, span=ROUNDS * ITERATIONS),
             steps=self.iterations or setting.scaled(ITERATIONS),
             keep_best=False,
         )
