@@ -16,8 +16,8 @@ class DequantGain:
     r"""Dequantization scale tuning (TesseraQ, arXiv 2410.19103, section 3.3).
 
     Each group's codes are worth ``scale * 2 * h(v)``, while the codes themselves come from ``scale`` alone; ``v``
-    starts at 0, where the factor is 1. ``h`` is the rectified sigmoid ``clamp(1.2 * sigmoid(v) - 0.1, 0, 1)`` of the authors'
-    code; the paper writes a plain sigmoid.
+    starts at 0, where the factor is 1. ``h`` is the rectified sigmoid ``clamp(1.2 * sigmoid(v) - 0.1, 0, 1)`` of the
+    authors' code; the paper writes a plain one.
 
     Attributes:
         learning_rate: Of ``v``; 1e-3 in the authors' configurations.
