@@ -93,6 +93,7 @@ def cells(
 DEMO, TWO_MORE = ("demo",), ("deep", "long")
 FURTHER = ((2, 128), (3, None), (4, 128))
 FIVE = range(5)
+CONFIRMED = ("Block-AP", "SignRound")
 
 DESIGNS: dict[str, tuple[Cell, ...]] = {
     "screen": (
@@ -107,11 +108,15 @@ DESIGNS: dict[str, tuple[Cell, ...]] = {
         *cells(DEMO, SMALL, (None, ALIGNED_MSE), grids=FURTHER),
         *cells(DEMO, OTHERS, grids=FURTHER),
     ),
-    "seeds": tuple(cells(DEMO, SMALL, (None, ALIGNED_MSE), seeds=FIVE)),
+    "seeds": (
+        *cells(DEMO, {name: SMALL[name] for name in CONFIRMED}, (None, ALIGNED_MSE), seeds=FIVE),
+        *cells(DEMO, {"TesseraQ": SMALL["TesseraQ"], "OmniQuant": SMALL["OmniQuant"]}, (None,), seeds=FIVE),
+    ),
     "models": (
         *cells(TWO_MORE, SEARCHES),
-        *cells(TWO_MORE, SMALL | OTHERS),
-        *cells(TWO_MORE, SMALL, (None, ALIGNED_MSE), seeds=FIVE),
+        *cells(TWO_MORE, SMALL | OTHERS | BEST),
+        *cells(TWO_MORE, SMALL, (ALIGNED_MSE,)),
+        *cells(TWO_MORE, {name: SMALL[name] for name in CONFIRMED}, (None, ALIGNED_MSE), seeds=FIVE),
     ),
     "peers": tuple(cells(DEMO, {"SignRound": LARGE["SignRound"]} | BEST, seeds=FIVE, samples=128)),
     "large": tuple(cells(DEMO, LARGE, samples=128)),

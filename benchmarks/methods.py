@@ -3,9 +3,9 @@
     python benchmarks/methods.py run DESIGN --model demo --model deep=FOLDER --out benchmarks/results/methods.jsonl
     python benchmarks/methods.py table benchmarks/results/methods.jsonl
 
-A model is a folder as `tools/train_demo_model.py` writes it: `model/`, `calibration.txt`, `evaluation.txt`; `demo` is the
-one that comes with swquant. A DESIGN is a name from `designs.py`. Each cell of it is one line of the results; cells that
-are there already are not run again. The seed decides which calibration windows are taken, their order and the slices.
+A model is a folder as `tools/train_demo_model.py` writes it: `model/`, `calibration.txt`, `evaluation.txt`; `demo` is
+the one that comes with swquant. A DESIGN is a name from `designs.py`. Each cell of it is one line of the results; cells
+that are there already are not run again. The seed decides which calibration windows are taken, their order, the slices.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""What the sliced-Wasserstein term adds to an OmniQuant step on a block of width 1024 with 2048 tokens.
+"""What a training step of each method costs, as a ratio to the block's plain forward and backward pass.
 
     python benchmarks/step_cost.py
 
-Two runs, one with each loss, on a random LLaMA of one block; rounds are interleaved. The time is that of the block, in
-which the steps are nearly all.
+A random LLaMA of one block of width 1024, one sample of 2048 tokens per step, one thread. Behind every step of a run
+the plain pass, gradients of all the block's parameters included, is made and timed too, so that both see the same
+machine. Medians over the steps.
 """
 
 from __future__ import annotations
@@ -12,49 +13,99 @@ import argparse
 import json
 import statistics
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 import swquant.run as run
 from memory import WIDTH, make
+from swquant.checkpoint.reader import open_checkpoint
+from swquant.engine.capture import capture
+from swquant.engine.observer import Silent
+from swquant.engine.skeleton import build_skeleton
 from swquant.recipe import Recipe
 
-TOKENS, SAMPLES, EPOCHS = 2048, 4, 2
-LOSSES = {"mse": "mse", "both": "0.9*mse + 0.1*sliced_wasserstein"}
+TOKENS, SAMPLES = 2048, 4
 RESULTS = Path(__file__).parent / "results" / "step_cost.json"
+ALIGNED = "0.9*mse + 0.1*sliced_wasserstein"
+WAYS = {
+    "OmniQuant": ("omniquant(epochs={})", "mse", 1.3),
+    "OmniQuant + SW": ("omniquant(epochs={})", ALIGNED, None),
+    "OmniQuant, augmented loss off": ("omniquant(epochs={}, augmented=False)", "mse", 1.3),
+    "TesseraQ": ("tesseraq(start=none, rounds={}, iterations=3, batch_size=1)", "l2", 1.5),
+    "Block-AP": ("block_ap(epochs={}, batch_size=1)", "mse", 1.5),
+    "SignRound": ("signround(steps={}0, batch_size=1)", "mse", None),
+    "NormTweaking": ("norm_tweaking(start=none, epochs={})", "channel_moments", None),
+}
+
+
+def plain_pass(folder: Path) -> Callable[[], None]:
+    """The block's forward and backward pass in float32, all parameters' gradients included."""
+    checkpoint = open_checkpoint(folder)
+    skeleton = build_skeleton(checkpoint)
+    (arguments,) = capture(skeleton, checkpoint, torch.zeros(1, TOKENS, dtype=torch.long))
+    params = {name: value.float().requires_grad_() for name, value in skeleton.block(0).load(checkpoint).items()}
+    hidden = torch.randn(1, TOKENS, WIDTH, generator=torch.Generator().manual_seed(0))
+
+    def once() -> None:
+        for value in params.values():
+            value.grad = None
+        skeleton.block(0).forward(params, hidden, arguments).square().mean().backward()
+
+    return once
+
+
+class Clock(Silent):
+    """Times a run's steps and a plain pass behind each."""
+
+    def __init__(self, plain: Callable[[], None]) -> None:
+        self.plain, self.last = plain, 0.0
+        self.steps: list[float] = []
+        self.plains: list[float] = []
+
+    def step(self, done: int, total: int) -> None:
+        """A step has ended."""
+        now = time.perf_counter()
+        if self.last:
+            self.steps.append(now - self.last)
+        self.plain()
+        self.last = time.perf_counter()
+        self.plains.append(self.last - now)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--epochs", type=int, default=4, help="three steps each")
+    epochs = parser.parse_args().epochs
+    torch.set_num_threads(1)
     text = torch.randint(2, 256, (SAMPLES, TOKENS), generator=torch.Generator().manual_seed(0))
     run.draw_from_model = lambda *_: text
-    shared = Recipe(samples=SAMPLES, seq_len=TOKENS, epochs=EPOCHS, evaluation_samples=0, device="cpu")
-    ratios: list[float] = []
+    rows: dict[str, dict[str, float | None]] = {}
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         make(place / "model", 1, TOKENS)
-        for number in range(rounds):
-            seconds = {
-                name: run.quantize(shared.override({"loss": loss}), place / "model", place / f"{name}{number}").seconds
-                for name, loss in LOSSES.items()
-            }
-            ratios.append(seconds["both"] / seconds["mse"])
-            print(json.dumps(seconds), flush=True)
-    result = {
-        "width": WIDTH,
-        "tokens": TOKENS,
-        "rounds": rounds,
-        "with the term / without": {
-            "median": round(statistics.median(ratios), 3),
-            "min": round(min(ratios), 3),
-            "max": round(max(ratios), 3),
-        },
-    }
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+        plain = plain_pass(place / "model")
+        for name, (method, loss, target) in WAYS.items():
+            clock = Clock(plain)
+            recipe = Recipe(
+                method=method.format(epochs),
+                loss=loss,
+                samples=SAMPLES,
+                seq_len=TOKENS,
+                evaluation_samples=0,
+                device="cpu",
+            )
+            run.quantize(recipe, place / "model", place / name, observer=clock)
+            ratio = statistics.median(clock.steps) / statistics.median(clock.plains)
+            rows[name] = {"step / plain": round(ratio, 3), "steps": len(clock.steps), "target": target}
+            print(name, json.dumps(rows[name]), flush=True)
+    both, one = (rows[name]["step / plain"] for name in ("OmniQuant + SW", "OmniQuant"))
+    assert both is not None
+    assert one is not None
+    result = {"torch": torch.__version__, "width": WIDTH, "tokens": TOKENS, "threads": 1, "methods": rows}
+    RESULTS.write_text(json.dumps({**result, "with SW / without": round(both / one, 3)}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

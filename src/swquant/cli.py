@@ -41,7 +41,9 @@ def app() -> None:
 @click.option("--calibration", help="Text or jsonl file, datasets name, or 'self': drawn from the model.  [self]")
 @click.option("--samples", type=int, help="Calibration samples.  [128, by preset]")
 @click.option("--seq-len", type=int, help="Tokens per sample.  [2048, or the model's limit]")
-@click.option("--epochs", type=int, help="Passes over the samples, of every method that has them.  [by method and preset]")
+@click.option(
+    "--epochs", type=int, help="Passes over the samples, for all methods that have them.  [by method, preset]"
+)
 @click.option("--evaluation", help="Text or datasets name to measure the result on.  [held out of --calibration]")
 @click.option("--evaluation-samples", type=int, help="Windows of --seq-len tokens to measure on; 0 for none.  [16]")
 @click.option("--seed", type=int, help="Seed of everything random.  [0]")
@@ -50,7 +52,8 @@ def app() -> None:
 def quantize(source: str, out: Path, recipe_name: str | None, options: tuple[str, ...], **flags: Any) -> None:
     """Quantize SOURCE, a model directory or a hub name.
 
-    Without --recipe and --method, the recipe for the bits, the group size and the preset is taken; it is named in the summary.
+    Without --recipe and --method, the recipe for the bits, the group size and the preset is taken; the summary names
+    it.
     The same command goes on where a killed run stopped, and ends in the same bits.
     """
     from swquant.recipe import Recipe

@@ -118,7 +118,9 @@ class OracleOPT(nn.Module):
         self.scale["qk"] = torch.ones(WIDTH, dtype=torch.double, requires_grad=True)
         for linear in self.LINEARS:
             count = p[f"{linear}.weight"].numel() // self.width
-            self.upper[linear], self.lower[linear] = (torch.full((count, 1), 4.0, dtype=torch.double, requires_grad=True) for _ in range(2))
+            self.upper[linear], self.lower[linear] = (
+                torch.full((count, 1), 4.0, dtype=torch.double, requires_grad=True) for _ in range(2)
+            )
         self.sign = dict.fromkeys(self.LINEARS)
         if symmetric:
             with torch.no_grad():

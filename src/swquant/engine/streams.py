@@ -13,7 +13,7 @@ BYTES = 4
 """Bytes of an element; streams are float32, so that a resumed run continues with the very numbers it had."""
 
 FORWARD_BYTES = 2**21
-"""Hidden states that go through a block at once where nothing is learned; a block's activations are some ten times that."""
+"""Hidden states that go through a block at once where nothing is learned; its activations are some ten times that."""
 
 
 def create_stream(path: Path, shape: tuple[int, int, int]) -> Tensor:

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from swquant.families.base import Equivalence, NormLinears, QueryKey, UpDown
 from swquant.learnables.base import BlockFacts, ChannelRange, Theta

@@ -63,10 +63,11 @@ def move(
             _divide_output(params, pair.key, 1 / per_key.flatten(), None)
             continue
         _divide_output(params, source, scale, shift)
-        shared = not isinstance(pair, NormLinears | UpDown)
+        if not isinstance(pair, NormLinears | UpDown):
+            scale = per_query_head(scale, facts)
+            shift = None if shift is None else per_query_head(shift, facts)
         for linear in fed_by(pair):
-            wide = per_query_head(scale, facts) if shared else scale
-            _multiply_input(params, linear, wide, per_query_head(shift, facts) if shared and shift is not None else shift)
+            _multiply_input(params, linear, scale, shift)
     slots = {
         name: slot if params[name] is draft.params[name] else replace(slot, extent=None)
         for name, slot in draft.slots.items()

@@ -19,7 +19,8 @@ class WeightClipping:
     r"""Learnable weight clipping (OmniQuant, arXiv 2308.13137, section 3.2, eq. 2).
 
     Each group's grid covers ``[sigmoid(b) * min(W), sigmoid(a) * max(W)]``; ``a`` and ``b`` start at 4, where the
-    sigmoid is 0.982. Clips that a search before has found are factors on top. See :func:`swquant.quant.grid.minmax_grid` for the grid itself.
+    sigmoid is 0.982. Clips that a search before has found are factors on top. See
+    :func:`swquant.quant.grid.minmax_grid` for the grid itself.
 
     Attributes:
         learning_rate: Of the logits; 1e-2 in the paper.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,7 +20,10 @@ class ChannelMoments:
     Units: those of the outputs, plus their square.
     """
 
-    separable: ClassVar[bool] = False
+    @property
+    def separable(self) -> bool:
+        """No, see above."""
+        return False
 
     def __call__(self, pred: Tensor, target: Tensor, ctx: LossContext) -> Tensor:
         """Return the mean over channels of both differences; see `Loss`."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -19,7 +18,10 @@ class L2:
     beside another loss means something else than it does with `Mse`. Units: those of the outputs, squared.
     """
 
-    separable: ClassVar[bool] = True
+    @property
+    def separable(self) -> bool:
+        """Yes: it is a mean over tokens."""
+        return True
 
     def __call__(self, pred: Tensor, target: Tensor, ctx: LossContext) -> Tensor:
         """Return the mean over tokens of the squared distance; see `Loss`."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -18,7 +17,10 @@ class Mse:
     ``mean((pred - target)²)`` over samples, tokens and width. Units: those of the outputs, squared.
     """
 
-    separable: ClassVar[bool] = True
+    @property
+    def separable(self) -> bool:
+        """Yes: it is a mean over tokens."""
+        return True
 
     def __call__(self, pred: Tensor, target: Tensor, ctx: LossContext) -> Tensor:
         """Return the mean squared difference; see `Loss`."""

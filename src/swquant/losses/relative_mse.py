@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -13,18 +12,21 @@ from swquant.losses.base import LossContext, full_precision, without_autocast
 
 @dataclass(frozen=True)
 class RelativeMse:
-    """Squared error relative to the target token by token: a norm in front of the next layer sees no more than that.
+    """Squared error relative to the target token by token: a norm in front of the next layer sees just that.
 
-    ``mean over tokens of ||pred - target||² / (||target||² + width * epsilon)``. Where `Mse` follows the few tokens with
-    massive activations, every token counts alike here. No unit.
+    ``mean over tokens of ||pred - target||² / (||target||² + width * epsilon)``. Where `Mse` follows the few tokens
+    with massive activations, every token counts alike here. No unit.
 
     Attributes:
         epsilon: Mean square below which a token counts as small.
     """
 
-    separable: ClassVar[bool] = True
-
     epsilon: float = 1e-8
+
+    @property
+    def separable(self) -> bool:
+        """Yes: it is a mean over tokens."""
+        return True
 
     def __call__(self, pred: Tensor, target: Tensor, ctx: LossContext) -> Tensor:
         """Return the mean over tokens of the relative squared error; see `Loss`."""

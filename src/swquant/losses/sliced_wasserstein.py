@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -102,14 +101,17 @@ class SlicedWasserstein:
         block: consecutive tokens joined into one point.
     """
 
-    separable: ClassVar[bool] = False
-
     slices: int = 128
     power: int = 1
     block: int = 1
 
     def __post_init__(self) -> None:
         _check(self.slices, self.power, self.block)
+
+    @property
+    def separable(self) -> bool:
+        """No, see above."""
+        return False
 
     def __call__(self, pred: Tensor, target: Tensor, ctx: LossContext) -> Tensor:
         """Return the distance between the outputs' distributions; see `Loss`."""

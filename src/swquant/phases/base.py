@@ -25,9 +25,9 @@ class Problem:
         target: What the full-precision block makes of the full-precision model's stream.
         augmented: What the full-precision block makes of ``inputs``; present if a phase asks for it.
         loss: Distance between the block's outputs and a target; ``None`` leaves it to the phase.
-        watch: ``watch(parameters, linears, visit)`` runs the block with full-precision ``parameters`` over the inputs of
-            all calibration samples and calls ``visit(linear, x)`` with each batch's input ``[tokens, in_features]`` of
-            each of the named linears.
+        watch: ``watch(parameters, linears, visit)`` runs the block with full-precision ``parameters`` over the inputs
+            of all calibration samples and calls ``visit(linear, x)`` with each batch's input ``[tokens, in_features]``
+            of each of the named linears.
         train: Samples to train on.
         held: Samples on which states are compared, disjoint from ``train`` where there is more than one sample.
         rng: Generator for a place in the block, e.g. ``rng("slices", 17)``.

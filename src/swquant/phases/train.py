@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -47,8 +47,8 @@ class Train:
     epochs: int
     batch_size: int = 1
     augmented: bool = False
-    loss: Loss = Mse()
-    optimizer: Optimizer = Optimizer()
+    loss: Loss = field(default_factory=Mse)
+    optimizer: Optimizer = field(default_factory=Optimizer)
     steps: int | None = None
     keep_best: bool = True
 
