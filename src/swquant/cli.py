@@ -102,7 +102,7 @@ def evaluate(
 @app.command()
 @click.option("--out", type=click.Path(path_type=Path), help="Keep the quantized models here.  [dropped]")
 def demo(out: Path | None) -> None:
-    """Quantize the small model that comes with swquant to 2 bits, three ways, and compare."""
+    """Quantize the small model that comes with swquant to 2 bits, four ways, and compare."""
     from swquant.demo import run_demo
 
     run_demo(out)

@@ -1,7 +1,8 @@
-"""The demo: a real small model at 2 bits, three ways, side by side."""
+"""The demo: a real small model at 2 bits, four ways, side by side."""
 
 from __future__ import annotations
 
+import re
 import tempfile
 import time
 from collections.abc import Generator
@@ -34,6 +35,7 @@ WAYS = (
     Way("RTN", {"method": "rtn"}),
     Way("OmniQuant", {"method": "omniquant", "loss": "mse", "epochs": EPOCHS}),
     Way("OmniQuant + SW", {"method": "omniquant", "loss": "0.9*mse + 0.1*sliced_wasserstein", "epochs": EPOCHS}),
+    Way("recipe w2g64, short", {"method": "gptq + block_ap(epochs=4) + end_to_end(epochs=3)"}),
 )
 
 
@@ -61,7 +63,7 @@ def run_demo(out: Path | None) -> dict[str, Report]:
         seconds: dict[str, float] = {}
         for way in WAYS:
             recipe = Recipe.from_mapping(shared | way.values, "the demo's recipe")
-            folder = way.title.lower().replace(" + ", "-")
+            folder = "-".join(re.findall(r"\w+", way.title.lower()))
             began = time.monotonic()
             with observer(f"{way.title}: ") as watching:
                 reports[way.title] = quantize(recipe, assets / "model", place / folder, observer=watching)

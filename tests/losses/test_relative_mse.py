@@ -18,7 +18,8 @@ def clouds(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tens
 
 def test_it_is_the_mean_of_the_tokens_own_ratios() -> None:
     pred, target = clouds()
-    ratios = [float((p - t).norm() ** 2 / t.norm() ** 2) for p, t in zip(pred.flatten(0, 1), target.flatten(0, 1))]
+    tokens = zip(pred.flatten(0, 1), target.flatten(0, 1), strict=True)
+    ratios = [float((p - t).norm() ** 2 / t.norm() ** 2) for p, t in tokens]
     assert float(RelativeMse(epsilon=0.0)(pred, target, CONTEXT)) == pytest.approx(sum(ratios) / len(ratios))
 
 
