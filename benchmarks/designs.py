@@ -103,21 +103,22 @@ DESIGNS: dict[str, tuple[Cell, ...]] = {
         *cells(DEMO, OTHERS, (None, ALIGNED_MSE)),
         *cells(DEMO, {"NormTweaking": OTHERS["NormTweaking"]}, ("mse",)),
     ),
-    "grids": (
-        *cells(DEMO, SEARCHES, grids=FURTHER),
-        *cells(DEMO, SMALL, (None, ALIGNED_MSE), grids=FURTHER),
-        *cells(DEMO, OTHERS, grids=FURTHER),
+    "peers": tuple(cells(DEMO, {"SignRound": LARGE["SignRound"]} | BEST, seeds=FIVE, samples=128)),
+    "models": (
+        *cells(DEMO, {name: LARGE[name] for name in ("Block-AP", "EfficientQAT")}, samples=128),
+        *cells(TWO_MORE, SEARCHES),
+        *cells(TWO_MORE, SMALL | OTHERS | BEST),
+        *cells(TWO_MORE, {name: SMALL[name] for name in CONFIRMED}, (ALIGNED_MSE,)),
+        *cells(TWO_MORE, {name: SMALL[name] for name in CONFIRMED}, seeds=FIVE),
     ),
     "seeds": (
         *cells(DEMO, {name: SMALL[name] for name in CONFIRMED}, (None, ALIGNED_MSE), seeds=FIVE),
-        *cells(DEMO, {"TesseraQ": SMALL["TesseraQ"], "OmniQuant": SMALL["OmniQuant"]}, (None,), seeds=FIVE),
+        *cells(DEMO, {"TesseraQ": SMALL["TesseraQ"]}, seeds=FIVE),
     ),
-    "models": (
-        *cells(TWO_MORE, SEARCHES),
-        *cells(TWO_MORE, SMALL | OTHERS | BEST),
-        *cells(TWO_MORE, SMALL, (ALIGNED_MSE,)),
-        *cells(TWO_MORE, {name: SMALL[name] for name in CONFIRMED}, (None, ALIGNED_MSE), seeds=FIVE),
+    "grids": (
+        *cells(DEMO, SEARCHES, grids=FURTHER),
+        *cells(DEMO, SMALL, grids=FURTHER),
+        *cells(DEMO, {name: SMALL[name] for name in CONFIRMED}, (ALIGNED_MSE,), grids=FURTHER),
     ),
-    "peers": tuple(cells(DEMO, {"SignRound": LARGE["SignRound"]} | BEST, seeds=FIVE, samples=128)),
     "large": tuple(cells(DEMO, LARGE, samples=128)),
 }
