@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from swquant import SwquantError
+from swquant import SwquantError, registry
 from swquant.families.llama import LLAMA
 from swquant.families.opt import OPT
 from swquant.learnables.equivalent_transform import EquivalentTransform
@@ -13,6 +13,12 @@ from swquant.phases.train import Train
 from swquant.quant.spec import QuantSpec
 
 SETTING = Setting(QuantSpec(2, 64, True), LLAMA, 1.0)
+
+
+def test_what_is_listed_as_a_method_is_one() -> None:
+    for name in registry.names("swquant.methods"):
+        assert [step.name for step in parse_methods(name)] == [name]
+        build_pipeline(parse_methods(name), SETTING)
 
 
 def test_the_canonical_form_reads_back_to_itself() -> None:
