@@ -36,6 +36,7 @@ def test_the_canonical_form_reads_back_to_itself() -> None:
         ("omniquant(**{})", "cannot be read"),
         ("omniquant(epochs=print())", "cannot be read"),
         ("omniquant()()", "cannot be read"),
+        ("omniquant(epochs=1, epochs=2)", "cannot be read"),
         ("omniquant(" * 500, "cannot be read"),
         ("omniqant", "did you mean 'omniquant'"),
         ("rtn + omniquant(epoch=4)", "did you mean 'epochs'"),
@@ -77,6 +78,15 @@ ILLEGAL = [
 def test_combinations_that_cannot_be_are_refused_with_the_reason(text: str, said: str) -> None:
     with pytest.raises(SwquantError, match=said):
         build_pipeline(parse_methods(text), SETTING)
+
+
+@pytest.mark.parametrize("text", ["gptq + signround", "block_ap + signround", "gptq + awq", "block_ap + gptq"])
+def test_another_order_is_advised_only_where_it_can_be(text: str) -> None:
+    with pytest.raises(SwquantError, match="leave one of the two out") as caught:
+        build_pipeline(parse_methods(text), SETTING)
+    assert ("put " in str(caught.value)) is ("signround" not in text)
+    if "signround" not in text:
+        build_pipeline(parse_methods(" + ".join(reversed(text.split(" + ")))), SETTING)
 
 
 LEGAL = [

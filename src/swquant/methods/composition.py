@@ -136,9 +136,10 @@ def _check_pair(earlier: Part, later: Part) -> None:
         raise SwquantError(f"{earlier.name} and {later.name} both learn the {_list(both)}: leave one of the two out")
     lost = earlier.decides & later.discards
     if lost:
+        swap = "" if later.decides & earlier.discards else f"put {later.name} before {earlier.name}, or "
         raise SwquantError(
             f"{later.name} would discard the {_list(lost)} that {earlier.name} has found: "
-            f"put {later.name} before {earlier.name}, or leave one of the two out"
+            f"{swap}leave one of the two out"
         )
 
 
@@ -158,7 +159,10 @@ def _calls(node: ast.expr) -> Iterator[tuple[str, dict[str, Any]]]:
         case ast.Name(id=name):
             yield name, {}
         case ast.Call(func=ast.Name(id=name), args=[], keywords=keywords):
-            yield name, {_key(keyword): _literal(keyword.value) for keyword in keywords}
+            options = {_key(keyword): _literal(keyword.value) for keyword in keywords}
+            if len(options) < len(keywords):
+                raise ValueError
+            yield name, options
         case _:
             raise ValueError
 
