@@ -48,6 +48,20 @@ def test_what_is_no_pipeline_is_refused_in_a_sentence(text: str, said: str) -> N
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("omniquant(batch_size=0)", "omniquant(epochs=-1)", "omniquant(alpha=1.5)", "omniquant(clipping_rate=-1.0)"),
+        *("omniquant(transform_rate=0.0)", "tesseraq(learning_rate=-1.0)", "tesseraq(gain_rate=0.0)"),
+        *("signround(learning_rate=-1.0)", "signround(range_rate=0.0)", "end_to_end(learning_rate=1e999)"),
+        *("norm_tweaking(learning_rate=0.0)", "block_ap(weight_rate=1e999)", "gptq(damping=1e999)"),
+    ],
+)
+def test_options_out_of_range_are_refused(text: str) -> None:
+    with pytest.raises(SwquantError, match="input should be"):
+        parse_methods(text)
+
+
 def test_options_outside_need_a_lone_method() -> None:
     assert str(parse_methods("omniquant(alpha=1)", {"epochs": 3})[0]) == "omniquant(alpha=1, epochs=3)"
     with pytest.raises(SwquantError, match=r"write them in parentheses.*rtn\(key=value\)"):

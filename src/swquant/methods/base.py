@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Annotated, Literal, Protocol
+
+from pydantic import Field
 
 from swquant.families.base import Family
 from swquant.phases.base import Phase
@@ -13,6 +15,10 @@ from swquant.quant.spec import QuantSpec
 Subject = Literal["basis", "equivalence", "clips", "grid", "weights", "rounding", "norms", "scales"]
 """What a part can decide: the basis of the residual stream, scales moved between layers, clips of the min-max grid, an
 explicit grid, the weights, how they are rounded, the norms, and the scales end to end."""
+
+
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+"""An option that is a learning rate."""
 
 
 @dataclass(frozen=True)

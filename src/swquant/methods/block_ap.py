@@ -11,15 +11,13 @@ from swquant.learnables.base import Learnable
 from swquant.learnables.grid_params import GridParams
 from swquant.learnables.norm_weights import NormWeights
 from swquant.learnables.weights import Weights
-from swquant.methods.base import Part, Setting, Subject
+from swquant.methods.base import Part, Rate, Setting, Subject
 from swquant.phases.optimizers import Optimizer
 from swquant.phases.train import Train
 
 EPOCHS = 16
 STEPS = 4096
 FLOOR = 1 / 20
-
-Rate = Annotated[float, Field(gt=0)]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from swquant.methods.base import Part, Setting, Subject
+from swquant.methods.base import Part, Rate, Setting, Subject
 from swquant.phases.scale_training import ScaleTraining
 
 EPOCHS = 8
@@ -29,7 +29,7 @@ class EndToEnd:
 
     epochs: Annotated[int, Field(ge=0)] | None = None
     batch_size: Annotated[int, Field(ge=1)] = 4
-    learning_rate: Annotated[float, Field(gt=0)] = LEARNING_RATE
+    learning_rate: Rate = LEARNING_RATE
     norms: bool = False
 
     def parts(self, setting: Setting) -> tuple[Part, ...]:

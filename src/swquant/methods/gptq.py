@@ -22,7 +22,7 @@ class GPTQ:
     """
 
     act_order: bool = False
-    damping: Annotated[float, Field(gt=0)] = 0.01
+    damping: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.01
     search: bool = True
 
     def parts(self, setting: Setting) -> tuple[Part, ...]:

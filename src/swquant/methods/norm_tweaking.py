@@ -9,7 +9,7 @@ from pydantic import Field
 
 from swquant.learnables.norm_weights import NormWeights
 from swquant.losses.channel_moments import ChannelMoments
-from swquant.methods.base import Part, Setting
+from swquant.methods.base import Part, Rate, Setting
 from swquant.phases.optimizers import Optimizer
 from swquant.phases.train import Train
 
@@ -32,7 +32,7 @@ class NormTweaking:
     start: Literal["gptq", "none"] | None = None
     epochs: Annotated[int, Field(ge=0)] = 1
     batch_size: Annotated[int, Field(ge=1)] = 1
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    learning_rate: Rate = 1e-3
     augmented: bool = False
 
     def parts(self, setting: Setting) -> tuple[Part, ...]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
 
 from swquant.learnables.base import Learnable
 from swquant.learnables.equivalent_transform import EquivalentTransform
 from swquant.learnables.weight_clipping import WeightClipping
-from swquant.methods.base import Part, Setting, Subject
+from swquant.methods.base import Part, Rate, Setting, Subject
 from swquant.phases.train import Train
 
 EPOCHS = 20
@@ -34,14 +37,14 @@ class OmniQuant:
         transform_rate: Learning rate of scales and shifts.
     """
 
-    epochs: int | None = None
-    batch_size: int = 1
+    epochs: Annotated[int, Field(ge=0)] | None = None
+    batch_size: Annotated[int, Field(ge=1)] = 1
     transform: bool | None = None
     shift: bool = True
-    alpha: float = 0.5
+    alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
     augmented: bool | None = None
-    clipping_rate: float = 1e-2
-    transform_rate: float = 5e-3
+    clipping_rate: Rate = 1e-2
+    transform_rate: Rate = 5e-3
 
     def parts(self, setting: Setting) -> tuple[Part, ...]:
         """One training phase."""

@@ -10,7 +10,7 @@ from pydantic import Field
 from swquant.learnables.range_factors import RangeFactors
 from swquant.learnables.rounding_offset import RoundingOffset
 from swquant.losses.mse import Mse
-from swquant.methods.base import Part, Setting
+from swquant.methods.base import Part, Rate, Setting
 from swquant.phases.optimizers import Optimizer
 from swquant.phases.train import Train
 
@@ -34,8 +34,8 @@ class SignRound:
 
     steps: Annotated[int, Field(ge=1)] | None = None
     batch_size: Annotated[int, Field(ge=1)] = 8
-    learning_rate: float | None = None
-    range_rate: float | None = None
+    learning_rate: Rate | None = None
+    range_rate: Rate | None = None
 
     def parts(self, setting: Setting) -> tuple[Part, ...]:
         """One training phase."""

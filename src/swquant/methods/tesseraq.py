@@ -11,7 +11,7 @@ from swquant.learnables.adaptive_rounding import AdaptiveRounding
 from swquant.learnables.base import Learnable
 from swquant.learnables.dequant_gain import DequantGain
 from swquant.losses.l2 import L2
-from swquant.methods.base import Part, Setting, Subject
+from swquant.methods.base import Part, Rate, Setting, Subject
 from swquant.phases.optimizers import Optimizer
 from swquant.phases.train import Train
 
@@ -43,9 +43,9 @@ class TesseraQ:
     rounds: Annotated[int, Field(ge=1)] = ROUNDS
     iterations: Annotated[int, Field(ge=1)] | None = None
     batch_size: Annotated[int, Field(ge=1)] = 4
-    learning_rate: float = 1e-3
+    learning_rate: Rate = 1e-3
     gain: bool = True
-    gain_rate: float = 1e-3
+    gain_rate: Rate = 1e-3
     augmented: bool = False
 
     def parts(self, setting: Setting) -> tuple[Part, ...]:
