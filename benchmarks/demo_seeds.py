@@ -45,7 +45,7 @@ def main() -> None:
                 bits=2,
                 group_size=64,
                 method=method,
-                loss=loss,
+                loss=loss if method == "omniquant" else None,
                 epochs=EPOCHS if method == "omniquant" else None,
                 calibration=str(assets / "calibration.txt"),
                 samples=SAMPLES,

@@ -83,6 +83,7 @@ def test_without_method_and_recipe_a_good_one_is_picked_and_named(
     assert "w4g128-fast: " in out
     written = Recipe.load(tmp_path / "out" / "swquant.yaml")
     assert written.spec == Recipe.load("w4g128-fast").spec
+    assert make_plan(written, source).recipe == written
 
 
 @pytest.mark.parametrize(
@@ -97,6 +98,19 @@ def test_without_method_and_recipe_a_good_one_is_picked_and_named(
 )
 def test_the_recommended_recipe(asked: dict[str, object], name: str) -> None:
     assert Recipe.recommended(asked) == (name, Recipe.load(name))
+
+
+def test_another_method_starts_without_the_old_ones_options() -> None:
+    recipe = Recipe(method="omniquant", options={"alpha": 0.3}, epochs=3)
+    assert recipe.override({"method": "rtn"}) == Recipe(method="rtn")
+    changed = recipe.override({"method": "tesseraq", "options": {"rounds": 4}})
+    assert changed == Recipe(method="tesseraq", options={"rounds": 4})
+    assert recipe.override({"options": {"shift": False}}).options == {"alpha": 0.3, "shift": False}
+
+
+@pytest.mark.parametrize("text", ["1e-3", "1.5E-3", "-2e3", "5e+2"])
+def test_numbers_in_yaml_may_have_exponents(text: str) -> None:
+    assert Recipe.from_text(f"options: {{learning_rate: {text}}}", "it").options == {"learning_rate": float(text)}
 
 
 def test_eight_bits_have_no_recipe() -> None:
@@ -119,6 +133,7 @@ MISTAKES = {
     "option without value": (["--option", "epochs"], "KEY=VALUE"),
     "option of the wrong type": (["--method", "omniquant", "--option", "epochs=many"], "epochs is 'many'"),
     "recipe": (["--recipe", "omniquant-sw-w2g65"], "did you mean 'omniquant-sw-w2g64'"),
+    "loss of nothing": (["--method", "gptq", "--loss", "mse"], "no loss is used"),
     "recipe file": (["--recipe", "none.yaml"], "cannot be read"),
     "calibration file": (["--calibration", "none.txt"], "no text file none.txt"),
     "samples": (["--samples", "0"], "samples is 0"),

@@ -36,7 +36,7 @@ def app() -> None:
 @click.option("--group-size", help="Weights that share a scale: 32, 64, 128, or 'channel'.  [64]")
 @click.option("--symmetric/--asymmetric", default=None, help="Fixed zero point, or one per group.  [symmetric]")
 @click.option("--method", help="One of swquant list methods, or several: 'awq + tesseraq'.  [by recipe]")
-@click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help="An option of the method; repeatable.")
+@click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help="An option of a method; repeatable.")
 @click.option("--loss", help="Training loss, e.g. '0.9*mse + 0.1*sliced_wasserstein(slices=256)'.")
 @click.option("--calibration", help="Text or jsonl file, datasets name, or 'self': drawn from the model.  [self]")
 @click.option("--samples", type=int, help="Calibration samples.  [128, by preset]")
@@ -134,16 +134,12 @@ def _group_size(text: str) -> int | str:
 
 
 def _option(text: str) -> tuple[str, Any]:
-    import yaml
+    from swquant.validation import read_yaml
 
     key, equals, value = text.partition("=")
     if not equals:
         raise SwquantError(f"--option {text!r} has no '=', expected KEY=VALUE, e.g. --option epochs=10")
-    try:
-        return key, yaml.safe_load(value)
-    except (yaml.YAMLError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise SwquantError(f"--option {text!r} has a value that is not valid YAML: {reason}") from error
+    return key, read_yaml(value, f"the value in --option {text!r}")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from swquant.errors import SwquantError, did_you_mean
 from swquant.quant.spec import QuantSpec
-from swquant.validation import build
+from swquant.validation import build, read_yaml
 
 CHANNEL = "channel"
 _FOLDER = resources.files("swquant") / "recipes"
@@ -103,11 +103,7 @@ class Recipe:
     @staticmethod
     def from_text(text: str, what: str) -> Recipe:
         """The recipe that a YAML text holds; ``what`` names it in errors."""
-        try:
-            values = yaml.safe_load(text)
-        except (yaml.YAMLError, RecursionError) as error:
-            reason = " ".join(str(error).split())
-            raise SwquantError(f"{what} is not valid YAML: {reason}") from error
+        values = read_yaml(text, what)
         if not isinstance(values, dict):
             raise SwquantError(f"{what} holds no mapping of recipe keys to values")
         return Recipe.from_mapping(values, what)
@@ -145,9 +141,15 @@ class Recipe:
         raise SwquantError(f"there is no recipe for {spec.bits} bits: choose a method, such as --method rtn")
 
     def override(self, values: Mapping[str, Any]) -> Recipe:
-        """This recipe with ``values`` in place of its own; options are merged one by one."""
-        merged = {**self.to_mapping(), **values}
-        if "options" in values:
+        """This recipe with ``values`` in place of its own.
+
+        Options are merged one by one; another method starts without this one's options and epochs.
+        """
+        base = self.to_mapping()
+        if values.get("method", self.method) != self.method:
+            base |= {"options": {}, "epochs": None}
+        merged = {**base, **values}
+        if "options" in values and values.get("method", self.method) == self.method:
             merged["options"] = {**self.options, **values["options"]}
         return Recipe.from_mapping(merged)
 

@@ -148,6 +148,8 @@ def make_plan(recipe: Recipe, source: str | Path) -> Plan:
     checkpoint: Source = with_full_names(open_checkpoint(source))
     family = family_for(checkpoint.config)
     pipeline = build_pipeline(steps, Setting(spec, family, preset.effort))
+    if loss is not None and not any(part.trained for part in pipeline.parts if part.work in pipeline.phases):
+        raise SwquantError(f"nothing in {recipe.method!r} trains block by block, so no loss is used: leave it out")
     bytes_source = checkpoint.tensor_bytes
     if pipeline.rotate:
         checkpoint = rotate(checkpoint, family, recipe.seed)

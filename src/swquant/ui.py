@@ -149,7 +149,8 @@ def _facts(report: Report, recipe: str | None) -> Iterator[tuple[str, str]]:
         yield "KL to the original", f"{quality.kl:.4f} nats per token"
         yield "same first choice", f"{100 * quality.top1:.1f} % of tokens"
     worst = max(range(len(report.blocks)), key=lambda index: report.blocks[index]["drift"])
-    yield "drift of the hidden states", f"{report.blocks[-1]['drift']:.4f} at the end, most behind block {worst}"
+    when = " before the end-to-end training" if report.finish else ""
+    yield f"drift of the hidden states{when}", f"{report.blocks[-1]['drift']:.4f} at the end, most behind block {worst}"
     if report.finish is not None:
         finish = report.finish
         kept = f"epoch {finish['kept_epoch']} of {len(finish['curve'])}, {_span(finish['seconds'])}"

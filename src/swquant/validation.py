@@ -2,15 +2,39 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, TypeVar, get_type_hints
 
+import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from swquant.errors import SwquantError, did_you_mean
 
 T = TypeVar("T")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, to which ``1e-3`` is a number, as in YAML 1.2, and not a text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def read_yaml(text: str, what: str) -> Any:
+    """The value that a YAML text holds.
+
+    Raises:
+        SwquantError: It is not valid YAML; ``what`` names it.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise SwquantError(f"{what} is not valid YAML: {reason}") from error
 
 
 def build(cls: type[T], values: Mapping[str, Any], what: str) -> T:

@@ -62,10 +62,25 @@ def test_options_out_of_range_are_refused(text: str) -> None:
         parse_methods(text)
 
 
-def test_options_outside_need_a_lone_method() -> None:
+def test_an_option_goes_to_the_only_method_that_has_it() -> None:
     assert str(parse_methods("omniquant(alpha=1)", {"epochs": 3})[0]) == "omniquant(alpha=1, epochs=3)"
-    with pytest.raises(SwquantError, match=r"write them in parentheses.*rtn\(key=value\)"):
-        parse_methods("rtn + omniquant", {"epochs": 3})
+    steps = parse_methods("gptq + block_ap", {"damping": 0.1, "norms": False})
+    assert " + ".join(map(str, steps)) == "gptq(damping=0.1) + block_ap(norms=False)"
+    with pytest.raises(SwquantError, match=r"batch_size could be an option of block_ap or end_to_end: .*block_ap\("):
+        parse_methods("gptq + block_ap + end_to_end", {"batch_size": 3})
+    with pytest.raises(SwquantError, match=r"no method of 'rtn [+] gptq' has an option 'epoch'"):
+        parse_methods("rtn + gptq", {"epoch": 3})
+
+
+def test_a_start_comes_along_only_where_no_method_stands_before() -> None:
+    def names(text: str) -> list[str]:
+        return [part.name for part in build_pipeline(parse_methods(text), SETTING).parts]
+
+    assert names("tesseraq") == ["awq scales", "awq clips", "tesseraq"]
+    assert names("rotate + norm_tweaking") == ["rotate", "gptq", "norm_tweaking"]
+    assert names("rtn + tesseraq") == ["tesseraq"]
+    assert names("rtn + tesseraq(start=awq)") == ["awq scales", "awq clips", "tesseraq"]
+    assert names("norm_tweaking(start=none)") == ["norm_tweaking"]
 
 
 def test_epochs_go_to_every_method_that_trains_by_them() -> None:

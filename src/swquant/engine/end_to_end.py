@@ -183,7 +183,7 @@ class _Stage:
             self._save(trail, optimizer, facts)
 
         keep_best(self, trail, optimizer, COSINE, self.work.epochs, before, self.observer.step, behind)
-        if trail.best_epoch == 0 and not trail.ended:
+        if trail.curve and trail.best_epoch == 0 and not trail.ended:
             trail.events.append("no epoch had a smaller held-out KL than the start, which was kept")
         report = PhaseReport(NAME, before, trail.best_loss, tuple(trail.curve), trail.best_epoch, tuple(trail.events))
         return {**asdict(report), "seconds": round(spent + time.monotonic() - began, 3)}

@@ -193,13 +193,13 @@ class Heads:
 
     def _gap(self, reference: Tensor, normed: Tensor, slope: Tensor | None) -> Tensor:
         """Mean divergence of ``[tokens, dim]`` in front of the heads, a chunk of tokens at a time; fills ``slope``."""
-        count, total = len(normed), torch.zeros((), dtype=torch.float64, device=normed.device)
+        count, total = len(normed), torch.zeros((), dtype=torch.float64)
         for part in torch.arange(count).split(max(1, LOGITS // len(self.stored))):
             rows = slice(int(part[0]), int(part[-1]) + 1)
             expected = _logits(reference[rows], self.original).log_softmax(-1)
             found = _logits(normed[rows], self.stored).log_softmax(-1)
             likely = expected.exp()
-            total += expected.sub_(found).mul_(likely).sum(dtype=torch.float64)
+            total += expected.sub_(found).mul_(likely).sum(-1).cpu().double().sum()
             if slope is not None:
                 slope[rows] = _times(found.exp_().sub_(likely).div_(count), self.stored)
         return (total / count).float()

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -57,6 +58,7 @@ class Journal:
     notes: dict[str, Any] = field(default_factory=dict[str, Any])
     training: Mapping[str, Any] | None = None
     final: Mapping[str, Any] | None = None
+    _final_is_intact: bool = field(default=False, init=False, repr=False)
 
     @property
     def done(self) -> int:
@@ -110,9 +112,19 @@ class Journal:
         """A finished block, with the final scales where there are such."""
         tensors = self._checked(self.block_path(index), self.checksums[index])
         if self.final is not None:
-            final, prefix = self._checked(self.root / FINAL, self.final["checksum"]), f"{index}/"
-            tensors |= {name.removeprefix(prefix): final[name] for name in final if name.startswith(prefix)}
+            tensors |= self._final_tensors(index)
         return _from_tensors(tensors, spec)
+
+    def _final_tensors(self, index: int) -> dict[str, Tensor]:
+        """What the training of the whole model put in the place of a block's tensors; no other block's are read."""
+        prefix, path = f"{index}/", self.root / FINAL
+        if not self._final_is_intact:
+            assert self.final is not None
+            self._verify(path, self.final["checksum"])
+            self._final_is_intact = True
+        with safe_open(path, "pt") as file:
+            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
+            return {name.removeprefix(prefix): file.get_tensor(name) for name in names}
 
     def read_block(self, index: int, spec: QuantSpec, device: torch.device) -> Committed:
         """A finished block on ``device`` as it was before any training of the whole model, its file not checked."""
@@ -149,18 +161,26 @@ class Journal:
             (self.root / before["file"]).unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Remove the working directory."""
+        """Remove the working directory, the manifest last: what is killed here is known for ours and cleared again."""
+        for path in self.root.glob("*"):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name != MANIFEST:
+                path.unlink(missing_ok=True)
         shutil.rmtree(self.root, ignore_errors=True)
 
     def _checked(self, path: Path, checksum: int) -> dict[str, Tensor]:
         """The tensors in a file that has the checksum that was noted for it."""
+        self._verify(path, checksum)
+        return load_file(path)
+
+    def _verify(self, path: Path, checksum: int) -> None:
         try:
             intact = zlib.crc32(path.read_bytes()) == checksum
         except OSError as error:
             raise self._damaged(str(error)) from error
         if not intact:
             raise self._damaged(f"the checksum of {path.name} is not the one that was noted")
-        return load_file(path)
 
     def _sync_streams(self, blocks_behind: int) -> None:
         for name in STREAMS:

@@ -53,7 +53,7 @@ class Setting:
         spec: The grid.
         family: The model's family.
         effort: Factor of the preset on the published amount of training; it has no effect on explicit numbers.
-        first: No block-wise part stands before the method in the recipe.
+        first: No method stands before this one in the recipe, or a rotation alone.
     """
 
     spec: QuantSpec
@@ -64,6 +64,10 @@ class Setting:
     def scaled(self, published: int) -> int:
         """A published number of epochs or steps, times the effort."""
         return max(1, round(published * self.effort))
+
+    def starts(self, asked: str | None) -> bool:
+        """Whether a method brings its own start along: asked for, or by itself where it is first."""
+        return asked != "none" and (asked is not None or self.first)
 
 
 class Method(Protocol):

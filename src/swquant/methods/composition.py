@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from swquant import registry
@@ -58,7 +58,7 @@ def parse_methods(
 
     Args:
         expression: Names of methods with keyword options, ``+`` between them.
-        options: Options of the method, where there is only one.
+        options: Options, each of the only method that has it.
         epochs: Those of every method that trains by epochs, in place of what the text says.
 
     Raises:
@@ -70,13 +70,9 @@ def parse_methods(
         calls = list(_calls(tree))
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise SwquantError(f"the method {expression!r} cannot be read: {EXAMPLE}") from error
-    if options:
-        if len(calls) > 1:
-            raise SwquantError(
-                f"options {', '.join(sorted(options))} of {expression!r} could be any method's: "
-                f"write them in parentheses behind the method they belong to, such as {calls[0][0]}(key=value)"
-            )
-        calls = [(calls[0][0], {**calls[0][1], **options})]
+    for key, value in (options or {}).items():
+        owner = _owner(calls, key, expression)
+        calls = [(name, {**given, key: value} if name == owner else given) for name, given in calls]
     if epochs is not None:
         calls = _with_epochs(calls, epochs, expression)
     return tuple(
@@ -85,11 +81,27 @@ def parse_methods(
     )
 
 
+def _owner(calls: list[tuple[str, dict[str, Any]]], key: str, expression: str) -> str:
+    """The one method that has the option ``key``; a lone method is taken for it, and refuses it by itself."""
+    owners = [name for name, _ in calls if len(calls) == 1 or _has(name, key)]
+    if len(owners) == 1:
+        return owners[0]
+    if not owners:
+        raise SwquantError(f"no method of {expression!r} has an option {key!r}")
+    raise SwquantError(
+        f"{key} could be an option of {' or '.join(owners)}: write it in parentheses behind the one, "
+        f"such as {owners[0]}({key}=...)"
+    )
+
+
+def _has(name: str, key: str) -> bool:
+    return any(field.name == key for field in fields(registry.load("swquant.methods", name)))
+
+
 def _with_epochs(
     calls: list[tuple[str, dict[str, Any]]], epochs: int, expression: str
 ) -> list[tuple[str, dict[str, Any]]]:
-    kinds = [registry.load("swquant.methods", name) for name, _ in calls]
-    by_epochs = [any(field.name == "epochs" for field in fields(kind)) for kind in kinds]
+    by_epochs = [_has(name, "epochs") for name, _ in calls]
     if not any(by_epochs):
         raise SwquantError(f"no method of {expression!r} trains by epochs: leave them out, or set its own options")
     return [
@@ -106,9 +118,10 @@ def build_pipeline(steps: tuple[Step, ...], setting: Setting) -> Pipeline:
             earlier one settled, or a stage comes too late.
     """
     parts: list[Part] = []
+    first = True
     for step in steps:
-        first = not any(_stage(part) == 1 for part in parts)
-        own = step.method.parts(Setting(setting.spec, setting.family, setting.effort, first))
+        own = step.method.parts(replace(setting, first=first))
+        first = first and any(_stage(part) == 0 for part in own)
         for part in own:
             for earlier in parts:
                 _check_pair(earlier, part)

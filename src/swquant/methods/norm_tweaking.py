@@ -10,6 +10,7 @@ from pydantic import Field
 from swquant.learnables.norm_weights import NormWeights
 from swquant.losses.channel_moments import ChannelMoments
 from swquant.methods.base import Part, Rate, Setting
+from swquant.methods.gptq import GPTQ
 from swquant.phases.optimizers import Optimizer
 from swquant.phases.train import Train
 
@@ -46,11 +47,4 @@ class NormTweaking:
             optimizer=Optimizer("adam"),
         )
         own = Part("norm_tweaking", phase, decides=frozenset({"norms"}), trained=True)
-        return (*self._start(setting), own)
-
-    def _start(self, setting: Setting) -> tuple[Part, ...]:
-        if self.start == "none" or (self.start is None and not setting.first):
-            return ()
-        from swquant.methods.gptq import GPTQ
-
-        return GPTQ().parts(setting)
+        return (*(GPTQ().parts(setting) if setting.starts(self.start) else ()), own)

@@ -11,6 +11,7 @@ from swquant.learnables.adaptive_rounding import AdaptiveRounding
 from swquant.learnables.base import Learnable
 from swquant.learnables.dequant_gain import DequantGain
 from swquant.losses.l2 import L2
+from swquant.methods.awq import AWQ
 from swquant.methods.base import Part, Rate, Setting, Subject
 from swquant.phases.optimizers import Optimizer
 from swquant.phases.train import Train
@@ -64,11 +65,4 @@ class TesseraQ:
             keep_best=False,
         )
         own = Part("tesseraq", phase, decides=ROUNDING, discards=ROUNDING, trained=True)
-        return (*self._start(setting), own)
-
-    def _start(self, setting: Setting) -> tuple[Part, ...]:
-        if self.start == "none" or (self.start is None and not setting.first):
-            return ()
-        from swquant.methods.awq import AWQ
-
-        return AWQ().parts(setting)
+        return (*(AWQ().parts(setting) if setting.starts(self.start) else ()), own)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -190,8 +190,9 @@ class _Job:
         draft, applied = self.draft, self._apply()
         touched = {name for name in draft.params if applied.params[name] is not draft.params[name]}
         touched |= {name for name in draft.slots if applied.slots[name] is not draft.slots[name]}
-        if len(touched) < len(draft.params):
-            self.constants = {name: value for name, value in realize(draft).items() if name not in touched}
+        slots = {name: slot for name, slot in draft.slots.items() if name not in touched}
+        dtypes = {name: dtype for name, dtype in draft.dtypes.items() if name not in touched}
+        self.constants = realize(replace(draft, slots=slots, dtypes=dtypes))
 
     def open(self, rate: float) -> torch.optim.Optimizer:
         learnables = zip(self.phase.learnables, self.thetas, strict=True)
