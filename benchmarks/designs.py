@@ -71,6 +71,25 @@ LARGE = {
 
 BEST = {"best": "gptq + block_ap(epochs=10) + end_to_end(epochs=4)"}
 
+TRIALS = {
+    method: method
+    for method in (
+        "gptq(search=False)",
+        "gptq(act_order=True)",
+        "awq + gptq",
+        "awq(clip=False) + gptq",
+        "block_ap(epochs=4)",
+        "block_ap(epochs=4, augmented=True)",
+        "gptq + block_ap(epochs=4)",
+        "gptq + norm_tweaking(learning_rate=1e-5)",
+        "gptq + norm_tweaking",
+        "rtn + end_to_end",
+        "omniquant(epochs=8) + end_to_end",
+        "rotate + rtn",
+        "rotate + block_ap(epochs=4)",
+    )
+}
+
 
 def cells(
     models: tuple[str, ...],
@@ -120,5 +139,6 @@ DESIGNS: dict[str, tuple[Cell, ...]] = {
         *cells(DEMO, SMALL, grids=FURTHER),
         *cells(DEMO, {name: SMALL[name] for name in CONFIRMED}, (ALIGNED_MSE,), grids=FURTHER),
     ),
+    "trials": tuple(cells(DEMO, TRIALS, symmetric=True)),
     "large": tuple(cells(DEMO, LARGE, samples=128)),
 }
