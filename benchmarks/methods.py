@@ -104,12 +104,28 @@ def table(rows: Iterable[dict[str, Any]]) -> Iterator[str]:
             )
 
 
-def interval(values: Sequence[float]) -> str:
+def differences(rows: Iterable[dict[str, Any]]) -> Iterator[str]:
+    """What another loss changes against the method's own, in nats, paired by seed; two seeds or more."""
+    found: dict[Cell, dict[int, float]] = {}
+    for row in rows:
+        cell = _cell(row)
+        found.setdefault(replace(cell, seed=0), {})[cell.seed] = math.log(row["perplexity"])
+    yield "\n| model, grid | method | loss | nats against the method's own | seeds |"
+    yield "|---|---|---|---:|---:|"
+    for cell, values in found.items():
+        own = found.get(replace(cell, loss=None), {})
+        pairs = [values[seed] - own[seed] for seed in values if seed in own]
+        if cell.loss is not None and len(pairs) > 1:
+            where = f"{cell.model}, {cell.label}"
+            yield f"| {where} | {cell.title} | {cell.loss} | {interval(pairs, 4)} | {len(pairs)} |"
+
+
+def interval(values: Sequence[float], digits: int = 2) -> str:
     """Mean and half-width of the 95 % interval as text; the mean alone of one value."""
     if len(values) < 2:
-        return f"{values[0]:.2f}"
+        return f"{values[0]:.{digits}f}"
     half = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{statistics.mean(values):.2f} ± {half:.2f}"
+    return f"{statistics.mean(values):.{digits}f} ± {half:.{digits}f}"
 
 
 def _mean(rows: Sequence[dict[str, Any]], key: str) -> float:
@@ -147,7 +163,8 @@ def main() -> None:
     if args.command == "run":
         run(args.designs, dict(args.model), args.out, args.workers)
     else:
-        print("\n".join(table(row for path in args.results for row in _rows(path))))
+        rows = [row for path in args.results for row in _rows(path)]
+        print("\n".join([*table(rows), *differences(rows)]))
 
 
 if __name__ == "__main__":
