@@ -107,6 +107,20 @@ def test_a_rotated_model_is_loaded_with_the_reported_numbers(
     assert report.quality.perplexity_reference == pytest.approx(measured.reference_perplexity, rel=1e-5)
 
 
+@pytest.mark.parametrize("name", ["w2g64", "w2g64-asym"])
+def test_the_recommended_recipe_lowers_what_rounding_lost(
+    llama: Path, recipe: Recipe, tmp_path: Path, name: str
+) -> None:
+    shared = {"calibration": recipe.calibration, "samples": 8, "seq_len": 32, "evaluation_samples": 8, "device": "cpu"}
+    best = quantize(Recipe.load(name).override(shared), llama, tmp_path / "out")
+    plain = quantize(Recipe.load(name).override({**shared, "method": "rtn"}), llama, tmp_path / "rtn")
+    assert best.quality is not None
+    assert plain.quality is not None
+    assert best.quality.kl < plain.quality.kl
+    assert best.finish is not None
+    assert [phase["phase"] for phase in best.blocks[0]["phases"]] == ["Gptq", "Weights+GridParams+NormWeights"]
+
+
 def test_what_is_not_quantized_is_unchanged(llama: Path, recipe: Recipe, tmp_path: Path) -> None:
     quantize(recipe, llama, tmp_path / "out")
     before, after = (load_file(path / "model.safetensors") for path in (llama, tmp_path / "out"))
