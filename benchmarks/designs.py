@@ -130,7 +130,7 @@ DESIGNS: dict[str, tuple[Cell, ...]] = {
         *cells(TWO_MORE, {name: SMALL[name] for name in CONFIRMED}, (ALIGNED_MSE,)),
         *cells(TWO_MORE, {name: SMALL[name] for name in CONFIRMED}, seeds=range(3)),
     ),
-    "seeds": tuple(cells(DEMO, {name: SMALL[name] for name in CONFIRMED}, (None, ALIGNED_MSE), seeds=FIVE)),
+    "seeds": tuple(cells(("demo", "deep"), {"Block-AP": SMALL["Block-AP"]}, (None, ALIGNED_MSE), seeds=FIVE)),
     "grids": (
         *cells(DEMO, {name: SEARCHES[name] for name in ("RTN", "GPTQ")}, grids=FURTHER),
         *cells(DEMO, SMALL, grids=FURTHER),
