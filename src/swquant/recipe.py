@@ -129,7 +129,7 @@ class Recipe:
         Raises:
             SwquantError: If there is no recipe for these bits.
         """
-        spec = Recipe.from_mapping({key: value for key, value in values.items() if key != "loss"}).spec
+        spec = Recipe.from_mapping(values).spec
         ending = "" if spec.symmetric else "-asym"
         if values.get("preset", "default") != "default":
             ending += f"-{values['preset']}"
