@@ -62,7 +62,7 @@ def test_transformers_loads_the_output_and_finds_the_reported_numbers(
     assert report.quality.perplexity_reference == pytest.approx(measured.reference_perplexity, rel=1e-5)
     assert report.quality.kl == pytest.approx(measured.kl, rel=10 * exact)
     assert report.quality.top1 == pytest.approx(measured.top1, abs=10 * exact)
-    assert report.bytes_output < report.bytes_source
+    assert report.outputs[0].bytes < report.bytes_source
 
 
 def test_plain_loading_of_a_symmetric_model(llama: Path, recipe: Recipe, tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_plain_loading_of_a_symmetric_model(llama: Path, recipe: Recipe, tmp_pat
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     written = model.generate(**tokenizer("the model", return_tensors="pt"), max_new_tokens=4, do_sample=False)
     assert written.shape[1] > 2
-    assert "CompressedTensorsConfig" not in report.loading
+    assert "CompressedTensorsConfig" not in report.outputs[0].loading
 
 
 def test_the_dequantized_output_is_the_same_model(llama: Path, recipe: Recipe, tmp_path: Path) -> None:

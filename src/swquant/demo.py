@@ -98,7 +98,7 @@ def _table(reports: dict[str, Report], seconds: dict[str, float]) -> Table:
             f"{report.quality.perplexity:.2f}",
             f"{report.quality.kl:.3f}",
             f"{report.bits_per_weight:.2f}",
-            f"{report.bytes_output / 1e6:.2f}",
+            f"{report.outputs[0].bytes / 1e6:.2f}",
             f"{seconds[title]:.0f}",
         )
     return table

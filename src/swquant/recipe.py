@@ -58,7 +58,8 @@ class Recipe:
         preset: ``fast``, ``default`` or ``best``.
         seed: Of everything that is random.
         device: ``cpu``, an accelerator's name such as ``mps``, or ``auto``.
-        format: Format of the output, see ``swquant list formats``.
+        format: Format of the output, see ``swquant list formats``; several with commas between them, which are then
+            written into a directory each from the same codes.
 
     Raises:
         SwquantError: From :meth:`from_mapping` and :meth:`load`, if a value has the wrong type or is out of range.
@@ -161,6 +162,19 @@ class Recipe:
             SwquantError: If bits or group size are out of range.
         """
         return QuantSpec(self.bits, self.group_size, self.symmetric)
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """Names of the output's formats.
+
+        Raises:
+            SwquantError: One comes twice.
+        """
+        names = tuple(name.strip() for name in self.format.split(","))
+        for name in names:
+            if names.count(name) > 1:
+                raise SwquantError(f"the format {name!r} comes twice in {self.format!r}; name it once")
+        return names
 
     def to_mapping(self) -> dict[str, Any]:
         """Keys to plain values, the form of the YAML file."""

@@ -28,6 +28,25 @@ class Quality:
 
 
 @dataclass(frozen=True)
+class Output:
+    """One of the formats that a run wrote.
+
+    Attributes:
+        format: Its name.
+        directory: Where it lies, relative to the run's ``out``.
+        bytes: Of its tensors.
+        notes: What to know about it.
+        loading: Python code that loads it.
+    """
+
+    format: str
+    directory: str
+    bytes: int
+    notes: Sequence[str]
+    loading: str
+
+
+@dataclass(frozen=True)
 class Report:
     """A finished run.
 
@@ -40,10 +59,8 @@ class Report:
         quality: Measured by running both streams on through the model's head; ``None`` if no windows were asked for.
         bits_per_weight: Of the quantized weights, scales and zero points included.
         bytes_source: Of the source's tensors.
-        bytes_output: Of the output's tensors.
         seconds: Of the blocks and the training behind the last, over all the runs that it took.
-        notes: What to know about the data and the output.
-        loading: Python code that loads the output.
+        outputs: What was written, in the order of the recipe's formats.
         key: What the result depends on; a finished output with the same key is not made again.
         finish: The report of the training behind the last block, and its seconds; ``None`` where there was none.
     """
@@ -56,10 +73,8 @@ class Report:
     quality: Quality | None
     bits_per_weight: float
     bytes_source: int
-    bytes_output: int
     seconds: float
-    notes: Sequence[str]
-    loading: str
+    outputs: Sequence[Output]
     key: Mapping[str, Any] = field(default_factory=dict[str, Any])
     finish: Mapping[str, Any] | None = None
 
@@ -73,6 +88,7 @@ class Report:
         values = json.loads(text)
         if values["quality"] is not None:
             values["quality"] = Quality(**values["quality"])
+        values["outputs"] = [Output(**output) for output in values["outputs"]]
         return Report(**values)
 
     @property

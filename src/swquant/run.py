@@ -15,9 +15,10 @@ from torch import Tensor
 
 from swquant import __version__, registry
 from swquant.calibration import draw_from_model, eval_windows, load_tokenizer, read_text, sample_windows, tokenize
+from swquant.checkpoint.quantized import Outline, Part, QuantizedModel
 from swquant.checkpoint.reader import open_checkpoint
 from swquant.checkpoint.rotation import Source, rotate, stored
-from swquant.checkpoint.writer import publish, require_disk, require_unused, write_checkpoint
+from swquant.checkpoint.writer import publish, require_disk, require_unused
 from swquant.device import resolve_device
 from swquant.engine.block import Job, quantize_block
 from swquant.engine.capture import capture, to_device
@@ -29,13 +30,13 @@ from swquant.engine.skeleton import Skeleton, build_skeleton, check_widths, with
 from swquant.engine.streams import create_stream, stream_bytes
 from swquant.errors import SwquantError
 from swquant.families import family_for
-from swquant.formats.base import Format
+from swquant.formats.base import Format, check_dtype
 from swquant.losses import WeightedSum, parse_loss
 from swquant.methods import Pipeline, Setting, build_pipeline, parse_methods
-from swquant.quant.qtensor import SCALE_BITS
+from swquant.quant.qtensor import SCALE_BITS, QTensor
 from swquant.quant.spec import QuantSpec
 from swquant.recipe import PRESETS, Recipe
-from swquant.report import Quality, Report
+from swquant.report import Output, Quality, Report
 
 LONGEST = 2048
 STREAMS_AT_ONCE = 5
@@ -109,11 +110,12 @@ class Plan:
     spec: QuantSpec
     pipeline: Pipeline
     loss: WeightedSum | None
-    format: Format
+    formats: tuple[Format, ...]
+    outline: Outline
     device: torch.device
     text: str | None
     evaluation: str | None
-    notes: tuple[str, ...]
+    notes: tuple[tuple[str, ...], ...]
     bytes_source: int
 
     def key(self) -> dict[str, Any]:
@@ -142,7 +144,7 @@ def make_plan(recipe: Recipe, source: str | Path) -> Plan:
     """
     spec, device = recipe.spec, resolve_device(recipe.device)
     loss = None if recipe.loss is None else parse_loss(recipe.loss)
-    output: Format = registry.load("swquant.formats", recipe.format)()
+    formats: tuple[Format, ...] = tuple(registry.load("swquant.formats", name)() for name in recipe.formats)
     preset = PRESETS[recipe.preset]
     steps = parse_methods(recipe.method, recipe.options, recipe.epochs)
     checkpoint: Source = with_full_names(open_checkpoint(source))
@@ -153,9 +155,11 @@ def make_plan(recipe: Recipe, source: str | Path) -> Plan:
     bytes_source = checkpoint.tensor_bytes
     if pipeline.rotate:
         checkpoint = rotate(checkpoint, family, recipe.seed)
-    notes = output.check(spec, checkpoint.dtype)
+    check_dtype(checkpoint.dtype)
     skeleton = build_skeleton(checkpoint)
     check_widths(skeleton, spec)
+    outline = make_outline(checkpoint, skeleton, spec)
+    notes = tuple(form.check(outline) for form in formats)
     limit = int(skeleton.model.config.max_position_embeddings)
     if recipe.seq_len is not None and recipe.seq_len > limit:
         raise SwquantError(f"the sequence length is {recipe.seq_len}, the model takes at most {limit} tokens")
@@ -172,8 +176,33 @@ def make_plan(recipe: Recipe, source: str | Path) -> Plan:
         device=str(device),
     )
     return Plan(
-        resolved, checkpoint, skeleton, spec, pipeline, loss, output, device, text, evaluation, notes, bytes_source
+        resolved,
+        checkpoint,
+        skeleton,
+        spec,
+        pipeline,
+        loss,
+        formats,
+        outline,
+        device,
+        text,
+        evaluation,
+        notes,
+        bytes_source,
     )
+
+
+def make_outline(checkpoint: Source, skeleton: Skeleton, spec: QuantSpec) -> Outline:
+    """What formats need to know of the output."""
+    family = skeleton.family
+    modules = (f"{block.prefix}.{linear}" for block in skeleton.blocks for linear in family.linears)
+    linears = {name: _matrix_shape(checkpoint, f"{name}.weight") for name in modules}
+    return Outline(checkpoint.directory, checkpoint.config, spec, checkpoint.dtype, linears, (family.head,))
+
+
+def _matrix_shape(checkpoint: Source, name: str) -> tuple[int, int]:
+    rows, columns = checkpoint.tensors[name].shape
+    return rows, columns
 
 
 def versions() -> dict[str, str]:
@@ -195,7 +224,7 @@ def _check_disk(plan: Plan, out: Path) -> None:
     assert recipe.samples is not None
     assert recipe.seq_len is not None
     shape = (recipe.samples + recipe.evaluation_samples, recipe.seq_len, plan.skeleton.hidden_size)
-    require_disk(out, STREAMS_AT_ONCE * stream_bytes(shape) + 2 * plan.checkpoint.tensor_bytes)
+    require_disk(out, STREAMS_AT_ONCE * stream_bytes(shape) + (1 + len(plan.formats)) * plan.checkpoint.tensor_bytes)
 
 
 def _start(plan: Plan, journal: Journal, out: Path, watching: Observer) -> None:
@@ -251,20 +280,16 @@ def _quality(plan: Plan, journal: Journal, watching: Observer) -> Quality | None
 
 
 def _write(plan: Plan, journal: Journal, quality: Quality | None, key: Mapping[str, Any], source: str) -> Report:
-    """Write the output and its report into the working directory's ``output``."""
+    """Write every format and the report into the working directory's ``output``."""
     staging = journal.root / "output"
     shutil.rmtree(staging, ignore_errors=True)
-    config = dict(plan.checkpoint.config)
-    quantization = plan.format.config(plan.spec, [plan.skeleton.family.head])
-    if quantization is not None:
-        config["quantization_config"] = quantization
-    written = write_checkpoint(
-        staging,
-        _parts(plan, journal),
-        config=config,
-        sidecars=plan.checkpoint.sidecars(),
-        extra_files={RECIPE: plan.recipe.to_yaml()},
-    )
+    extra = {RECIPE: plan.recipe.to_yaml()}
+    model = QuantizedModel(plan.outline, lambda: _parts(plan, journal), plan.checkpoint.sidecars(), extra)
+    outputs: list[Output] = []
+    for form, notes in zip(plan.formats, plan.notes, strict=True):
+        place = form.name if len(plan.formats) > 1 else "."
+        written = form.write(staging / place, model)
+        outputs.append(Output(form.name, place, written.tensor_bytes, notes, form.loading(plan.spec)))
     finish = None if journal.final is None else journal.final["report"]
     report = Report(
         source=source,
@@ -276,17 +301,15 @@ def _write(plan: Plan, journal: Journal, quality: Quality | None, key: Mapping[s
         quality=quality,
         bits_per_weight=_bits_per_weight(plan),
         bytes_source=plan.bytes_source,
-        bytes_output=written.tensor_bytes,
+        outputs=outputs,
         seconds=round(sum(float(part["seconds"]) for part in (*journal.reports, *([finish] if finish else []))), 3),
-        notes=plan.notes,
-        loading=plan.format.loading(plan.spec),
         key=key,
     )
     (staging / REPORT).write_text(report.to_json(), encoding="utf-8")
     return report
 
 
-def _parts(plan: Plan, journal: Journal) -> Iterator[dict[str, Tensor]]:
+def _parts(plan: Plan, journal: Journal) -> Iterator[Part]:
     """The output's tensors: what lies outside the blocks as it is, then block by block."""
     checkpoint, inside = plan.checkpoint, f"{plan.skeleton.family.blocks}."
     for name in checkpoint.tensors:
@@ -294,21 +317,16 @@ def _parts(plan: Plan, journal: Journal) -> Iterator[dict[str, Tensor]]:
             yield {name: stored(checkpoint, name)}
     for index, block in enumerate(plan.skeleton.blocks):
         committed = journal.block(index, plan.spec)
-        part = {f"{block.prefix}.{name}": value for name, value in committed.params.items()}
-        for name, quantized in committed.quantized.items():
-            module = f"{block.prefix}.{name.removesuffix('.weight')}"
-            part |= plan.format.encode(module, quantized, checkpoint.dtype)
-        yield part
+        values: dict[str, Tensor | QTensor] = {**committed.params, **committed.quantized}
+        yield {f"{block.prefix}.{name}": value for name, value in values.items()}
 
 
 def _bits_per_weight(plan: Plan) -> float:
     """Codes, scales and zero points of the quantized linears, per weight."""
     bits = weights = 0
     spec = plan.spec
-    for block in plan.skeleton.blocks:
-        for linear in plan.skeleton.family.linears:
-            rows, columns = plan.checkpoint.tensors[f"{block.prefix}.{linear}.weight"].shape
-            per_group = SCALE_BITS + (0 if spec.symmetric else spec.bits)
-            bits += rows * (columns * spec.bits + spec.groups(columns) * per_group)
-            weights += rows * columns
+    for rows, columns in plan.outline.linears.values():
+        per_group = SCALE_BITS + (0 if spec.symmetric else spec.bits)
+        bits += rows * (columns * spec.bits + spec.groups(columns) * per_group)
+        weights += rows * columns
     return bits / weights

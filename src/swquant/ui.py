@@ -119,8 +119,9 @@ def print_report(report: Report, out: Path, recipe: str | None = None) -> None:
     for name, value in _facts(report, recipe):
         table.add_row(name, value)
     console.print(table)
-    console.print("\nTo load it:\n")
-    console.print(report.loading, markup=False, soft_wrap=True)
+    for output in report.outputs:
+        console.print(f"\nTo load {out / output.directory} ({output.format}):\n", soft_wrap=True)
+        console.print(output.loading, markup=False, soft_wrap=True)
 
 
 def print_evaluation(result: Evaluation) -> None:
@@ -140,8 +141,10 @@ def print_evaluation(result: Evaluation) -> None:
 
 
 def _facts(report: Report, recipe: str | None) -> Iterator[tuple[str, str]]:
-    saved = report.bytes_source / max(1, report.bytes_output)
-    yield "size", f"{_size(report.bytes_source)} -> {_size(report.bytes_output)} ({saved:.2f} times smaller)"
+    for output in report.outputs:
+        saved = report.bytes_source / max(1, output.bytes)
+        sizes = f"{_size(report.bytes_source)} -> {_size(output.bytes)} ({saved:.2f} times smaller)"
+        yield "size", f"{sizes}, {output.format}"
     yield "bits per quantized weight", f"{report.bits_per_weight:.3f}, scales and zero points included"
     if report.quality:
         quality = report.quality
@@ -158,7 +161,8 @@ def _facts(report: Report, recipe: str | None) -> Iterator[tuple[str, str]]:
     yield "time", _span(report.seconds)
     named = f"{recipe}: " if recipe else ""
     yield "recipe", f"{named}{report.recipe['method']}; all of it in swquant.yaml ({report.recipe_hash})"
-    for text in (*report.notes, *report.events):
+    notes = (note for output in report.outputs for note in output.notes)
+    for text in (*dict.fromkeys(notes), *report.events):
         yield "note", text
 
 

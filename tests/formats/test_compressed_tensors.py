@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from compressed_tensors.quantization import QuantizationConfig, QuantizationSche
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from swquant.checkpoint.quantized import Outline
 from swquant.errors import SwquantError
 from swquant.formats.compressed_tensors import CompressedTensors
 from swquant.quant.qtensor import QTensor
@@ -75,7 +77,9 @@ def test_scales_are_stored_in_the_models_dtype(dtype: torch.dtype, make_qtensor:
 
 
 def test_notes_are_about_asymmetric_loads_and_rounding() -> None:
-    check = CompressedTensors().check
+    def check(spec: QuantSpec, dtype: torch.dtype) -> tuple[str, ...]:
+        return CompressedTensors().check(Outline(Path(), {}, spec, dtype, {}, ()))
+
     assert check(QuantSpec(2, 64, True), torch.bfloat16) == ()
     assert [note.split(":")[0] for note in check(QuantSpec(3, 64, False), torch.float16)] == ["asymmetric"]
     assert "round each weight" in check(QuantSpec(3, 64, True), torch.bfloat16)[0]

@@ -214,25 +214,33 @@ class Checkpoint:
         return self.tensors[name]
 
 
-def open_checkpoint(source: str | Path) -> Checkpoint:
+def open_checkpoint(source: str | Path, *, quantized: bool = False) -> Checkpoint:
     """Find a model and check everything that its configuration and headers tell; no weight is read.
 
     Args:
         source: A model directory, or the name of a model on the hub, which is downloaded if need be.
+        quantized: Take one that is quantized as well.
 
     Raises:
-        SwquantError: There is no such model, or it is not a whole, unquantized safetensors checkpoint.
+        SwquantError: There is no such model, or it is not a whole safetensors checkpoint, unquantized if need be.
     """
-    directory = _find(source)
+    directory = find_model(source)
     with _read_errors(directory):
-        config = _read_config(directory)
+        config = read_config(directory)
+        if not quantized:
+            _refuse_quantized(directory, config)
         tensors = _read_headers(_shards(directory))
     if not any(stored.dtype.is_floating_point for stored in tensors.values()):
         raise SwquantError(f"{directory} holds no floating-point tensor, expected a model's weights; download it again")
     return Checkpoint(directory, config, dict(sorted(tensors.items())))
 
 
-def _find(source: str | Path) -> Path:
+def find_model(source: str | Path) -> Path:
+    """The model's directory; a hub name's is downloaded if need be.
+
+    Raises:
+        SwquantError: There is no such model.
+    """
     path = _expanded(Path(source))
     with _read_errors(path):
         if path.is_dir():
@@ -261,11 +269,19 @@ def _looks_like_path(source: str) -> bool:
     )
 
 
-def _read_config(directory: Path) -> dict[str, Any]:
+def read_config(directory: Path) -> dict[str, Any]:
+    """The content of ``config.json``.
+
+    Raises:
+        SwquantError: There is none, or it is not a mapping.
+    """
     path = directory / "config.json"
     if not path.is_file():
         raise SwquantError(f"{directory} has no config.json; give the directory that save_pretrained wrote")
-    config = _read_json(path)
+    return _read_json(path)
+
+
+def _refuse_quantized(directory: Path, config: Mapping[str, Any]) -> None:
     for part in (config, config.get("text_config")):
         quantization = part.get("quantization_config") if isinstance(part, dict) else None
         if quantization is not None:
@@ -274,7 +290,6 @@ def _read_config(directory: Path) -> dict[str, Any]:
                 f"{directory} is already quantized, by {_shown(str(method or 'an unnamed method'))}; "
                 "give the original model"
             )
-    return config
 
 
 def _shards(directory: Path) -> dict[Path, set[str]]:

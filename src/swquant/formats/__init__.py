@@ -1,1 +1,29 @@
 """Output formats: a file here that defines a class of its own name is a format of that name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from swquant import registry
+from swquant.checkpoint.quantized import QuantizedModel
+from swquant.checkpoint.reader import read_config
+from swquant.errors import SwquantError
+from swquant.formats.base import Format
+
+
+def read_quantized(directory: Path) -> tuple[Format, QuantizedModel]:
+    """A quantized model of any format, and the format it is in; tensors are read when they are asked for.
+
+    Raises:
+        SwquantError: There is none in a format that keeps codes.
+    """
+    config = read_config(directory)
+    for name in registry.names(__name__):
+        form: Format = registry.load(__name__, name)()
+        model = form.read(directory, config)
+        if model is not None:
+            return form, model
+    raise SwquantError(
+        f"{directory} holds no quantized model that swquant reads, expected one of "
+        f"{', '.join(registry.names(__name__))}; give the directory that swquant quantize wrote"
+    )

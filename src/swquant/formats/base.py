@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import ClassVar, Protocol
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
+from swquant.checkpoint.quantized import Outline, QuantizedModel
+from swquant.checkpoint.writer import Written
 from swquant.errors import SwquantError
 from swquant.quant.qtensor import QTensor
 from swquant.quant.spec import QuantSpec
@@ -26,18 +29,18 @@ class Format(Protocol):
 
     name: ClassVar[str]
 
-    def check(self, spec: QuantSpec, dtype: torch.dtype) -> tuple[str, ...]:
-        """Say before the work starts what the user should know about this output.
+    def refusal(self, spec: QuantSpec) -> str | None:
+        """Why the format cannot hold weights on such a grid, as the end of a sentence; ``None`` if it can."""
+        ...
 
-        Args:
-            spec: The grid of the quantized weights.
-            dtype: The model's dtype, in which scales and plain tensors are stored.
+    def check(self, outline: Outline) -> tuple[str, ...]:
+        """Say before the work starts what the user should know about this output.
 
         Returns:
             Sentences for the user; empty if there is nothing to say.
 
         Raises:
-            SwquantError: If the format cannot hold such weights.
+            SwquantError: If the format cannot hold such a model.
         """
         ...
 
@@ -74,18 +77,40 @@ class Format(Protocol):
         """
         ...
 
-    def config(self, spec: QuantSpec, ignore: Sequence[str]) -> dict[str, object] | None:
-        """``quantization_config`` for ``config.json``; ``None`` if readers need none.
+    def write(self, directory: Path, model: QuantizedModel) -> Written:
+        """Write the whole output into ``directory``, empty or to be made, and flush it to the disk.
+
+        Memory holds a part of the model at a time. Equal models give equal bytes.
+        """
+        ...
+
+    def read(self, directory: Path, config: Mapping[str, Any]) -> QuantizedModel | None:
+        """The model in ``directory``; ``None`` if it is not of this format. Tensors are read when they are asked for.
 
         Args:
-            spec: The grid of the quantized weights.
-            ignore: Names of the linear modules that are not quantized, e.g. ``lm_head``.
+            directory: A directory that may hold an output of any format, or something else.
+            config: The content of its ``config.json``.
+
+        Raises:
+            SwquantError: If it is of this format and damaged, or holds what we cannot represent.
         """
         ...
 
     def loading(self, spec: QuantSpec) -> str:
         """Python code that loads the model from the directory in the variable ``path``."""
         ...
+
+
+def require_fits(form: Format, outline: Outline) -> None:
+    """Refuse what every format refuses: a grid that ``form`` does not hold, or a model of an unknown dtype.
+
+    Raises:
+        SwquantError: Naming the grid or the dtype.
+    """
+    reason = form.refusal(outline.spec)
+    if reason is not None:
+        raise SwquantError(f"{form.name} cannot hold {outline.spec.label}: {reason}")
+    check_dtype(outline.dtype)
 
 
 def check_dtype(dtype: torch.dtype) -> None:

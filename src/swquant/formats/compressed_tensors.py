@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from swquant.checkpoint.quantized import QUANTIZATION_CONFIG, Outline, QuantizedModel, read_codes, write_codes
+from swquant.checkpoint.reader import Checkpoint, open_checkpoint
+from swquant.checkpoint.writer import Written
 from swquant.errors import SwquantError
-from swquant.formats.base import (
-    cast_exactly,
-    check_dtype,
-    dtype_name,
-    require_tensor,
-    weights_are_exact,
-)
+from swquant.formats.base import cast_exactly, dtype_name, require_fits, require_tensor, weights_are_exact
 from swquant.quant.bits import pack, packed_words, unpack
 from swquant.quant.qtensor import QTensor
 from swquant.quant.spec import QuantSpec
@@ -30,6 +28,9 @@ model = AutoModelForCausalLM.from_pretrained(path)"""
 _DEQUANTIZING_LOAD = """\
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 model = AutoModelForCausalLM.from_pretrained(path, quantization_config=CompressedTensorsConfig(dequantize=True))"""
+
+
+_SUFFIXES = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
 
 
 class CompressedTensors:
@@ -49,18 +50,22 @@ class CompressedTensors:
 
     name: ClassVar[str] = "compressed_tensors"
 
-    def check(self, spec: QuantSpec, dtype: torch.dtype) -> tuple[str, ...]:
-        """Every spec fits; the notes say how to load an asymmetric model and where readers round."""
-        check_dtype(dtype)
+    def refusal(self, spec: QuantSpec) -> None:
+        """Every grid fits."""
+
+    def check(self, outline: Outline) -> tuple[str, ...]:
+        """The notes say how to load an asymmetric model and where readers round."""
+        require_fits(self, outline)
         notes: list[str] = []
-        if not spec.symmetric:
+        if not outline.spec.symmetric:
             notes.append(
                 "asymmetric: transformers loads this output with "
                 "quantization_config=CompressedTensorsConfig(dequantize=True) and refuses it without"
             )
-        if not weights_are_exact(spec, dtype):
+        if not weights_are_exact(outline.spec, outline.dtype):
             notes.append(
-                f"readers, transformers among them, round each weight (code - zero) * scale to {dtype_name(dtype)}; "
+                "readers, transformers among them, round each weight (code - zero) * scale to "
+                f"{dtype_name(outline.dtype)}; "
                 "the report's numbers are of the unrounded weights and differ from theirs in the fourth digit or so"
             )
         return tuple(notes)
@@ -121,9 +126,43 @@ class CompressedTensors:
             "global_compression_ratio": None,
         }
 
+    def write(self, directory: Path, model: QuantizedModel) -> Written:
+        """A safetensors checkpoint with ``quantization_config``."""
+        settings = {QUANTIZATION_CONFIG: self.config(model.outline.spec, model.outline.ignored)}
+        return write_codes(directory, model, self.encode, settings)
+
+    def read(self, directory: Path, config: Mapping[str, Any]) -> QuantizedModel | None:
+        """The model, if ``config`` says pack-quantized with one group of weights on one of our grids."""
+        settings = config.get(QUANTIZATION_CONFIG)
+        if not isinstance(settings, dict) or settings.get("quant_method") != "compressed-tensors":
+            return None
+        checkpoint = open_checkpoint(directory, quantized=True)
+        return read_codes(checkpoint, _spec_of(directory, settings), _SUFFIXES, _shape_of, self.decode)
+
     def loading(self, spec: QuantSpec) -> str:
         """The default load; for asymmetric models the one that transformers accepts."""
         return _DEFAULT_LOAD if spec.symmetric else _DEQUANTIZING_LOAD
+
+
+def _spec_of(directory: Path, settings: Mapping[str, Any]) -> QuantSpec:
+    """The grid of the only group of a ``quantization_config``."""
+    try:
+        (group,) = settings["config_groups"].values()
+        weights = group["weights"]
+        if settings["format"] != "pack-quantized" or weights["type"] != "int" or weights.get("actorder"):
+            raise ValueError
+        size = {"channel": None, "group": weights["group_size"]}[weights["strategy"]]
+        return QuantSpec(weights["num_bits"], size, weights["symmetric"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise SwquantError(
+            f"{directory} is compressed-tensors of a kind that swquant does not read, "
+            "expected one pack-quantized group of integer weights"
+        ) from error
+
+
+def _shape_of(name: str, checkpoint: Checkpoint, spec: QuantSpec) -> tuple[int, int]:
+    rows, columns = checkpoint.read(f"{name}.weight_shape").tolist()
+    return rows, columns
 
 
 def _require_shape(name: str, tensor: Tensor, expected: tuple[int, int]) -> None:

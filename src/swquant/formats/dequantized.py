@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from swquant.checkpoint.quantized import Outline, QuantizedModel, write_codes
+from swquant.checkpoint.writer import Written
 from swquant.errors import SwquantError
-from swquant.formats.base import check_dtype, dtype_name, require_tensor, weights_are_exact
+from swquant.formats.base import dtype_name, require_fits, require_tensor, weights_are_exact
 from swquant.quant.qtensor import QTensor
 from swquant.quant.spec import QuantSpec
 
@@ -28,11 +31,14 @@ class Dequantized:
 
     name: ClassVar[str] = "dequantized"
 
-    def check(self, spec: QuantSpec, dtype: torch.dtype) -> tuple[str, ...]:
-        """Every spec fits; the notes say that the size stays, and whether weights are rounded."""
-        check_dtype(dtype)
-        stored = dtype_name(dtype)
-        if weights_are_exact(spec, dtype):
+    def refusal(self, spec: QuantSpec) -> None:
+        """Every grid fits."""
+
+    def check(self, outline: Outline) -> tuple[str, ...]:
+        """The notes say that the size stays, and whether weights are rounded."""
+        require_fits(self, outline)
+        dtype, stored = outline.dtype, dtype_name(outline.dtype)
+        if weights_are_exact(outline.spec, dtype):
             rounding = f"{stored} holds the quantized weights exactly"
         else:
             digits = torch.finfo(dtype).eps / 2
@@ -52,8 +58,12 @@ class Dequantized:
         """The stored weight as float32; codes cannot be told from it."""
         return require_tensor(tensors, f"{name}.weight", None, 2).float()
 
-    def config(self, spec: QuantSpec, ignore: Sequence[str]) -> None:
-        """Readers see a plain checkpoint."""
+    def write(self, directory: Path, model: QuantizedModel) -> Written:
+        """A plain checkpoint."""
+        return write_codes(directory, model, self.encode, {})
+
+    def read(self, directory: Path, config: Mapping[str, Any]) -> None:
+        """Nothing tells such an output from an unquantized model, and its codes are gone."""
 
     def loading(self, spec: QuantSpec) -> str:
         """The default load."""
