@@ -1,0 +1,50 @@
+"""A weight on a K grid: integer codes, and integer scales and minima times factors of their super-block."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from swquant.quant.spec import QuantSpec
+
+
+@dataclass(frozen=True)
+class KTensor:
+    """Codes and grid of one weight as llama.cpp's blocks hold them.
+
+    Attributes:
+        codes: ``uint8 [out, in]`` in ``[0, 2**bits - 1]``.
+        d: ``float32 [out, in / 256]``, exactly representable in float16: what a unit of ``sc`` is worth.
+        sc: ``[out, groups]``, ``uint8`` or, where the grid is symmetric, ``int8``: the groups' scales.
+        dmin: Like ``d``, of the minima; ``None`` on a symmetric grid.
+        m: ``uint8 [out, groups]``, the groups' minima; ``None`` on a symmetric grid.
+        spec: The grid's kind.
+    """
+
+    codes: Tensor
+    d: Tensor
+    sc: Tensor
+    dmin: Tensor | None
+    m: Tensor | None
+    spec: QuantSpec
+
+    def dequantize(self) -> Tensor:
+        """The weight as ``float32 [out, in]``: ``d sc q - dmin m``, or ``d sc (q - 2**(bits - 1))`` if symmetric.
+
+        Products of a float16, a code of six bits and one of four have 21 significant bits, so float32 holds them
+        exactly, and what is left to round is one subtraction. Any order of multiplications and fused ones give the
+        same bits, which are those of llama.cpp's own dequantization.
+        """
+        values = self.codes.view(*self.sc.shape, -1).to(torch.float32)
+        scale = per_group(self.d, self.sc).unsqueeze(-1)
+        if self.dmin is None or self.m is None:
+            return ((values - self.spec.mid_code) * scale).view(self.codes.shape)
+        return (values * scale - per_group(self.dmin, self.m).unsqueeze(-1)).view(self.codes.shape)
+
+
+def per_group(factor: Tensor, codes: Tensor) -> Tensor:
+    """``factor [out, supers]`` times ``codes [out, groups]`` of its groups."""
+    grouped = codes.view(*factor.shape, -1).to(factor.dtype)
+    return (grouped * factor.unsqueeze(-1)).view(codes.shape)
