@@ -37,14 +37,26 @@ def test_the_folder_holds_the_formats() -> None:
 
 @pytest.mark.parametrize("name", FORMATS)
 @settings(deadline=None, max_examples=60)
-@given(spec=SPECS, dtype=DTYPES, out=st.integers(1, 40), width=st.integers(1, 3), seed=st.integers(0, 2**31))
+@given(
+    spec=SPECS,
+    dtype=DTYPES,
+    out=st.integers(1, 40),
+    width=st.integers(1, 3),
+    odd=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
 def test_decoding_gives_back_the_codes_or_the_stored_weight(
-    name: str, spec: QuantSpec, dtype: torch.dtype, out: int, width: int, seed: int, make_qtensor: Make
+    name: str, spec: QuantSpec, dtype: torch.dtype, out: int, width: int, odd: bool, seed: int, make_qtensor: Make
 ) -> None:
     if FORMATS[name].refusal(spec) is not None:
         reject()
-    q = make_qtensor(spec, out, 31 * width if spec.group_size is None else width, seed)
-    tensors = FORMATS[name].encode("model.proj", q, dtype)
+    q = make_qtensor(spec, out, (31 if odd else 32) * width if spec.group_size is None else width, seed)
+    try:
+        tensors = FORMATS[name].encode("model.proj", q, dtype)
+    except SwquantError:
+        assert odd
+        assert spec.group_size is None
+        reject()
     assert all(key.startswith("model.proj.") for key in tensors)
     assert all(tensor.is_contiguous() for tensor in tensors.values())
     decoded = FORMATS[name].decode("model.proj", {**tensors, "model.other.weight": torch.zeros(1)}, spec)

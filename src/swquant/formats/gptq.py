@@ -1,0 +1,123 @@
+"""GPTQ: integer codes as GPTQModel, transformers and most servers load them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from swquant.checkpoint.quantized import QUANTIZATION_CONFIG, Outline, QuantizedModel, read_codes, write_codes
+from swquant.checkpoint.reader import open_checkpoint
+from swquant.checkpoint.writer import Written
+from swquant.errors import SwquantError
+from swquant.formats.base import require_fits, require_tensor
+from swquant.formats.gptq_layout import SUFFIXES, decode_weight, encode_weight, require_widths, shape_of, with_dtype
+from swquant.formats.reading import require_plain, spec_from
+from swquant.quant.qtensor import QTensor
+from swquant.quant.spec import QuantSpec
+
+QUANTIZE_CONFIG = "quantize_config.json"
+
+_LOAD = """\
+from transformers import AutoModelForCausalLM  # needs gptqmodel and optimum
+model = AutoModelForCausalLM.from_pretrained(path)"""
+
+_PLAIN = {"desc_act": False, "lm_head": False, "dynamic": {}, "pack_dtype": "int32"}
+_VERSIONS = {True: "gptq", False: "gptq_v2"}
+"""The layout by symmetry: version 1 cannot tell a zero point of 0, version 2 is not read by old programs."""
+
+
+class Gptq:
+    """The layout of AutoGPTQ and GPTQModel: version 1 where the grid is symmetric, version 2 where it is not.
+
+    :func:`swquant.formats.gptq_layout.encode_weight` tells ``qweight``, ``qzeros`` and ``scales``. Beside them stands
+    ``name.g_idx``, ``int32 [in]``, the group of each input, here always ``i // g``. Version 1 stores each zero point
+    less one: a zero point of 0 borrows from its neighbour in the word. The middle of a symmetric grid never does.
+    """
+
+    name: ClassVar[str] = "gptq"
+
+    def refusal(self, spec: QuantSpec) -> None:
+        """Every grid fits."""
+
+    def check(self, outline: Outline) -> tuple[str, ...]:
+        """The notes say what readers need."""
+        require_fits(self, outline)
+        require_widths(self.name, outline)
+        if outline.spec.symmetric:
+            return ()
+        return (
+            "asymmetric: zero points are stored as in version 2 of the layout (gptq_v2), which GPTQModel reads, alone "
+            "or through transformers; programs that know version 1 alone, AutoGPTQ among them, add one to each",
+        )
+
+    def encode(self, name: str, q: QTensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Pack the codes; see the class for names and shapes."""
+        inputs = q.codes.shape[1]
+        group = torch.arange(inputs, dtype=torch.int32) // q.spec.group_width(inputs)
+        return {**encode_weight(name, q, _offset(q.spec)), f"{name}.g_idx": group}
+
+    def decode(self, name: str, tensors: Mapping[str, Tensor], spec: QuantSpec) -> QTensor:
+        """The exact inverse of :meth:`encode`; ``g_idx`` may be missing, and may not reorder the inputs."""
+        q = decode_weight(name, tensors, spec, _offset(spec))
+        if f"{name}.g_idx" in tensors:
+            group = require_tensor(tensors, f"{name}.g_idx", torch.int32, 1)
+            inputs = q.codes.shape[1]
+            if not torch.equal(group, torch.arange(inputs, dtype=torch.int32) // spec.group_width(inputs)):
+                raise SwquantError(
+                    f"{name}.g_idx puts inputs into groups out of order, which swquant does not read; "
+                    "quantize the model again without act-order"
+                )
+        return q
+
+    def config(self, spec: QuantSpec) -> dict[str, object]:
+        """``quantization_config``, and the content of ``quantize_config.json``."""
+        return {
+            "quant_method": "gptq",
+            "bits": spec.bits,
+            "group_size": -1 if spec.group_size is None else spec.group_size,
+            "desc_act": False,
+            "sym": spec.symmetric,
+            "lm_head": False,
+            "checkpoint_format": _VERSIONS[spec.symmetric],
+            "pack_dtype": "int32",
+        }
+
+    def write(self, directory: Path, model: QuantizedModel) -> Written:
+        """A safetensors checkpoint with ``quantization_config``, and ``quantize_config.json`` that repeats it."""
+        settings = self.config(model.outline.spec)
+        files = {**model.extra_files, QUANTIZE_CONFIG: json.dumps(settings, indent=2) + "\n"}
+        whole = replace(with_dtype(model), extra_files=files)
+        return write_codes(directory, whole, self.encode, {QUANTIZATION_CONFIG: settings})
+
+    def read(self, directory: Path, config: Mapping[str, Any]) -> QuantizedModel | None:
+        """The model, if ``config`` says GPTQ with one of our grids and inputs in their order."""
+        settings = config.get(QUANTIZATION_CONFIG)
+        if not isinstance(settings, dict) or settings.get("quant_method") != "gptq":
+            return None
+        require_plain(directory, settings, _PLAIN)
+        size = settings.get("group_size")
+        spec = spec_from(directory, settings.get("bits"), None if size == -1 else size, settings.get("sym"))
+        version = settings.get("checkpoint_format", settings.get("format", "gptq"))
+        if version != _VERSIONS[spec.symmetric]:
+            kind = "a symmetric" if spec.symmetric else "an asymmetric"
+            raise SwquantError(
+                f"{directory} is {kind} model with checkpoint_format {version!r:.40}, expected "
+                f"{_VERSIONS[spec.symmetric]!r}; quantize the model again"
+            )
+        checkpoint = open_checkpoint(directory, quantized=True)
+        return read_codes(checkpoint, spec, (*SUFFIXES, "g_idx"), shape_of, self.decode)
+
+    def loading(self, spec: QuantSpec) -> str:
+        """Through transformers."""
+        return _LOAD
+
+
+def _offset(spec: QuantSpec) -> int:
+    """What a reader adds to a stored zero point."""
+    return 1 if spec.symmetric else 0

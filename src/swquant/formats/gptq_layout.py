@@ -1,0 +1,118 @@
+"""The tensors of a GPTQ weight, which AutoRound's files hold too."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from swquant.checkpoint.quantized import Outline, QuantizedModel, model_dtype
+from swquant.checkpoint.reader import Checkpoint
+from swquant.errors import SwquantError
+from swquant.formats.base import cast_exactly, dtype_name, require_tensor
+from swquant.formats.reading import require_shape
+from swquant.quant.bits import pack, packed_words, unpack
+from swquant.quant.qtensor import QTensor
+from swquant.quant.spec import QuantSpec
+
+SUFFIXES = ("qweight", "qzeros", "scales")
+FEATURES = 32
+"""Kernels take inputs and outputs in multiples of this, which fill whole words at any number of bits."""
+
+
+def require_widths(form: str, outline: Outline) -> None:
+    """Refuse a model whose linears do not fill whole words.
+
+    Raises:
+        SwquantError: Naming the linear and its shape.
+    """
+    for name, (rows, columns) in outline.linears.items():
+        if rows % FEATURES or columns % FEATURES:
+            raise SwquantError(
+                f"{form} cannot hold {name} with {columns} inputs and {rows} outputs, "
+                f"expected multiples of {FEATURES}; choose another --format"
+            )
+
+
+def with_dtype(model: QuantizedModel) -> QuantizedModel:
+    """``model`` with its dtype in the configuration: scales are float16 in any case, so tensors do not tell it."""
+    outline = model.outline
+    if model_dtype(outline.config) is not None:
+        return model
+    return replace(model, outline=replace(outline, config={**outline.config, "dtype": dtype_name(outline.dtype)}))
+
+
+def encode_weight(name: str, q: QTensor, offset: int) -> dict[str, Tensor]:
+    """Pack a weight ``[out, in]`` of ``bits`` bits in groups of ``g``.
+
+    ::
+
+        name.qweight  int32 [in * bits / 32, out]            codes, dense along the input, low bits first
+        name.qzeros   int32 [in / g, ceil(out * bits / 32)]  zero points less ``offset``, dense along the output
+        name.scales   float16 [in / g, out]                  of either sign
+
+    Args:
+        name: The module's name.
+        q: Codes and grid; no zero point is below ``offset``.
+        offset: What readers add to a stored zero point: 1 in version 1 of the layout, 0 in version 2.
+
+    Raises:
+        SwquantError: If the inputs are no multiple of 32, or a scale is beyond float16.
+    """
+    inputs = q.codes.shape[1]
+    if inputs % FEATURES:
+        raise SwquantError(f"{name} has {inputs} inputs, expected a multiple of {FEATURES}")
+    return {
+        f"{name}.qweight": pack(q.codes, q.spec.bits).T.contiguous(),
+        f"{name}.qzeros": pack((q.zero - offset).T, q.spec.bits),
+        f"{name}.scales": cast_exactly(f"{name}.scales", q.scale, torch.float16).T.contiguous(),
+    }
+
+
+def decode_weight(name: str, tensors: Mapping[str, Tensor], spec: QuantSpec, offset: int) -> QTensor:
+    """The exact inverse of :func:`encode_weight`.
+
+    Raises:
+        SwquantError: If a tensor is missing or has the wrong shape or dtype, or a symmetric grid's zero point is not in
+            the middle.
+    """
+    qweight = require_tensor(tensors, f"{name}.qweight", torch.int32, 2)
+    inputs, outputs = _inputs(f"{name}.qweight", qweight.shape[0], spec), qweight.shape[1]
+    groups = spec.groups(inputs)
+    scales = require_tensor(tensors, f"{name}.scales", None, 2)
+    require_shape(f"{name}.scales", scales, (groups, outputs))
+    qzeros = require_tensor(tensors, f"{name}.qzeros", torch.int32, 2)
+    require_shape(f"{name}.qzeros", qzeros, (groups, packed_words(outputs, spec.bits)))
+    zero = unpack(qzeros, spec.bits, outputs).T.contiguous() + offset
+    if spec.symmetric and not bool((zero == spec.mid_code).all()):
+        raise SwquantError(
+            f"{name}.qzeros holds zero points other than {spec.mid_code}, the middle of {spec.bits} bits, "
+            "though its configuration says symmetric; quantize the model again"
+        )
+    codes = unpack(qweight.T, spec.bits, inputs)
+    return QTensor(codes, scales.T.to(torch.float32).contiguous(), zero, spec)
+
+
+def shape_of(name: str, checkpoint: Checkpoint, spec: QuantSpec) -> tuple[int, int]:
+    """``(out, in)`` of a module's weight, from the headers alone.
+
+    Raises:
+        SwquantError: If its codes are no matrix of whole groups.
+    """
+    shape = checkpoint.tensors[f"{name}.qweight"].shape
+    if len(shape) != 2:
+        raise SwquantError(f"{name}.qweight has the shape {list(shape)}, expected 2 dimensions")
+    return shape[1], _inputs(f"{name}.qweight", shape[0], spec)
+
+
+def _inputs(name: str, words: int, spec: QuantSpec) -> int:
+    """Input features whose codes fill so many words."""
+    inputs, rest = divmod(words * 32, spec.bits)
+    if rest or inputs % FEATURES or inputs % spec.group_width(inputs):
+        raise SwquantError(
+            f"{name} has {words} rows, which are not the {spec.bits}-bit codes of whole groups "
+            f"of {spec.group_size or FEATURES}; download the file again"
+        )
+    return inputs
