@@ -11,7 +11,7 @@ import click
 from swquant import __version__
 from swquant.errors import SwquantError, did_you_mean
 
-KINDS = ("methods", "losses", "families", "formats", "recipes")
+KINDS = ("methods", "losses", "families", "formats", "targets", "recipes")
 USER_ERROR = 2
 FAILURE = 1
 INTERRUPTED = 130
@@ -48,7 +48,12 @@ def app() -> None:
 @click.option("--evaluation-samples", type=int, help="Windows of --seq-len tokens to measure on; 0 for none.  [16]")
 @click.option("--seed", type=int, help="Seed of everything random.  [0]")
 @click.option("--device", help="cpu, an accelerator's name, or auto.  [auto]")
-@click.option("--format", "format_name", help="Output format (swquant list formats).  [compressed-tensors]")
+@click.option("--for", "runtime", help="What is to serve the output (swquant list targets); picks the format.")
+@click.option(
+    "--format",
+    "format_name",
+    help="Output format, or several: 'gguf,mlx' (swquant list formats).  [compressed-tensors]",
+)
 def quantize(source: str, out: Path, recipe_name: str | None, options: tuple[str, ...], **flags: Any) -> None:
     """Quantize SOURCE, a model directory or a hub name.
 

@@ -59,7 +59,9 @@ class Recipe:
         seed: Of everything that is random.
         device: ``cpu``, an accelerator's name such as ``mps``, or ``auto``.
         format: Format of the output, see ``swquant list formats``; several with commas between them, which are then
-            written into a directory each from the same codes.
+            written into a directory each from the same codes; ``None`` is what the runtime reads best, or
+            compressed-tensors.
+        runtime: What is to serve the output, see ``swquant list targets``; what it cannot load is refused.
 
     Raises:
         SwquantError: From :meth:`from_mapping` and :meth:`load`, if a value has the wrong type or is out of range.
@@ -80,7 +82,8 @@ class Recipe:
     preset: Literal["fast", "default", "best"] = "default"
     seed: int = 0
     device: str = "auto"
-    format: str = "compressed_tensors"
+    format: str | None = None
+    runtime: str | None = None
 
     @staticmethod
     def load(name: str | Path) -> Recipe:
@@ -165,12 +168,12 @@ class Recipe:
 
     @property
     def formats(self) -> tuple[str, ...]:
-        """Names of the output's formats.
+        """Names of the output's formats; empty where the recipe leaves them open.
 
         Raises:
             SwquantError: One comes twice.
         """
-        names = tuple(name.strip() for name in self.format.split(","))
+        names = () if self.format is None else tuple(name.strip() for name in self.format.split(","))
         for name in names:
             if names.count(name) > 1:
                 raise SwquantError(f"the format {name!r} comes twice in {self.format!r}; name it once")

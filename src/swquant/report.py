@@ -37,6 +37,8 @@ class Output:
         bytes: Of its tensors.
         notes: What to know about it.
         loading: Python code that loads it.
+        command: The shell command that serves it by the runtime that the recipe names, with ``PATH`` for its directory.
+        verification: What was found equal when it was opened again, see :class:`swquant.verification.Verification`.
     """
 
     format: str
@@ -44,6 +46,8 @@ class Output:
     bytes: int
     notes: Sequence[str]
     loading: str
+    command: str | None
+    verification: Mapping[str, Any]
 
 
 @dataclass(frozen=True)

@@ -2,50 +2,32 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
-import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from swquant import __version__, registry
-from swquant.calibration import draw_from_model, eval_windows, load_tokenizer, read_text, sample_windows, tokenize
-from swquant.checkpoint.quantized import Outline, Part, QuantizedModel
-from swquant.checkpoint.reader import open_checkpoint
-from swquant.checkpoint.rotation import Source, rotate, stored
+from swquant.calibration import draw_from_model, eval_windows, load_tokenizer, sample_windows, tokenize
 from swquant.checkpoint.writer import publish, require_disk, require_unused
-from swquant.device import resolve_device
-from swquant.engine.block import Job, quantize_block
+from swquant.engine.block import quantize_block
 from swquant.engine.capture import capture, to_device
 from swquant.engine.end_to_end import train_scales
 from swquant.engine.head import measure
 from swquant.engine.journal import MANIFEST, STREAMS, Journal, lock_directory, open_journal
 from swquant.engine.observer import Observer, Silent
-from swquant.engine.skeleton import Skeleton, build_skeleton, check_widths, with_full_names
 from swquant.engine.streams import create_stream, stream_bytes
-from swquant.errors import SwquantError
-from swquant.families import family_for
-from swquant.formats.base import Format, check_dtype
-from swquant.losses import WeightedSum, parse_loss
-from swquant.methods import Pipeline, Setting, build_pipeline, parse_methods
-from swquant.quant.qtensor import SCALE_BITS, QTensor
-from swquant.quant.spec import QuantSpec
-from swquant.recipe import PRESETS, Recipe
-from swquant.report import Output, Quality, Report
+from swquant.output import REPORT, write_output
+from swquant.plan import Plan, make_plan
+from swquant.recipe import Recipe
+from swquant.report import Quality, Report
 
-LONGEST = 2048
 STREAMS_AT_ONCE = 5
 """Two generations of the reference and the quantized stream, and the augmented loss's target."""
 
 EVALUATION_SHARE = 5
 """At most one in so many windows of a calibration text is held out for evaluation."""
-
-REPORT, RECIPE = "report.json", "swquant.yaml"
 
 
 def quantize(recipe: Recipe, source: str | Path, out: str | Path, *, observer: Observer | None = None) -> Report:
@@ -94,120 +76,10 @@ def quantize(recipe: Recipe, source: str | Path, out: str | Path, *, observer: O
             train_scales(job, finish, journal, to_device(arguments, plan.device), watching)
         quality = _quality(plan, journal, watching)
         watching.stage(f"Writing {out}")
-        report = _write(plan, journal, quality, key, str(source))
+        report = write_output(plan, journal, quality, key, str(source))
         publish(work / "output", out)
         journal.clear()
     return report
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A run whose every part is known to fit the others; no weight has been read."""
-
-    recipe: Recipe
-    checkpoint: Source
-    skeleton: Skeleton
-    spec: QuantSpec
-    pipeline: Pipeline
-    loss: WeightedSum | None
-    formats: tuple[Format, ...]
-    outline: Outline
-    device: torch.device
-    text: str | None
-    evaluation: str | None
-    notes: tuple[tuple[str, ...], ...]
-    bytes_source: int
-
-    def key(self) -> dict[str, Any]:
-        """Everything that the result depends on."""
-        texts = {"calibration_text": self.text, "evaluation_text": self.evaluation}
-        return {
-            "recipe": self.recipe.to_mapping(),
-            "source": self.checkpoint.fingerprint(),
-            **{name: text and hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()},
-            "versions": versions(),
-        }
-
-    def job(self) -> Job:
-        """What stays the same from block to block."""
-        samples, recipe = self.recipe.samples, self.recipe
-        assert samples is not None
-        phases = self.pipeline.phases
-        return Job(self.checkpoint, self.skeleton, self.spec, phases, self.loss, samples, recipe.seed, self.device)
-
-
-def make_plan(recipe: Recipe, source: str | Path) -> Plan:
-    """Check a recipe against a model, and fill in its defaults.
-
-    Raises:
-        SwquantError: If any part is unknown, out of range, or does not fit another.
-    """
-    spec, device = recipe.spec, resolve_device(recipe.device)
-    loss = None if recipe.loss is None else parse_loss(recipe.loss)
-    formats: tuple[Format, ...] = tuple(registry.load("swquant.formats", name)() for name in recipe.formats)
-    preset = PRESETS[recipe.preset]
-    steps = parse_methods(recipe.method, recipe.options, recipe.epochs)
-    checkpoint: Source = with_full_names(open_checkpoint(source))
-    family = family_for(checkpoint.config)
-    pipeline = build_pipeline(steps, Setting(spec, family, preset.effort))
-    if loss is not None and not any(part.trained for part in pipeline.parts if part.work in pipeline.phases):
-        raise SwquantError(f"nothing in {recipe.method!r} trains block by block, so no loss is used: leave it out")
-    bytes_source = checkpoint.tensor_bytes
-    if pipeline.rotate:
-        checkpoint = rotate(checkpoint, family, recipe.seed)
-    check_dtype(checkpoint.dtype)
-    skeleton = build_skeleton(checkpoint)
-    check_widths(skeleton, spec)
-    outline = make_outline(checkpoint, skeleton, spec)
-    notes = tuple(form.check(outline) for form in formats)
-    limit = int(skeleton.model.config.max_position_embeddings)
-    if recipe.seq_len is not None and recipe.seq_len > limit:
-        raise SwquantError(f"the sequence length is {recipe.seq_len}, the model takes at most {limit} tokens")
-    text = None if recipe.calibration == "self" else read_text(recipe.calibration)
-    evaluation = None if recipe.evaluation is None else read_text(recipe.evaluation)
-    resolved = replace(
-        recipe,
-        method=" + ".join(map(str, steps)),
-        options={},
-        epochs=None,
-        loss=loss and str(loss),
-        samples=recipe.samples or preset.samples,
-        seq_len=recipe.seq_len or min(LONGEST, limit),
-        device=str(device),
-    )
-    return Plan(
-        resolved,
-        checkpoint,
-        skeleton,
-        spec,
-        pipeline,
-        loss,
-        formats,
-        outline,
-        device,
-        text,
-        evaluation,
-        notes,
-        bytes_source,
-    )
-
-
-def make_outline(checkpoint: Source, skeleton: Skeleton, spec: QuantSpec) -> Outline:
-    """What formats need to know of the output."""
-    family = skeleton.family
-    modules = (f"{block.prefix}.{linear}" for block in skeleton.blocks for linear in family.linears)
-    linears = {name: _matrix_shape(checkpoint, f"{name}.weight") for name in modules}
-    return Outline(checkpoint.directory, checkpoint.config, spec, checkpoint.dtype, linears, (family.head,))
-
-
-def _matrix_shape(checkpoint: Source, name: str) -> tuple[int, int]:
-    rows, columns = checkpoint.tensors[name].shape
-    return rows, columns
-
-
-def versions() -> dict[str, str]:
-    """Of swquant and the libraries that compute."""
-    return {"swquant": __version__} | {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
 
 
 def _finished(out: Path, key: Mapping[str, Any]) -> Report | None:
@@ -277,56 +149,3 @@ def _quality(plan: Plan, journal: Journal, watching: Observer) -> Quality | None
     reference, quantized = journal.open_streams()
     tokens = journal.tokens()["tokens"][-count:]
     return measure(plan.skeleton, plan.checkpoint, (reference[-count:], quantized[-count:]), tokens, plan.device)
-
-
-def _write(plan: Plan, journal: Journal, quality: Quality | None, key: Mapping[str, Any], source: str) -> Report:
-    """Write every format and the report into the working directory's ``output``."""
-    staging = journal.root / "output"
-    shutil.rmtree(staging, ignore_errors=True)
-    extra = {RECIPE: plan.recipe.to_yaml()}
-    model = QuantizedModel(plan.outline, lambda: _parts(plan, journal), plan.checkpoint.sidecars(), extra)
-    outputs: list[Output] = []
-    for form, notes in zip(plan.formats, plan.notes, strict=True):
-        place = form.name if len(plan.formats) > 1 else "."
-        written = form.write(staging / place, model)
-        outputs.append(Output(form.name, place, written.tensor_bytes, notes, form.loading(plan.spec)))
-    finish = None if journal.final is None else journal.final["report"]
-    report = Report(
-        source=source,
-        recipe=plan.recipe.to_mapping(),
-        recipe_hash=plan.recipe.digest(),
-        versions=versions(),
-        blocks=journal.reports,
-        finish=finish,
-        quality=quality,
-        bits_per_weight=_bits_per_weight(plan),
-        bytes_source=plan.bytes_source,
-        outputs=outputs,
-        seconds=round(sum(float(part["seconds"]) for part in (*journal.reports, *([finish] if finish else []))), 3),
-        key=key,
-    )
-    (staging / REPORT).write_text(report.to_json(), encoding="utf-8")
-    return report
-
-
-def _parts(plan: Plan, journal: Journal) -> Iterator[Part]:
-    """The output's tensors: what lies outside the blocks as it is, then block by block."""
-    checkpoint, inside = plan.checkpoint, f"{plan.skeleton.family.blocks}."
-    for name in checkpoint.tensors:
-        if not name.startswith(inside):
-            yield {name: stored(checkpoint, name)}
-    for index, block in enumerate(plan.skeleton.blocks):
-        committed = journal.block(index, plan.spec)
-        values: dict[str, Tensor | QTensor] = {**committed.params, **committed.quantized}
-        yield {f"{block.prefix}.{name}": value for name, value in values.items()}
-
-
-def _bits_per_weight(plan: Plan) -> float:
-    """Codes, scales and zero points of the quantized linears, per weight."""
-    bits = weights = 0
-    spec = plan.spec
-    for rows, columns in plan.outline.linears.values():
-        per_group = SCALE_BITS + (0 if spec.symmetric else spec.bits)
-        bits += rows * (columns * spec.bits + spec.groups(columns) * per_group)
-        weights += rows * columns
-    return bits / weights

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from rich.table import Table
 
 from swquant.engine.observer import Observer
 from swquant.evaluation import Evaluation
-from swquant.report import Report
+from swquant.report import Output, Report
 
 
 @contextmanager
@@ -120,8 +121,12 @@ def print_report(report: Report, out: Path, recipe: str | None = None) -> None:
         table.add_row(name, value)
     console.print(table)
     for output in report.outputs:
-        console.print(f"\nTo load {out / output.directory} ({output.format}):\n", soft_wrap=True)
+        place = out / output.directory
+        console.print(f"\nTo load {place} ({output.format}):\n", soft_wrap=True)
         console.print(output.loading, markup=False, soft_wrap=True)
+        if output.command is not None:
+            console.print("\nTo serve it:\n")
+            console.print(output.command.replace("PATH", shlex.quote(str(place))), markup=False, soft_wrap=True)
 
 
 def print_evaluation(result: Evaluation) -> None:
@@ -145,6 +150,7 @@ def _facts(report: Report, recipe: str | None) -> Iterator[tuple[str, str]]:
         saved = report.bytes_source / max(1, output.bytes)
         sizes = f"{_size(report.bytes_source)} -> {_size(output.bytes)} ({saved:.2f} times smaller)"
         yield "size", f"{sizes}, {output.format}"
+        yield "opened again", _opened(output)
     yield "bits per quantized weight", f"{report.bits_per_weight:.3f}, scales and zero points included"
     if report.quality:
         quality = report.quality
@@ -164,6 +170,18 @@ def _facts(report: Report, recipe: str | None) -> Iterator[tuple[str, str]]:
     notes = (note for output in report.outputs for note in output.notes)
     for text in (*dict.fromkeys(notes), *report.events):
         yield "note", text
+
+
+def _opened(output: Output) -> str:
+    """What was compared when the output was opened again, and what was not."""
+    found = output.verification
+    said = [f"{found['weights']} weights equal to the bit"] if found["weights"] else []
+    if found["reader"]:
+        said.append(f"the same by {found['reader']}")
+    if found["runtime"]:
+        same = 100 * found["top1"]
+        said.append(f"predictions of {found['runtime']} {found['kl']:.2g} nats away, same first choice {same:.1f} %")
+    return ", ".join(said) or "not by other code: its package is not installed"
 
 
 def _block_line(index: int, blocks: int, report: Mapping[str, Any]) -> str:

@@ -90,6 +90,20 @@ def measure(
     )
 
 
+@torch.no_grad()
+def predictions(skeleton: Skeleton, checkpoint: Source, hidden: Tensor, device: torch.device) -> Tensor:
+    """The quantized model's logits ``float32 [samples, tokens, vocabulary]`` on the CPU.
+
+    Args:
+        skeleton: The model's code.
+        checkpoint: The original's weights.
+        hidden: The quantized stream behind the last block, ``[samples, tokens, dim]``.
+        device: Where to compute.
+    """
+    normed = _Tail.load(skeleton, checkpoint, device)(hidden.to(device))
+    return torch.cat([(normed @ kept.to(device).T).cpu() for _, (_, kept) in _head_rows(skeleton, checkpoint)], -1)
+
+
 def _update(side: _Side, part: slice, logits: Tensor, labels: Tensor, first: int) -> Tensor:
     """Take in the logits of vocabulary entries from ``first`` on; returns the factor on what was summed before."""
     logits = logits.cpu()

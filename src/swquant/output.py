@@ -1,0 +1,118 @@
+"""A finished run on its way out: every format written from the same codes, opened again, and reported."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import psutil
+from torch import Tensor
+
+from swquant.checkpoint.quantized import Part, QuantizedModel
+from swquant.checkpoint.rotation import stored
+from swquant.engine.head import predictions
+from swquant.engine.journal import Journal
+from swquant.formats.base import Format
+from swquant.plan import Plan, versions
+from swquant.quant.qtensor import SCALE_BITS, QTensor
+from swquant.report import Output, Quality, Report
+from swquant.verification import verify
+
+PLACE = "PATH"
+"""Stands for the output's directory in a serving command."""
+
+REPORT, RECIPE = "report.json", "swquant.yaml"
+
+
+def write_output(plan: Plan, journal: Journal, quality: Quality | None, key: Mapping[str, Any], source: str) -> Report:
+    """Write every format and the report into the working directory's ``output``."""
+    staging = journal.root / "output"
+    shutil.rmtree(staging, ignore_errors=True)
+    extra = {RECIPE: plan.recipe.to_yaml()}
+    model = QuantizedModel(plan.outline, lambda: _parts(plan, journal), plan.checkpoint.sidecars(), extra)
+    outputs = [
+        _write_format(plan, form, notes, staging, model, _sample(plan, journal))
+        for form, notes in zip(plan.formats, plan.notes, strict=True)
+    ]
+    finish = None if journal.final is None else journal.final["report"]
+    report = Report(
+        source=source,
+        recipe=plan.recipe.to_mapping(),
+        recipe_hash=plan.recipe.digest(),
+        versions=versions(),
+        blocks=journal.reports,
+        finish=finish,
+        quality=quality,
+        bits_per_weight=_bits_per_weight(plan),
+        bytes_source=plan.bytes_source,
+        outputs=outputs,
+        seconds=round(sum(float(part["seconds"]) for part in (*journal.reports, *([finish] if finish else []))), 3),
+        key=key,
+    )
+    (staging / REPORT).write_text(report.to_json(), encoding="utf-8")
+    return report
+
+
+def _write_format(
+    plan: Plan,
+    form: Format,
+    notes: tuple[str, ...],
+    staging: Path,
+    model: QuantizedModel,
+    sample: tuple[Tensor, Tensor] | None,
+) -> Output:
+    """Write one format, and open it again."""
+    place = form.name if len(plan.formats) > 1 else "."
+    written = form.write(staging / place, model)
+    target = plan.target if plan.target is not None and form.name in plan.target.formats else None
+    verified = verify(form, staging / place, model, None if target is None else sample)
+    return Output(
+        format=form.name,
+        directory=place,
+        bytes=written.tensor_bytes,
+        notes=notes + (() if target is None else target.notes(form.name, plan.spec)),
+        loading=form.loading(plan.spec),
+        command=None if target is None else target.command(form.name, plan.spec, PLACE),
+        verification=asdict(verified),
+    )
+
+
+def _sample(plan: Plan, journal: Journal) -> tuple[Tensor, Tensor] | None:
+    """Tokens and the quantized model's logits for them; ``None`` where a runtime's whole model might not fit."""
+    if plan.target is None or not _fits_in_memory(plan):
+        return None
+    _, quantized = journal.open_streams()
+    return journal.tokens()["tokens"][-1:], predictions(plan.skeleton, plan.checkpoint, quantized[-1:], plan.device)
+
+
+def _fits_in_memory(plan: Plan) -> bool:
+    """Whether half of the free memory holds the model in float32, as a runtime may load it."""
+    values = sum(math.prod(tensor.shape) for tensor in plan.checkpoint.tensors.values())
+    return 2 * 4 * values < psutil.virtual_memory().available
+
+
+def _parts(plan: Plan, journal: Journal) -> Iterator[Part]:
+    """The output's tensors: what lies outside the blocks as it is, then block by block."""
+    checkpoint, inside = plan.checkpoint, f"{plan.skeleton.family.blocks}."
+    for name in checkpoint.tensors:
+        if not name.startswith(inside):
+            yield {name: stored(checkpoint, name)}
+    for index, block in enumerate(plan.skeleton.blocks):
+        committed = journal.block(index, plan.spec)
+        values: dict[str, Tensor | QTensor] = {**committed.params, **committed.quantized}
+        yield {f"{block.prefix}.{name}": value for name, value in values.items()}
+
+
+def _bits_per_weight(plan: Plan) -> float:
+    """Codes, scales and zero points of the quantized linears, per weight."""
+    bits = weights = 0
+    spec = plan.spec
+    for rows, columns in plan.outline.linears.values():
+        per_group = SCALE_BITS + (0 if spec.symmetric else spec.bits)
+        bits += rows * (columns * spec.bits + spec.groups(columns) * per_group)
+        weights += rows * columns
+    return bits / weights

@@ -1,0 +1,92 @@
+"""Runtimes that outputs are made for: a file here that defines a class of its own name is a runtime of that name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from swquant import registry
+from swquant.errors import SwquantError
+from swquant.formats.base import Format
+from swquant.quant.spec import BITS, GROUP_SIZES, QuantSpec
+from swquant.targets.base import Target
+
+
+def load_target(name: str) -> Target:
+    """The runtime ``name``, written as its users write it (``llama.cpp``) or as its file (``llama_cpp``).
+
+    Raises:
+        SwquantError: There is none, with the nearest name.
+    """
+    return registry.load(__name__, name.lower().replace(".", "_").replace("-", "_"))()
+
+
+def choose_format(target: Target, spec: QuantSpec) -> str:
+    """The format in which ``target`` loads such weights.
+
+    Raises:
+        SwquantError: There is none; the sentence says why and names the nearest grid that works.
+    """
+    found = _format(target, spec)
+    if found is None:
+        reasons = (why_not(target, form, spec) for form in target.formats)
+        raise SwquantError(_refused(target, spec, next(reason for reason in reasons if reason)))
+    return found
+
+
+def require_loads(target: Target, form: str, spec: QuantSpec) -> None:
+    """Refuse a format that ``target`` does not load.
+
+    Raises:
+        SwquantError: With the reason, and what works.
+    """
+    if form not in target.formats:
+        raise SwquantError(
+            f"{target.name} does not read the format {form}, expected {', '.join(target.formats)}; "
+            f"leave --format out and the right one is taken"
+        )
+    reason = why_not(target, form, spec)
+    if reason is not None:
+        other = _format(target, spec)
+        if other is not None:
+            raise SwquantError(f"{target.name} cannot load {spec.label} as {form}: {reason}; --format {other} works")
+        raise SwquantError(_refused(target, spec, reason))
+
+
+def why_not(target: Target, form: str, spec: QuantSpec) -> str | None:
+    """Why ``form`` cannot hold such weights or ``target`` cannot load them from it; ``None`` if both can."""
+    held: Format = registry.load("swquant.formats", form)()
+    return held.refusal(spec) or target.refusal(form, spec)
+
+
+def _format(target: Target, spec: QuantSpec) -> str | None:
+    return next((form for form in target.formats if why_not(target, form, spec) is None), None)
+
+
+def _refused(target: Target, spec: QuantSpec, reason: str) -> str:
+    fitting = [other for other in _grids() if _format(target, other) is not None]
+    nearest = min(fitting, key=lambda other: _distance(spec, other))
+    return f"{target.name} cannot load {_words(spec)}: {reason}; the nearest that works is {_words(nearest)}"
+
+
+def _grids() -> Iterator[QuantSpec]:
+    for bits in BITS:
+        for group_size in (None, *GROUP_SIZES):
+            for symmetric in (True, False):
+                yield QuantSpec(bits, group_size, symmetric)
+
+
+def _distance(wanted: QuantSpec, other: QuantSpec) -> tuple[int, int, bool, int]:
+    """Bits first, more of them rather than fewer, then symmetry, then the group."""
+    sizes = [wanted.group_size or 1 << 12, other.group_size or 1 << 12]
+    return (
+        abs(wanted.bits - other.bits),
+        -other.bits,
+        wanted.symmetric != other.symmetric,
+        max(sizes) // min(sizes),
+    )
+
+
+def _words(spec: QuantSpec) -> str:
+    """As flags."""
+    group = "channel" if spec.group_size is None else spec.group_size
+    return f"--bits {spec.bits} --group-size {group} --{'symmetric' if spec.symmetric else 'asymmetric'}"

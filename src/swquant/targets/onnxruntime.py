@@ -1,0 +1,25 @@
+"""onnxruntime: whole decoders with MatMulNBits."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from swquant.quant.spec import QuantSpec
+
+
+class Onnxruntime:
+    """onnxruntime and onnxruntime-genai."""
+
+    name: ClassVar[str] = "onnxruntime"
+    formats: ClassVar[tuple[str, ...]] = ("onnx",)
+
+    def refusal(self, form: str, spec: QuantSpec) -> None:
+        """It loads what the format holds."""
+
+    def notes(self, form: str, spec: QuantSpec) -> tuple[str, ...]:
+        """Nothing that the format does not say."""
+        return ()
+
+    def command(self, form: str, spec: QuantSpec, path: str) -> str:
+        """onnxruntime-genai's chat; it has no server of its own."""
+        return f"python -m onnxruntime_genai.models.chat --model_path {path}"

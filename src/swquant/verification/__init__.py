@@ -1,0 +1,149 @@
+"""Written outputs, opened again: by our own reader, and by code that is not ours."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from swquant import registry
+from swquant.checkpoint.quantized import Part, QuantizedModel
+from swquant.checkpoint.reader import read_config
+from swquant.errors import SwquantError
+from swquant.formats.base import Format
+from swquant.quant.qtensor import QTensor
+from swquant.verification.base import Reader
+
+LARGEST_DIVERGENCE = 0.05
+"""Nats per token between our predictions and a runtime's beyond which an output counts as broken.
+
+Arithmetic in half precision or with 8-bit activations stays far below it; a zero point that is off by one does not.
+"""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was found equal.
+
+    Attributes:
+        weights: Quantized weights whose codes, scales and zero points our reader gave back bit for bit; 0 for a
+            format that does not keep codes.
+        reader: The package, with its version, that gave back the same weights; ``None`` if it is not installed.
+        runtime: The packages that computed logits from the output; ``None`` if that was not asked for, or they are
+            not installed.
+        kl: Mean of ``KL(ours || runtime's)`` in nats per token over one sample.
+        top1: Share of its tokens for which both rank the same token first.
+    """
+
+    weights: int
+    reader: str | None = None
+    runtime: str | None = None
+    kl: float | None = None
+    top1: float | None = None
+
+
+def verify(form: Format, directory: Path, model: QuantizedModel, sample: tuple[Tensor, Tensor] | None) -> Verification:
+    """Open what ``form`` has written for ``model``, and compare.
+
+    Args:
+        form: The format.
+        directory: Its output.
+        model: What was to be written.
+        sample: Tokens ``int64 [1, tokens]`` and the logits of the quantized model for them; ``None`` leaves the
+            runtime out.
+
+    Raises:
+        SwquantError: Something differs; the output must not be used.
+    """
+    weights = _compare_codes(form, directory, model)
+    reader = _reader(form)
+    if reader is None:
+        return Verification(weights)
+    named = _installed((reader.package,))
+    if named is not None:
+        _compare_weights(reader, directory, model)
+    runtime = None if sample is None or not reader.runtime else _installed(reader.runtime)
+    if runtime is None or sample is None:
+        return Verification(weights, named)
+    kl, top1 = _compare_logits(reader, directory, sample)
+    if not kl < LARGEST_DIVERGENCE:
+        raise SwquantError(
+            f"the {form.name} output predicts otherwise in {runtime} than here, by {kl:.3g} nats per token, expected "
+            f"less than {LARGEST_DIVERGENCE}; it was not published: please report this with your swquant.yaml"
+        )
+    return Verification(weights, named, runtime, kl, top1)
+
+
+def _reader(form: Format) -> Reader | None:
+    return registry.load(__name__, form.name)() if form.name in registry.names(__name__) else None
+
+
+def _installed(packages: tuple[str, ...]) -> str | None:
+    """The packages with their versions, or ``None`` if one is missing."""
+    try:
+        return ", ".join(f"{package} {importlib.metadata.version(package)}" for package in packages)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _compare_codes(form: Format, directory: Path, model: QuantizedModel) -> int:
+    back = form.read(directory, read_config(directory))
+    if back is None:
+        return 0
+    expected: dict[str, str] = {}
+    for part in model.parts():
+        expected |= _digests(part)
+    found: dict[str, str] = {}
+    for part in back.parts():
+        found |= _digests(part)
+    for name in expected:
+        if found.get(name) != expected[name]:
+            state = "is missing" if name not in found else "differs"
+            raise SwquantError(
+                f"{name} {state} in the {form.name} output that was just written; check the disk, "
+                "or report this with your swquant.yaml"
+            )
+    return len(model.outline.linears)
+
+
+def _digests(part: Part) -> Mapping[str, str]:
+    return {name: _digest(value) for name, value in part.items()}
+
+
+def _digest(value: Tensor | QTensor) -> str:
+    tensors = (value.codes, value.scale, value.zero) if isinstance(value, QTensor) else (value.float(),)
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(repr(tuple(tensor.shape)).encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _compare_weights(reader: Reader, directory: Path, model: QuantizedModel) -> None:
+    spec = model.outline.spec
+    for part in model.parts():
+        for name, value in part.items():
+            if not isinstance(value, QTensor):
+                continue
+            found = reader.weight(directory, name.removesuffix(".weight"), spec)
+            allowed = reader.tolerance(spec) * value.scale.abs().max()
+            expected = value.dequantize()
+            if found.shape != expected.shape or not bool(((found - expected).abs() <= allowed).all()):
+                raise SwquantError(
+                    f"{reader.package} reads another {name} from the output than was trained; it was not published: "
+                    "please report this with your swquant.yaml"
+                )
+
+
+def _compare_logits(reader: Reader, directory: Path, sample: tuple[Tensor, Tensor]) -> tuple[float, float]:
+    tokens, logits = sample
+    theirs = reader.logits(directory, tokens).float().log_softmax(-1)
+    ours = logits.float().log_softmax(-1)
+    kl = (ours.exp() * (ours - theirs)).sum(-1).mean()
+    same = (torch.argmax(ours, -1) == torch.argmax(theirs, -1)).float().mean()
+    return float(kl), float(same)
