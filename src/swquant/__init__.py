@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from swquant.recipe import Recipe
     from swquant.report import Report
     from swquant.run import quantize
+    from swquant.runtime import load
 
 __all__ = [
     "Evaluation",
@@ -22,6 +23,7 @@ __all__ = [
     "SlicedWassersteinLoss",
     "SwquantError",
     "evaluate",
+    "load",
     "parse_loss",
     "quantize",
     "sliced_wasserstein_loss",
@@ -35,6 +37,7 @@ _HOMES = {
     "SlicedWassersteinLoss": "losses",
     "SwquantError": "errors",
     "evaluate": "evaluation",
+    "load": "runtime",
     "parse_loss": "losses",
     "quantize": "run",
     "sliced_wasserstein_loss": "losses",

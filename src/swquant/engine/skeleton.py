@@ -133,7 +133,7 @@ def build_skeleton(checkpoint: Source) -> Skeleton:
     _check_parameters(model, checkpoint, tied=bool(config.tie_word_embeddings), head=family.head)
     modules = list(model.get_submodule(family.blocks))
     model.set_submodule(family.blocks, nn.ModuleList(Recorder(module) for module in modules))
-    _rebuild_buffers(model, config)
+    rebuild_buffers(model, config)
     blocks = tuple(Block(f"{family.blocks}.{index}", module) for index, module in enumerate(modules))
     heads = config.num_attention_heads
     return Skeleton(
@@ -167,7 +167,7 @@ def _check_parameters(model: nn.Module, checkpoint: Source, *, tied: bool, head:
             )
 
 
-def _rebuild_buffers(model: nn.Module, config: Any) -> None:
+def rebuild_buffers(model: nn.Module, config: Any) -> None:
     """Make modules that hold buffers anew outside ``meta``: rotary embeddings compute theirs from the config."""
     for name, module in list(model.named_modules()):
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):

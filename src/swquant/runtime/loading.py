@@ -1,0 +1,151 @@
+"""A quantized model of any format as a transformers model whose linears stay packed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+from swquant.checkpoint.quantized import QUANTIZATION_CONFIG, Outline
+from swquant.checkpoint.reader import find_model
+from swquant.device import resolve_device
+from swquant.engine.skeleton import rebuild_buffers
+from swquant.errors import SwquantError
+from swquant.families import family_for
+from swquant.formats import read_quantized
+from swquant.formats.base import check_dtype
+from swquant.formats.compressed_tensors import CompressedTensors
+from swquant.quant.qtensor import QTensor
+from swquant.runtime.kernels import AUTO, require_kernel
+from swquant.runtime.linear import PackedLinear
+
+GENERATION = "generation_config.json"
+
+
+def load(directory: str | Path, *, device: str = "auto", dtype: torch.dtype | None = None, kernel: str = AUTO) -> Any:
+    """Load what ``swquant quantize`` wrote, in any format that keeps codes, without dequantizing it.
+
+    The result is the model of transformers, ready for ``generate``, ``torch.compile`` and ``save_pretrained`` (which
+    writes compressed-tensors); each quantized linear is a :class:`~swquant.runtime.linear.PackedLinear`. Memory
+    holds the packed model and one tensor more.
+
+    Args:
+        directory: The output's directory, or a hub name.
+        device: Where to; ``auto`` is the accelerator if there is one.
+        dtype: Of everything that is not codes; by default as stored.
+        kernel: Which kernel multiplies, ``auto`` for the best that runs; see ``docs/runtime.md``.
+
+    Returns:
+        A ``PreTrainedModel`` in eval mode.
+
+    Raises:
+        SwquantError: There is no such model, it is damaged, or the device, the dtype or the kernel cannot be used.
+    """
+    place = find_model(directory)
+    target = resolve_device(device)
+    _, quantized = read_quantized(place)
+    outline = quantized.outline
+    stored = outline.dtype if dtype is None else dtype
+    check_dtype(stored)
+    if kernel != AUTO:
+        require_kernel(kernel, target, stored)
+    model = _empty_model(outline, stored, kernel)
+    for part in quantized.parts():
+        for name, value in part.items():
+            if isinstance(value, QTensor):
+                _fill_packed(model, name.removesuffix(".weight"), value, target)
+            else:
+                _fill_plain(model, name, value, target)
+    model.tie_weights()
+    _require_filled(model, place)
+    setattr(model.config, QUANTIZATION_CONFIG, CompressedTensors().config(outline.spec, outline.ignored))
+    if (place / GENERATION).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(place, local_files_only=True)
+    return model.to(target).eval()
+
+
+def _empty_model(outline: Outline, dtype: torch.dtype, kernel: str) -> Any:
+    """The model with packed layers, on ``meta`` but for the buffers that its config tells."""
+    family_for(outline.config)
+    try:
+        values = {key: value for key, value in outline.config.items() if key != "model_type"}
+        config = AutoConfig.for_model(outline.config["model_type"], **values)
+        if not 0 < config.num_hidden_layers <= len(outline.linears):
+            raise ValueError(f"{config.num_hidden_layers} layers for {len(outline.linears)} quantized linears")
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    except Exception as error:  # transformers raises whatever the file makes it run into
+        reason = " ".join(str(error).split())[:200]
+        raise SwquantError(f"config.json of {outline.directory} does not describe a model: {reason}") from error
+    model.requires_grad_(False)
+    rebuild_buffers(model, config)
+    for name, (rows, columns) in outline.linears.items():
+        model.set_submodule(name, _packed(model, name, (rows, columns), outline, dtype, kernel))
+    return model
+
+
+def _packed(
+    model: nn.Module, name: str, shape: tuple[int, int], outline: Outline, dtype: torch.dtype, kernel: str
+) -> PackedLinear:
+    """The packed layer, on ``meta``, in the place of the linear ``name``."""
+    try:
+        linear = model.get_submodule(name)
+    except AttributeError:
+        linear = None
+    if not isinstance(linear, nn.Linear) or tuple(linear.weight.shape) != shape:
+        raise SwquantError(
+            f"{outline.directory} holds a quantized weight {name!r} of shape {list(shape)}, "
+            "which its config.json does not call for"
+        )
+    outline.spec.require_divides(name, shape[1])
+    return PackedLinear(
+        outline.spec,
+        shape[1],
+        shape[0],
+        bias="bias" in dict(linear.named_parameters()),
+        dtype=dtype,
+        device=torch.device("meta"),
+        kernel=kernel,
+    )
+
+
+def _fill_packed(model: nn.Module, name: str, q: QTensor, device: torch.device) -> None:
+    layer = model.get_submodule(name)
+    assert isinstance(layer, PackedLinear)
+    try:
+        layer.fill(q, device)
+    except SwquantError as error:
+        raise SwquantError(f"{name}: {error}") from error
+
+
+def _fill_plain(model: nn.Module, name: str, value: Tensor, device: torch.device) -> None:
+    """Put a tensor where the model has it; what the model does not have, such as stored rotary tables, stays out."""
+    path, _, leaf = name.rpartition(".")
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        return
+    slots: Mapping[str, Tensor | None] = {**dict(module.named_parameters(recurse=False)), **_state(module)}
+    here = slots.get(leaf)
+    if here is None:
+        return
+    if here.shape != value.shape:
+        raise SwquantError(f"{name} has the shape {list(value.shape)}, config.json calls for {list(here.shape)}")
+    filled = value.to(device, here.dtype)
+    setattr(module, leaf, nn.Parameter(filled, requires_grad=False) if isinstance(here, nn.Parameter) else filled)
+
+
+def _state(module: nn.Module) -> dict[str, Tensor]:
+    """The buffers that are saved."""
+    saved = module.state_dict(keep_vars=True)
+    return {name: value for name, value in module.named_buffers(recurse=False) if name in saved}
+
+
+def _require_filled(model: nn.Module, directory: Path) -> None:
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        if value.is_meta:
+            raise SwquantError(f"{directory} has no tensor {name!r}, which its config.json calls for")
