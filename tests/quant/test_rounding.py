@@ -55,7 +55,7 @@ def test_values_and_gradients_equal_the_automatic_ones(spec: QuantSpec, seed: in
     (out, to_weight, to_scale), (plain, plain_weight, plain_scale) = results
     assert torch.equal(out, plain)
     torch.testing.assert_close(to_weight, plain_weight)
-    torch.testing.assert_close(to_scale, plain_scale, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(to_scale, plain_scale, rtol=1e-4, atol=1e-3)
 
 
 @settings(deadline=None, max_examples=40)

@@ -8,6 +8,8 @@ Behind the last block, with codes ``c`` and zero points ``z`` as they are, each 
 which is the second step of EfficientQAT (Chen et al., arXiv 2407.11062, E2E-QP) but for the loss and the logarithm.
 Adam's steps in ``g`` are shares of a scale, whatever its magnitude, and no scale changes its sign. ``s`` is rounded to
 bfloat16 inside of the differentiable path (straight-through), so the model that is trained is the one that is written.
+On a K grid each of the numbers that it consists of has a ``g``: ``d`` and ``dmin`` are rounded to float16, ``sc`` and
+``m`` to integers.
 
 Codes stay packed on the disk. A step goes forward block by block and keeps the hidden states in front of each,
 ``[blocks, samples, tokens, dim]``; then backward block by block, running each again with a graph. So one block's
@@ -27,7 +29,7 @@ from torch import Tensor
 from swquant.engine.block import Job, split_held
 from swquant.engine.capture import capture
 from swquant.engine.head import Heads
-from swquant.engine.journal import TRAINED, Journal
+from swquant.engine.journal import TRAINED, Journal, stored_scales
 from swquant.engine.observer import Observer
 from swquant.engine.streams import batches, create_stream
 from swquant.learnables.base import Theta
@@ -36,8 +38,7 @@ from swquant.phases.optimizers import Optimizer, trainable
 from swquant.phases.rounds import Trail, keep_best, snapshot
 from swquant.phases.scale_training import ScaleTraining
 from swquant.quant.draft import Committed
-from swquant.quant.grid import stored_as, stored_step
-from swquant.quant.qtensor import QTensor
+from swquant.quant.through import stored_as
 from swquant.seeds import generator
 
 NAME = "EndToEnd"
@@ -72,8 +73,9 @@ class TrainedModel:
     """The quantized model's blocks: packed codes in the journal, scales in memory.
 
     Attributes:
-        gains: For each block, by a parameter's name, the logarithm of the factor on its scales (``[out, groups]``) or
-            on a norm's weight (``[dim]``); float32 leaves.
+        gains: For each block the logarithms of factors, float32 leaves: by a weight's name on its scales (``[out,
+            groups]``), or with ``:d``, ``:sc``, ``:dmin`` and ``:m`` behind it on what its K grid consists of; by a
+            norm's name on its weight (``[dim]``).
     """
 
     def __init__(self, job: Job, journal: Journal, arguments: Sequence[Mapping[str, Any]], norms: bool = False) -> None:
@@ -81,7 +83,11 @@ class TrainedModel:
         self.gains = [self._start(journal.block(index, job.spec), norms) for index in range(journal.done)]
 
     def _start(self, block: Committed, norms: bool) -> Theta:
-        shapes = {name: quantized.scale.shape for name, quantized in block.quantized.items()}
+        shapes = {
+            _key(name, part): value.shape
+            for name, quantized in block.quantized.items()
+            for part, value in quantized.scales.items()
+        }
         if norms:
             shapes |= {name: value.shape for name, value in block.params.items() if _is_norm(name, value)}
         return {name: torch.zeros(shape, device=self._job.device, requires_grad=True) for name, shape in shapes.items()}
@@ -91,7 +97,7 @@ class TrainedModel:
         block = self._journal.read_block(index, self._job.spec, self._job.device)
         factors = {name: gain.exp() for name, gain in self.gains[index].items()}
         quantized = {
-            name: QTensor(old.codes, stored_step(old.scale, factors[name]), old.zero, old.spec)
+            name: old.rescaled({part: factors[_key(name, part)] for part in old.scales})
             for name, old in block.quantized.items()
         }
         params = {
@@ -144,10 +150,12 @@ class TrainedModel:
         out: dict[str, Tensor] = {}
         for index, gains in enumerate(self.gains):
             block = self._block(index)
+            for name, quantized in block.quantized.items():
+                for part, value in stored_scales(quantized).items():
+                    out[f"{index}/{name}:{part}"] = value.cpu().contiguous()
             for name in gains:
-                part = "scale" if name in block.quantized else "plain"
-                value = block.quantized[name].scale.bfloat16() if part == "scale" else block.params[name]
-                out[f"{index}/{name}:{part}"] = value.cpu().contiguous()
+                if name in block.params:
+                    out[f"{index}/{name}:plain"] = block.params[name].cpu().contiguous()
         return out
 
 
@@ -252,6 +260,11 @@ class _Stage:
         for index, (theta, state) in enumerate(zip(self.thetas, states, strict=True)):
             for name, gain in theta.items():
                 yield f"{index}/{name}", gain, state[name]
+
+
+def _key(name: str, part: str) -> str:
+    """The name of the gain of one of a weight's scales."""
+    return name if part == "scale" else f"{name}:{part}"
 
 
 def _is_norm(name: str, value: Tensor) -> bool:

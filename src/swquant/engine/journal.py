@@ -21,6 +21,7 @@ from swquant.engine.streams import open_stream, sync_stream
 from swquant.errors import SwquantError
 from swquant.quant.bits import pack, unpack
 from swquant.quant.draft import Committed
+from swquant.quant.ktensor import KTensor, ktensor
 from swquant.quant.qtensor import QTensor
 from swquant.quant.spec import QuantSpec
 
@@ -265,9 +266,20 @@ def _to_tensors(committed: Committed) -> dict[str, Tensor]:
     for name, quantized in committed.quantized.items():
         out[f"{name}:codes"] = pack(quantized.codes, quantized.spec.bits)
         out[f"{name}:shape"] = torch.tensor(quantized.codes.shape)
-        out[f"{name}:scale"] = quantized.scale.to(torch.bfloat16)
-        out[f"{name}:zero"] = quantized.zero
+        out |= {f"{name}:{part}": value for part, value in stored_scales(quantized).items()}
+        if isinstance(quantized, QTensor):
+            out[f"{name}:zero"] = quantized.zero
     return {name: value.detach().cpu().contiguous() for name, value in out.items()}
+
+
+def stored_scales(quantized: QTensor | KTensor) -> dict[str, Tensor]:
+    """A weight's ``scales`` in the dtypes in which a journal holds them, without loss."""
+    if isinstance(quantized, QTensor):
+        return {"scale": quantized.scale.to(torch.bfloat16)}
+    return {
+        name: value.to(torch.float16 if name in ("d", "dmin") else torch.int8)
+        for name, value in quantized.scales.items()
+    }
 
 
 def _from_tensors(tensors: Mapping[str, Tensor], spec: QuantSpec) -> Committed:
@@ -275,14 +287,15 @@ def _from_tensors(tensors: Mapping[str, Tensor], spec: QuantSpec) -> Committed:
     for key, value in tensors.items():
         name, _, part = key.rpartition(":")
         parts.setdefault(name, {})[part] = value
-    quantized = {
-        name: QTensor(
-            unpack(part["codes"], spec.bits, int(part["shape"][1])), part["scale"].float(), part["zero"], spec
-        )
-        for name, part in parts.items()
-        if "codes" in part
-    }
+    quantized = {name: _quantized(part, spec) for name, part in parts.items() if "codes" in part}
     return Committed(quantized, {name: part["plain"] for name, part in parts.items() if "plain" in part})
+
+
+def _quantized(part: Mapping[str, Tensor], spec: QuantSpec) -> QTensor | KTensor:
+    codes = unpack(part["codes"], spec.bits, int(part["shape"][1]))
+    if spec.k_grid is not None:
+        return ktensor(part, codes, spec)
+    return QTensor(codes, part["scale"].float(), part["zero"], spec)
 
 
 def _save(path: Path, tensors: dict[str, Tensor]) -> int:

@@ -13,7 +13,7 @@ from swquant.errors import SwquantError
 from swquant.learnables.base import BlockFacts, Theta
 from swquant.learnables.rectified import rectified_logit, rectified_sigmoid
 from swquant.quant.draft import Draft, grid_of
-from swquant.quant.grid import Grid, group
+from swquant.quant.grid import Grid, grid_from, group
 from swquant.quant.rounding import Rounding
 from swquant.quant.spec import QuantSpec
 
@@ -65,12 +65,12 @@ class AdaptiveRounding:
         return 0.0
 
     def init(self, draft: Draft, facts: BlockFacts) -> Theta:
-        """Logits ``[out, in]`` of the weights' own fractions, and the grid as constants."""
+        """Logits ``[out, in]`` of the weights' own fractions, and what the grid consists of as constants."""
         theta: Theta = {}
         with torch.no_grad():
             for name, slot in draft.slots.items():
                 grid = grid_of(draft.params[name], slot)
-                theta[f"{name}.scale"], theta[f"{name}.zero"] = grid.scale, grid.zero
+                theta |= {f"{name}.grid.{part}": value for part, value in grid.tensors().items()}
                 theta[name + LOGIT] = _own_logits(draft.params[name], grid, slot.spec).requires_grad_()
         return theta
 
@@ -79,7 +79,7 @@ class AdaptiveRounding:
         slots = {
             name: replace(
                 slot,
-                grid=Grid(theta[f"{name}.scale"], theta[f"{name}.zero"]),
+                grid=grid_from(_parts(theta, f"{name}.grid."), slot.spec),
                 rounding=Rounding(_decisions(theta[name + LOGIT]), up=True),
             )
             for name, slot in draft.slots.items()
@@ -127,8 +127,13 @@ def order_statistic(values: Tensor, rank: int) -> float:
     return float(torch.tensor(low, dtype=patterns.dtype).view(values.dtype))
 
 
+def _parts(theta: Theta, prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in theta.items() if key.startswith(prefix)}
+
+
 def _own_logits(weight: Tensor, grid: Grid, spec: QuantSpec) -> Tensor:
-    ratio = group(weight, spec) / grid.scale
+    grouped = group(weight, spec)
+    ratio = (grouped if grid.shift is None else grouped + grid.shift) / grid.scale
     return rectified_logit(ratio.sub_(ratio.floor())).view(weight.shape)
 
 

@@ -8,7 +8,8 @@ from typing import ClassVar
 from swquant.learnables.base import BlockFacts, Theta
 from swquant.learnables.rectified import rectified_sigmoid
 from swquant.quant.draft import Draft
-from swquant.quant.grid import widened
+from swquant.quant.kgrids import SUPER
+from swquant.quant.through import widened
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class DequantGain:
 
     Each group's codes are worth ``scale * 2 * h(v)``, while the codes themselves come from ``scale`` alone; ``v``
     starts at 0, where the factor is 1. ``h`` is the rectified sigmoid ``clamp(1.2 * sigmoid(v) - 0.1, 0, 1)`` of the
-    authors' code; the paper writes a plain one.
+    authors' code; the paper writes a plain one. On a K grid the factor is one on ``d``, of a super-block.
 
     Attributes:
         learning_rate: Of ``v``; 1e-3 in the authors' configurations.
@@ -29,12 +30,13 @@ class DequantGain:
     writes: ClassVar[frozenset[str]] = frozenset({"gain"})
 
     def init(self, draft: Draft, facts: BlockFacts) -> Theta:
-        """Zeros for every group, ``[out, groups, 1]``."""
+        """Zeros for every group, ``[out, groups, 1]``; on a K grid for every super-block."""
         theta: Theta = {}
         for name, slot in draft.slots.items():
             weight = draft.params[name]
-            groups = slot.spec.groups(weight.shape[1])
-            theta[f"{name}.gain"] = widened(weight[:0]).new_zeros(weight.shape[0], groups, 1).requires_grad_()
+            width = SUPER if slot.spec.k_grid is not None else slot.spec.group_width(weight.shape[1])
+            shape = (weight.shape[0], weight.shape[1] // width, 1)
+            theta[f"{name}.gain"] = widened(weight[:0]).new_zeros(shape).requires_grad_()
         return theta
 
     def apply(self, theta: Theta, draft: Draft, facts: BlockFacts) -> Draft:

@@ -11,7 +11,8 @@ from swquant.families.base import Equivalence, NormLinears, QueryKey, UpDown
 from swquant.learnables.base import BlockFacts, ChannelRange, Theta
 from swquant.learnables.moves import fed_by, move, per_key_head, source_of
 from swquant.quant.draft import Draft, better_sign
-from swquant.quant.grid import extent_of, widened
+from swquant.quant.grid import extent_of
+from swquant.quant.through import widened
 
 LEAST_INITIAL_SCALE = 1e-5
 LEAST_SCALE = 1e-2

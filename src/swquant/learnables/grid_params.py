@@ -10,8 +10,9 @@ from torch import Tensor
 
 from swquant.learnables.base import BlockFacts, Theta
 from swquant.quant.draft import Draft, grid_of
-from swquant.quant.grid import MIN_SCALE, Grid, stored_as
+from swquant.quant.grid import MIN_SCALE, Grid
 from swquant.quant.spec import QuantSpec
+from swquant.quant.through import stored_as
 
 _RATIO, _ZERO, _START = ".ratio", ".zero", ".start"
 

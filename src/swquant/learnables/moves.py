@@ -11,7 +11,7 @@ from torch import Tensor
 from swquant.families.base import Equivalence, NormLinears, QueryKey, UpDown
 from swquant.learnables.base import BlockFacts
 from swquant.quant.draft import Draft
-from swquant.quant.grid import widened
+from swquant.quant.through import widened
 
 
 def source_of(pair: Equivalence) -> str:

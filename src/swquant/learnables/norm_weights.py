@@ -8,7 +8,7 @@ from typing import ClassVar
 from swquant.families.base import NormLinears
 from swquant.learnables.base import BlockFacts, Theta
 from swquant.quant.draft import Draft
-from swquant.quant.grid import widened
+from swquant.quant.through import widened
 
 
 @dataclass(frozen=True)

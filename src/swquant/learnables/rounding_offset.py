@@ -9,8 +9,8 @@ import torch
 
 from swquant.learnables.base import BlockFacts, Theta
 from swquant.quant.draft import Draft
-from swquant.quant.grid import widened
 from swquant.quant.rounding import Rounding
+from swquant.quant.through import widened
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ import torch
 
 from swquant.learnables.base import BlockFacts, Theta
 from swquant.quant.draft import Draft, grid_of
-from swquant.quant.grid import group, widened
+from swquant.quant.grid import group
+from swquant.quant.through import widened
 
 _UNIT = ".unit"
 

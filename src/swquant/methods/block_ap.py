@@ -9,6 +9,7 @@ from pydantic import Field
 
 from swquant.learnables.base import Learnable
 from swquant.learnables.grid_params import GridParams
+from swquant.learnables.k_grid_params import KGridParams
 from swquant.learnables.norm_weights import NormWeights
 from swquant.learnables.weights import Weights
 from swquant.methods.base import Part, Rate, Setting, Subject
@@ -32,7 +33,8 @@ class BlockAP:
         epochs: Passes over the calibration samples; ``None`` is 16 times the preset's effort.
         batch_size: Samples per step.
         weight_rate: Learning rate of the weights, in codes.
-        grid_rate: Of the scales, as a share of themselves, and of the zero points, in codes.
+        grid_rate: Of the scales, as a share of themselves, and of the zero points, in codes; on K grids of the factors,
+            as a share of themselves, and of the groups' scales and minima, in codes.
         norm_rate: Of the norms' weights.
         norms: Train the norms' weights too.
         augmented: Add the loss against the original block's output on the quantized stream.
@@ -49,7 +51,9 @@ class BlockAP:
     def parts(self, setting: Setting) -> tuple[Part, ...]:
         """One training phase."""
         epochs = self.epochs if self.epochs is not None else setting.scaled(EPOCHS)
-        learnables: tuple[Learnable, ...] = (Weights(self.weight_rate), GridParams(self.grid_rate))
+        uniform = setting.spec.k_grid is None
+        grid = GridParams(self.grid_rate) if uniform else KGridParams(self.grid_rate)
+        learnables: tuple[Learnable, ...] = (Weights(self.weight_rate), grid)
         decides: set[Subject] = {"weights", "grid"}
         if self.norms:
             learnables = (*learnables, NormWeights(self.norm_rate, biases=False))

@@ -14,8 +14,8 @@ from swquant.learnables.moves import fed_by, move, per_key_head, per_query_head,
 from swquant.phases.base import PhaseReport, Problem
 from swquant.phases.hessian import ErrorTally, Moments, input_moments, output_error
 from swquant.quant.draft import Draft, open_draft, snap
-from swquant.quant.grid import widened
 from swquant.quant.spec import QuantSpec
+from swquant.quant.through import widened
 
 RATIOS = tuple(step / 20 for step in range(20))
 LEAST_SCALE = 1e-4

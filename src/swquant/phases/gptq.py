@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 
 from swquant.phases.base import PhaseReport, Problem
-from swquant.phases.hessian import ErrorTally, best_range, diagonal_blocks, input_moments, input_sets
-from swquant.quant.draft import Draft, Slot, better_sign, realize, snap
-from swquant.quant.grid import Extent, Grid, extent_of, minmax_grid, widened
+from swquant.phases.column_grids import open_groups
+from swquant.phases.hessian import ErrorTally, diagonal_blocks, input_moments, input_sets
+from swquant.quant.draft import Draft, Slot, realize, snap
+from swquant.quant.grid import Grid
 from swquant.quant.rounding import fake_quantize
 from swquant.quant.spec import QuantSpec
+from swquant.quant.through import widened
 
 BLOCK = 128
-FACTORS = tuple(1 - step / 20 for step in range(7))
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class Gptq:
 
     Without ``act_order`` a group's grid is made from its weights as they are when its first column's turn comes; with
     ``act_order``, or one scale per row, from the weights as they were, so no file needs to know the order. Clips
-    found before are factors on the groups' ends.
+    found before are factors on the groups' ends. On K grids ``d`` and ``dmin`` are made at the first column of their
+    super-block, ``sc`` and ``m`` at that of their group.
 
     Departures from the authors' code: groups smaller than 128 see the updates within their block of columns, which the
     code leaves out; the weight of an input that is always zero is rounded to the nearest, not set to zero; ``search``.
@@ -130,8 +132,10 @@ def _inverse_factor(hessian: Tensor) -> Tensor | None:
 
 def _compensated(weight: Tensor, slot: Slot, inputs: _Inputs, search: bool) -> tuple[Tensor, Grid]:
     """Each weight as it was when its column was rounded ``[out, in]``, and the grid."""
-    groups = _Groups.open(weight, slot, inputs, search)
+    blocks = diagonal_blocks(inputs.hessian, slot.spec) if search else None
+    groups = open_groups(weight, slot, blocks, late=inputs.order is None)
     order = list(range(weight.shape[1])) if inputs.order is None else inputs.order.tolist()
+    alone = QuantSpec(slot.spec.bits, None, slot.spec.symmetric)
     work = widened(weight)[:, order]
     for start in range(0, len(order), BLOCK):
         stop = min(start + BLOCK, len(order))
@@ -139,66 +143,10 @@ def _compensated(weight: Tensor, slot: Slot, inputs: _Inputs, search: bool) -> t
         for column in range(start, stop):
             grid = groups.of_column(order[column], work)
             now = work[:, column : column + 1].contiguous()
-            error = (now - fake_quantize(now, grid, groups.alone)).div_(inputs.upper[column, column])
+            error = (now - fake_quantize(now, grid, alone)).div_(inputs.upper[column, column])
             work[:, column + 1 : stop].addmm_(error, inputs.upper[column : column + 1, column + 1 : stop], alpha=-1)
             errors[:, column - start] = error.squeeze(1)
         work[:, stop:].addmm_(errors, inputs.upper[start:stop, stop:], alpha=-1)
     if inputs.order is not None:
         work = work[:, inputs.order.argsort()]
     return work, groups.grid
-
-
-@dataclass(frozen=True)
-class _Groups:
-    """The grids of a weight's groups, made before the columns' turns or, where ``late``, at each group's first column.
-
-    Attributes:
-        grid: Of all groups; what is late is filled in.
-        slot: The clips.
-        blocks: Blocks of ``H`` to search by; ``None`` is min-max.
-        alone: The grid's kind of a single group.
-        width: Columns of a group.
-        late: Whether groups wait for their first column.
-    """
-
-    grid: Grid
-    slot: Slot
-    blocks: Tensor | None
-    alone: QuantSpec
-    width: int
-    late: bool
-
-    @staticmethod
-    def open(weight: Tensor, slot: Slot, inputs: _Inputs, search: bool) -> _Groups:
-        spec = slot.spec
-        blocks = diagonal_blocks(inputs.hessian, spec) if search else None
-        late = inputs.order is None and spec.group_size is not None
-        if late:
-            low = extent_of(weight, spec).low
-            grid = Grid(torch.empty_like(low), torch.empty_like(low))
-        else:
-            grid = _grid(weight, spec, slot.lo, slot.hi, blocks)
-        alone = QuantSpec(spec.bits, None, spec.symmetric)
-        return _Groups(grid, slot, blocks, alone, spec.group_width(weight.shape[1]), late)
-
-    def of_column(self, column: int, current: Tensor) -> Grid:
-        """The grid of the group that ``column`` is in; a late one is made of the ``current`` weights."""
-        group = column // self.width
-        own = slice(group, group + 1)
-        if self.late and column % self.width == 0:
-            lo, hi = (end[:, own] if isinstance(end, Tensor) else end for end in (self.slot.lo, self.slot.hi))
-            weight = current[:, column : column + self.width].contiguous()
-            grid = _grid(weight, self.alone, lo, hi, None if self.blocks is None else self.blocks[own])
-            self.grid.scale[:, own], self.grid.zero[:, own] = grid.scale, grid.zero
-        return Grid(self.grid.scale[:, own], self.grid.zero[:, own])
-
-
-def _grid(weight: Tensor, spec: QuantSpec, lo: Tensor | float, hi: Tensor | float, blocks: Tensor | None) -> Grid:
-    """The grid of ``weight``'s groups: searched by ``blocks``, or min-max where there are none."""
-    full = extent_of(weight, spec)
-    extent = Extent(full.low * lo, full.high * hi)
-    if blocks is None:
-        return minmax_grid(extent, spec, 1.0, 1.0, better_sign(weight, extent, spec) if spec.symmetric else None)
-    both = (torch.full_like(extent.low, factor) for factor in FACTORS)
-    found = best_range(weight, extent, spec, blocks, [(factor, factor) for factor in both])
-    return minmax_grid(extent, spec, found.lo, found.hi, found.sign)

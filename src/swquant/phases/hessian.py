@@ -18,9 +18,10 @@ from torch import Tensor
 
 from swquant.families.base import Family, NormLinears, ValueOutput
 from swquant.phases.base import PhaseReport, Problem
-from swquant.quant.grid import Extent, group, minmax_grid, widened
+from swquant.quant.grid import Extent, group, minmax_grid
 from swquant.quant.rounding import fake_quantize
 from swquant.quant.spec import QuantSpec
+from swquant.quant.through import widened
 
 CHUNK = 1 << 22
 """Weights whose candidates are compared at a time."""
@@ -117,6 +118,19 @@ def diagonal_blocks(second: Tensor, spec: QuantSpec) -> Tensor:
     return torch.stack([second[start : start + width, start : start + width] for start in range(0, len(second), width)])
 
 
+def group_cost(error: Tensor, blocks: Tensor | None) -> Tensor:
+    """``d^T H_gg d`` of each group's error, ``[out, groups, width] -> [out, groups, 1]``; no ``blocks`` are identities.
+
+    Args:
+        error: Of the weight, by groups.
+        blocks: :func:`diagonal_blocks` of the inputs' second moments.
+    """
+    if blocks is None:
+        return error.square().sum(-1, keepdim=True)
+    grouped = error.transpose(0, 1)
+    return (grouped @ blocks).mul_(grouped).sum(-1).T.unsqueeze(-1)
+
+
 def best_range(
     weight: Tensor, extent: Extent, spec: QuantSpec, blocks: Tensor, ends: Sequence[tuple[Tensor, Tensor]]
 ) -> Range:
@@ -152,8 +166,7 @@ def _best_of_rows(
     for lo, hi in ends:
         for sign in (ones, -ones) if spec.symmetric else (ones,):
             grid = minmax_grid(extent, spec, lo, hi, sign if spec.symmetric else None)
-            error = group(fake_quantize(weight, grid, spec).sub_(weight), spec).transpose(0, 1)
-            cost = (error @ blocks).mul_(error).sum(-1).T.unsqueeze(-1)
+            cost = group_cost(group(fake_quantize(weight, grid, spec).sub_(weight), spec), blocks)
             better = cost < least
             least = torch.where(better, cost, least)
             best_lo, best_hi = torch.where(better, lo, best_lo), torch.where(better, hi, best_hi)

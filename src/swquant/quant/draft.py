@@ -8,10 +8,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from swquant.quant.grid import Extent, Grid, extent_of, group, minmax_grid, stored_as, stored_step, widened
+from swquant.quant.double import stored_factor
+from swquant.quant.grid import Extent, Grid, extent_of, grid_from, group, k_grid, minmax_grid, stored_step
+from swquant.quant.ktensor import KTensor, ktensor
 from swquant.quant.qtensor import QTensor
 from swquant.quant.rounding import Rounding, codes_of, fake_quantize
 from swquant.quant.spec import QuantSpec
+from swquant.quant.through import stored_as, widened
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,8 @@ class Slot:
         extent: The weight's extent where it is known because no learnable changes the weight; ``None`` recomputes it.
         grid: An explicit grid; ``lo``, ``hi``, ``sign`` and ``extent`` are then unused.
         rounding: How codes are rounded; ``None`` is to the nearest.
-        gain: Factor on the scale in dequantization alone, a number or ``[out, groups, 1]``.
+        gain: Factor on the scale in dequantization alone, a number or ``[out, groups, 1]``; on K grids on ``d``, a
+            number or ``[out, supers, 1]``.
     """
 
     spec: QuantSpec
@@ -58,7 +62,7 @@ class Draft:
 class Committed:
     """What a block became: integer codes for the slots, tensors in their stored dtype for the rest."""
 
-    quantized: Mapping[str, QTensor]
+    quantized: Mapping[str, QTensor | KTensor]
     params: Mapping[str, Tensor]
 
     def floats(self) -> dict[str, Tensor]:
@@ -113,15 +117,19 @@ def grid_of(weight: Tensor, slot: Slot) -> Grid:
     return minmax_grid(extent, slot.spec, slot.lo, slot.hi, slot.sign)
 
 
-def step_of(grid: Grid, slot: Slot) -> Tensor:
-    """What a code is worth in ``slot``: the grid's scale, times the gain where there is one."""
-    return stored_step(grid.scale, slot.gain) if isinstance(slot.gain, Tensor) or slot.gain != 1.0 else grid.scale
+def worth_of(grid: Grid, slot: Slot) -> Grid:
+    """``grid`` with what its codes are worth in ``slot``: its scale, times the gain where there is one."""
+    if not isinstance(slot.gain, Tensor) and slot.gain == 1.0:
+        return grid
+    if grid.factors is None:
+        return replace(grid, scale=stored_step(grid.scale, slot.gain))
+    return k_grid(replace(grid.factors, d=stored_factor(grid.factors.d * slot.gain)), slot.spec)
 
 
 def snap(weight: Tensor, slot: Slot) -> Tensor:
     """The differentiable weight on the grid, ``[out, in]`` in float32 (float64 for a float64 weight)."""
     grid = grid_of(weight, slot)
-    return fake_quantize(weight, grid, slot.spec, step_of(grid, slot), slot.rounding)
+    return fake_quantize(weight, grid, slot.spec, worth_of(grid, slot).scale, slot.rounding)
 
 
 def realize(draft: Draft, constants: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -148,7 +156,7 @@ def commit(draft: Draft) -> Committed:
     Raises:
         ValueError: A slot's rounding is still soft, so that a code is no integer.
     """
-    quantized: dict[str, QTensor] = {}
+    quantized: dict[str, QTensor | KTensor] = {}
     for name, slot in draft.slots.items():
         weight = draft.params[name]
         grid = grid_of(weight, slot)
@@ -157,11 +165,16 @@ def commit(draft: Draft) -> Committed:
         codes = levels.to(torch.uint8)
         if not torch.equal(codes.to(levels.dtype), levels):
             raise ValueError(f"the rounding of {name} is still soft: harden it before it is committed")
-        zero = grid.zero.squeeze(-1).to(torch.uint8)
-        step = step_of(grid, slot).squeeze(-1).float()
-        quantized[name] = QTensor(codes.view(weight.shape), step, zero, slot.spec)
+        quantized[name] = _with_codes(codes.view(weight.shape), worth_of(grid, slot), slot.spec)
     stored = {name: draft.params[name].to(dtype) for name, dtype in draft.dtypes.items()}
     return Committed(quantized, stored)
+
+
+def _with_codes(codes: Tensor, grid: Grid, spec: QuantSpec) -> QTensor | KTensor:
+    """The codes ``uint8 [out, in]`` and their grid as files hold it."""
+    if grid.factors is None:
+        return QTensor(codes, grid.scale.squeeze(-1).float(), grid.zero.squeeze(-1).to(torch.uint8), spec)
+    return ktensor({name: value.squeeze(-1) for name, value in grid.factors.tensors().items()}, codes, spec)
 
 
 def detach(draft: Draft) -> Draft:
@@ -173,6 +186,6 @@ def detach(draft: Draft) -> Draft:
 def _detached(slot: Slot) -> Slot:
     tensors = {key: value.detach() for key, value in vars(slot).items() if isinstance(value, Tensor)}
     extent = slot.extent and Extent(slot.extent.low.detach(), slot.extent.high.detach())
-    grid = slot.grid and Grid(slot.grid.scale.detach(), slot.grid.zero.detach())
+    grid = slot.grid and grid_from({name: value.detach() for name, value in slot.grid.tensors().items()}, slot.spec)
     rounding = slot.rounding and Rounding(slot.rounding.values.detach(), slot.rounding.up)
     return replace(slot, extent=extent, grid=grid, rounding=rounding, **tensors)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from swquant.quant.double import Factors, covering
 from swquant.quant.spec import QuantSpec
+from swquant.quant.through import stored_as, widened
 
 MIN_SCALE = 2.0**-17
 """Least magnitude of a scale: the least power of two at which all bfloat16 values are float16 values too."""
@@ -16,10 +18,23 @@ MIN_SCALE = 2.0**-17
 
 @dataclass(frozen=True)
 class Grid:
-    """Scale and zero point of each group, ``float32 [out, groups, 1]``: ``weight ~ (code - zero) * scale``."""
+    """What a code stands for: ``weight ~ (code - zero) * scale - shift``.
+
+    Attributes:
+        scale: Of each group, ``float32 [out, groups, 1]``.
+        zero: Likewise: the code that stands for ``-shift``.
+        shift: Likewise, on asymmetric K grids alone.
+        factors: What a K grid consists of; scale and shift are their products.
+    """
 
     scale: Tensor
     zero: Tensor
+    shift: Tensor | None = None
+    factors: Factors | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What the grid consists of, by name; :func:`grid_from` puts it together again."""
+        return {"scale": self.scale, "zero": self.zero} if self.factors is None else self.factors.tensors()
 
 
 @dataclass(frozen=True)
@@ -30,26 +45,17 @@ class Extent:
     high: Tensor
 
 
-class _StoredAs(torch.autograd.Function):
-    """Round to the values of a narrower dtype; the gradient passes straight through."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, dtype: torch.dtype) -> Tensor:
-        return values.to(dtype).to(values.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor, None]:
-        return grad_outputs[0], None
+def k_grid(factors: Factors, spec: QuantSpec) -> Grid:
+    """The grid of a K grid's factors."""
+    zero = torch.full_like(factors.sc, spec.mid_code if spec.symmetric else 0)
+    return Grid(factors.scale, zero, factors.shift, factors)
 
 
-def widened(values: Tensor) -> Tensor:
-    """``values`` in float32, or as they are where they are float64."""
-    return values if values.dtype == torch.float64 else values.float()
-
-
-def stored_as(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """``values`` rounded to what ``dtype`` can hold, in their own dtype; gradients pass straight through."""
-    return values if values.dtype == dtype else _StoredAs.apply(values, dtype)  # pyright: ignore[reportReturnType]
+def grid_from(tensors: Mapping[str, Tensor], spec: QuantSpec) -> Grid:
+    """The grid that :meth:`Grid.tensors` took apart."""
+    if spec.k_grid is None:
+        return Grid(tensors["scale"], tensors["zero"])
+    return k_grid(Factors(**tensors), spec)
 
 
 def group(weight: Tensor, spec: QuantSpec) -> Tensor:
@@ -91,6 +97,8 @@ def minmax_grid(extent: Extent, spec: QuantSpec, lo: Tensor | float, hi: Tensor 
     differentiable path (straight-through), because that is what files store, and are at least :data:`MIN_SCALE` in
     magnitude. The zero point has no gradient, as in OmniQuant's code.
 
+    K grids are made of the same ends by :func:`swquant.quant.double.covering`.
+
     Args:
         extent: Group extents.
         spec: The grid's kind.
@@ -99,6 +107,8 @@ def minmax_grid(extent: Extent, spec: QuantSpec, lo: Tensor | float, hi: Tensor 
         sign: ``+1`` or ``-1`` for each group, ``[out, groups, 1]``; ``None`` is ``+1``, the only choice if asymmetric.
     """
     low, high = extent.low * lo, extent.high * hi
+    if spec.k_grid is not None:
+        return k_grid(covering(low, high, spec.k_grid, sign), spec)
     if spec.symmetric:
         magnitude = torch.maximum(high, -low) / spec.mid_code
         scale = stored_as(magnitude.clamp(min=MIN_SCALE), torch.bfloat16)

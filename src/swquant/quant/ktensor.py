@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from swquant.quant.double import minimum_code, per_group, scale_code, stored_factor
+from swquant.quant.kgrids import K_GRIDS
 from swquant.quant.spec import QuantSpec
 
 
@@ -43,8 +46,33 @@ class KTensor:
             return ((values - self.spec.mid_code) * scale).view(self.codes.shape)
         return (values * scale - per_group(self.dmin, self.m).unsqueeze(-1)).view(self.codes.shape)
 
+    @property
+    def scales(self) -> dict[str, Tensor]:
+        """What training may change while codes stay, by name."""
+        parts = {"d": self.d, "sc": self.sc, "dmin": self.dmin, "m": self.m}
+        return {name: value for name, value in parts.items() if value is not None}
 
-def per_group(factor: Tensor, codes: Tensor) -> Tensor:
-    """``factor [out, supers]`` times ``codes [out, groups]`` of its groups."""
-    grouped = codes.view(*factor.shape, -1).to(factor.dtype)
-    return (grouped * factor.unsqueeze(-1)).view(codes.shape)
+    def rescaled(self, gains: Mapping[str, Tensor]) -> KTensor:
+        """With factors on :attr:`scales`, differentiable in them; the result, in float32, is what files hold."""
+        kind = K_GRIDS[self.spec.grid]
+        sc = self.sc.float()
+        return replace(
+            self,
+            d=stored_factor(self.d * gains["d"]),
+            sc=scale_code(sc.abs() * gains["sc"], kind) * sc.sign(),
+            dmin=None if self.dmin is None else stored_factor(self.dmin * gains["dmin"]),
+            m=None if self.m is None else minimum_code(self.m.float() * gains["m"], kind),
+        )
+
+
+def ktensor(scales: Mapping[str, Tensor], codes: Tensor, spec: QuantSpec) -> KTensor:
+    """The weight with these :attr:`KTensor.scales`, of whatever dtype, and codes."""
+    dmin, m = scales.get("dmin"), scales.get("m")
+    return KTensor(
+        codes,
+        scales["d"].float(),
+        scales["sc"].to(torch.int8 if spec.symmetric else torch.uint8),
+        None if dmin is None else dmin.float(),
+        None if m is None else m.to(torch.uint8),
+        spec,
+    )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from swquant.quant.grid import stored_step
 from swquant.quant.spec import QuantSpec
 
 SCALE_BITS = 16
@@ -36,3 +38,12 @@ class QTensor:
         grouped = self.codes.view(out_features, self.spec.groups(in_features), -1).to(torch.float32)
         values = (grouped - self.zero.unsqueeze(-1)) * self.scale.unsqueeze(-1)
         return values.view(out_features, in_features)
+
+    @property
+    def scales(self) -> dict[str, Tensor]:
+        """What training may change while codes and zero points stay, by name."""
+        return {"scale": self.scale}
+
+    def rescaled(self, gains: Mapping[str, Tensor]) -> QTensor:
+        """With factors on :attr:`scales`, differentiable in them; the result is what files hold."""
+        return replace(self, scale=stored_step(self.scale, gains["scale"]))

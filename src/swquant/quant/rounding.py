@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swquant.quant.grid import Grid, group, widened
+from swquant.quant.grid import Grid, group
 from swquant.quant.spec import QuantSpec
+from swquant.quant.through import widened
 
 _CPU_CHUNK = 1 << 17
 
@@ -32,13 +33,16 @@ class Rounding:
 def codes_of(weight: Tensor, grid: Grid, spec: QuantSpec, rounding: Rounding | None = None) -> Tensor:
     """Codes of ``weight [out, groups, width]``: ``clamp(integer(weight / scale) + zero, 0, 2**bits - 1)``, as floats.
 
+    A grid's shift is added to the weight first.
+
     Args:
         weight: Grouped weight.
-        grid: Scale and zero of its groups.
+        grid: That of its groups.
         spec: The grid's kind.
         rounding: Its ``values`` grouped like ``weight``; ``None`` is to the nearest. Soft decisions give soft codes.
     """
-    return _level(_ratio(weight, grid.scale), grid.zero, rounding).clamp_(0, spec.max_code)
+    shifted = weight if grid.shift is None else widened(weight) + grid.shift
+    return _level(_ratio(shifted, grid.scale), grid.zero, rounding).clamp_(0, spec.max_code)
 
 
 def fake_quantize(
@@ -58,17 +62,24 @@ def fake_quantize(
     ``scale`` itself, the two gradients add up to ``q - zero - m * u``. The backward pass recomputes ``q``, so that
     nothing of the weight's size is kept but the weight and the rounding, in their own dtypes.
 
+    A grid's shift is added to the weight in front of all this and taken off behind it.
+
     Args:
         weight: ``[out, in]``.
-        grid: Scale and zero of its groups.
+        grid: That of its groups.
         spec: The grid's kind.
         step: What a code is worth, ``[out, groups, 1]``; ``None`` is the grid's scale.
         rounding: ``None`` is to the nearest.
 
     Returns:
-        ``[out, in]`` in float32 (float64 for a float64 weight), bit for bit what
-        :meth:`swquant.quant.qtensor.QTensor.dequantize` gives for the codes of :func:`codes_of` and ``step``.
+        ``[out, in]`` in float32 (float64 for a float64 weight), bit for bit what ``dequantize`` of
+        :class:`swquant.quant.qtensor.QTensor` or :class:`swquant.quant.ktensor.KTensor` gives for the codes of
+        :func:`codes_of` and ``step``.
     """
+    if grid.shift is not None:
+        shifted = (group(widened(weight), spec) + grid.shift).view(weight.shape)
+        snapped = fake_quantize(shifted, Grid(grid.scale, grid.zero), spec, step, rounding)
+        return (group(snapped, spec) - grid.shift).view(weight.shape)
     values, up = (None, False) if rounding is None else (rounding.values, rounding.up)
     step = grid.scale if step is None else step
     return _FakeQuantize.apply(weight, grid.scale, step, grid.zero, values, up, spec)  # pyright: ignore[reportReturnType]

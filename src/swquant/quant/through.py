@@ -1,0 +1,43 @@
+"""Rounding through which gradients pass straight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class _StoredAs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, dtype: torch.dtype) -> Tensor:
+        return values.to(dtype).to(values.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor, None]:
+        return grad_outputs[0], None
+
+
+class _Code(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, least: int, most: int) -> Tensor:
+        return values.round().clamp_(least, most)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor, None, None]:
+        return grad_outputs[0], None, None
+
+
+def widened(values: Tensor) -> Tensor:
+    """``values`` in float32, or as they are where they are float64."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def stored_as(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """``values`` rounded to what ``dtype`` can hold, in their own dtype; gradients pass straight through."""
+    return values if values.dtype == dtype else _StoredAs.apply(values, dtype)  # pyright: ignore[reportReturnType]
+
+
+def to_code(values: Tensor, least: int, most: int) -> Tensor:
+    """The nearest integers from ``least`` to ``most``; gradients pass straight through, beyond both ends too."""
+    return _Code.apply(values, least, most)  # pyright: ignore[reportReturnType]

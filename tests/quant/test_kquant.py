@@ -1,0 +1,221 @@
+"""K grids: what is trained is what is committed, and gradients pass each rounding straight."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from swquant.errors import SwquantError
+from swquant.formats.kquant_blocks import decode_blocks, encode_blocks
+from swquant.quant.double import LEAST
+from swquant.quant.draft import Draft, Slot, commit, detach, grid_of, open_draft, realize
+from swquant.quant.grid import grid_from
+from swquant.quant.kgrids import K_GRIDS
+from swquant.quant.ktensor import KTensor
+from swquant.quant.rounding import Rounding
+from swquant.quant.spec import QuantSpec
+
+GRIDS = tuple(K_GRIDS)
+NAME = "w"
+
+
+def random_weight(seed: int, rows: int = 5, columns: int = 512, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Rows and groups of 16 of different sizes and means."""
+    rng = torch.Generator().manual_seed(seed)
+    size = torch.exp2(torch.rand(rows, columns // 16, 1, generator=rng) * 6 - 8)
+    mean = torch.randn(rows, columns // 16, 1, generator=rng) * size / 2
+    draws = torch.randn(rows, columns // 16, 16, generator=rng, dtype=torch.double)
+    return (draws * size + mean).view(rows, columns).to(dtype)
+
+
+def random_draft(grid: str, seed: int, dtype: torch.dtype, rounding: str, explicit: bool) -> Draft:
+    """A slot with random ends, gain, rounding, and perhaps an explicit grid."""
+    rng = torch.Generator().manual_seed(seed)
+    spec, weight = QuantSpec.named(grid), random_weight(seed, dtype=dtype)
+    draft = open_draft({NAME: weight}, (NAME,), spec)
+    groups = (5, spec.groups(512), 1)
+    slot = replace(
+        draft.slots[NAME],
+        lo=torch.rand(groups, generator=rng),
+        hi=torch.rand(groups, generator=rng),
+        gain=torch.rand(5, 2, 1, generator=rng) + 0.5,
+    )
+    if rounding == "offset":
+        slot = replace(slot, rounding=Rounding(torch.rand(5, 512, generator=rng) - 0.5, up=False))
+    elif rounding == "up":
+        slot = replace(slot, rounding=Rounding(torch.rand(5, 512, generator=rng) > 0.5, up=True))
+    if explicit:
+        slot = replace(slot, grid=grid_of(random_weight(seed + 1, dtype=dtype), Slot(spec)))
+    return replace(draft, slots={NAME: slot})
+
+
+def committed(draft: Draft) -> KTensor:
+    found = commit(draft).quantized[NAME]
+    assert isinstance(found, KTensor)
+    return found
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    st.sampled_from(GRIDS),
+    st.integers(0, 10_000),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    st.sampled_from(["nearest", "offset", "up"]),
+    st.booleans(),
+)
+def test_what_is_trained_is_what_is_committed_and_what_blocks_hold(
+    grid: str, seed: int, dtype: torch.dtype, rounding: str, explicit: bool
+) -> None:
+    draft = random_draft(grid, seed, dtype, rounding, explicit)
+    q, kind = committed(draft), K_GRIDS[grid]
+    assert torch.equal(q.dequantize(), realize(draft)[NAME])
+    read = decode_blocks(encode_blocks(q), grid, 5, 512)
+    assert torch.equal(read.dequantize(), q.dequantize())
+    assert torch.equal(read.codes, q.codes)
+    assert int(q.sc.abs().min()) >= 1
+    assert int(q.sc.abs().max()) <= kind.max_scale
+    assert bool((q.d >= LEAST).all())
+    assert torch.equal(q.d, q.d.half().float())
+    if q.m is not None and q.dmin is not None:
+        assert int(q.m.max()) <= kind.max_scale
+        assert torch.equal(q.dmin, q.dmin.half().float())
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.sampled_from(GRIDS), st.integers(0, 10_000))
+def test_a_grid_taken_apart_and_a_detached_draft_are_the_same(grid: str, seed: int) -> None:
+    draft = random_draft(grid, seed, torch.float32, "nearest", True)
+    slot = draft.slots[NAME]
+    again = replace(draft, slots={NAME: replace(slot, grid=grid_from(slot.grid.tensors(), slot.spec))})
+    for other in (again, detach(draft)):
+        assert torch.equal(realize(other)[NAME], realize(draft)[NAME])
+        assert torch.equal(committed(other).sc, committed(draft).sc)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_errors_are_within_half_a_step_and_what_double_quantization_adds(grid: str) -> None:
+    weight, spec, kind = random_weight(3, rows=40), QuantSpec.named(grid), K_GRIDS[grid]
+    draft = open_draft({NAME: weight}, (NAME,), spec)
+    parts = grid_of(weight, draft.slots[NAME])
+    error = (realize(draft)[NAME] - weight).view(40, -1, spec.group_size).abs()
+    unit = parts.factors.d.repeat_interleave(kind.groups, 1)
+    allowed = parts.scale.abs() / 2 + unit * spec.max_code * 0.51
+    if parts.factors.dmin is not None:
+        allowed = allowed + parts.factors.dmin.repeat_interleave(kind.groups, 1) * 0.51
+    else:
+        allowed = allowed + parts.scale.abs() / 2
+    assert bool((error <= allowed * 1.01).all())
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("value", [0.0, 1e-30, -1e-8, 7.5, -3e4, 1e9])
+def test_constant_and_extreme_groups_stay_finite(grid: str, value: float) -> None:
+    weight = torch.zeros(2, 512)
+    weight[0, :32], weight[1, 5] = value, value
+    draft = open_draft({NAME: weight}, (NAME,), QuantSpec.named(grid))
+    out = committed(draft).dequantize()
+    assert bool(out.isfinite().all())
+    assert torch.equal(out, realize(draft)[NAME])
+    if abs(value) < 1e5:
+        torch.testing.assert_close(out, weight, rtol=0.02, atol=1e-6 + abs(value) / 1000)
+
+
+def through(values: Tensor, target: Tensor) -> Tensor:
+    """``target`` in the forward, ``values`` in the backward pass."""
+    return (target - values).detach() + values
+
+
+def rounded(values: Tensor, least: int, most: int) -> Tensor:
+    return through(values, values.round().clamp(least, most))
+
+
+def half(values: Tensor) -> Tensor:
+    return through(values, values.half().double())
+
+
+def transcription(grid: str, w: Tensor, lo: Tensor, hi: Tensor, sign: Tensor | None) -> Tensor:
+    """The grid of a weight's ends and the weight on it by llama.cpp's formula, ``w [out, supers, groups, width]``."""
+    bottom = w.amin(-1, keepdim=True).clamp(max=0) * lo
+    top = w.amax(-1, keepdim=True).clamp(min=0) * hi
+    if grid == "q3_k":
+        assert sign is not None
+        s = torch.maximum(top, -bottom) / 4
+        d = half(s.amax(2, keepdim=True) / 31)
+        sc = rounded(s / d, 1, 31) * sign
+        q = rounded(w / (d * sc), -4, 3)
+        inside = ((w / (d * sc)).round() >= -4) & ((w / (d * sc)).round() <= 3)
+        return d * sc * torch.where(inside, q, q.detach())
+    levels, most = {"q2_k": (3, 15), "q4_k": (15, 63)}[grid]
+    dmin = half((-bottom).amax(2, keepdim=True) / most)
+    m = rounded(-bottom / dmin, 0, most)
+    s = (top + dmin * m) / levels
+    d = half(s.amax(2, keepdim=True) / most)
+    sc = rounded(s / d, 1, most)
+    u = (w + dmin * m) / (d * sc)
+    inside = (u.round() >= 0) & (u.round() <= levels)
+    q = rounded(u, 0, levels)
+    return d * sc * torch.where(inside, q, q.detach()) - dmin * m
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("grid", GRIDS)
+def test_gradients_are_those_of_a_transcription_that_is_differentiated_automatically(grid: str, seed: int) -> None:
+    spec, weight = QuantSpec.named(grid), random_weight(seed, dtype=torch.double)
+    groups = spec.groups(512)
+    rng = torch.Generator().manual_seed(seed)
+    ends = [torch.rand(5, groups, 1, generator=rng, dtype=torch.double) * 0.5 + 0.5 for _ in range(2)]
+    upstream = random_weight(seed + 1, dtype=torch.double)
+    sign = open_draft({NAME: weight}, (NAME,), spec).slots[NAME].sign
+
+    def wide(tensor: Tensor) -> Tensor:
+        return tensor.view(5, 2, groups // 2, -1)
+
+    results: list[tuple[Tensor, ...]] = []
+    for ours in (True, False):
+        w, lo, hi = (tensor.clone().requires_grad_() for tensor in (weight, *ends))
+        if ours:
+            draft = Draft({NAME: w}, {NAME: Slot(spec, lo=lo, hi=hi, sign=sign)}, {})
+            out = realize(draft)[NAME]
+        else:
+            shaped = None if sign is None else wide(sign)
+            out = transcription(grid, wide(w), wide(lo), wide(hi), shaped).reshape(5, 512)
+        out.backward(upstream)
+        results.append((out.detach(), w.grad, lo.grad, hi.grad))
+    for found, expected in zip(*results, strict=True):
+        assert float(expected.abs().max()) > 0
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_rescaling_trains_what_files_hold(grid: str) -> None:
+    q = committed(open_draft({NAME: random_weight(1)}, (NAME,), QuantSpec.named(grid)))
+    ones = {name: torch.ones_like(value, dtype=torch.float32) for name, value in q.scales.items()}
+    same = q.rescaled(ones)
+    assert torch.equal(same.dequantize(), q.dequantize())
+    gains = {name: (torch.rand(value.shape) + 0.5).requires_grad_() for name, value in q.scales.items()}
+    moved = q.rescaled(gains)
+    moved.dequantize().square().sum().backward()
+    assert all(float(gain.grad.abs().max()) > 0 for gain in gains.values())
+    assert torch.equal(moved.d, moved.d.half().float())
+    assert torch.equal(moved.sc, moved.sc.round())
+    assert torch.equal(moved.sc.sign(), q.sc.sign())
+    assert int(moved.sc.abs().max()) <= K_GRIDS[grid].max_scale
+    if moved.m is not None:
+        assert torch.equal(moved.m, moved.m.round().clamp(0, K_GRIDS[grid].max_scale))
+
+
+def test_a_spec_of_a_k_grid_has_its_own_bits_and_groups() -> None:
+    spec = QuantSpec.named("q3_k")
+    assert (spec.bits, spec.group_size, spec.symmetric, spec.label) == (3, 16, True, "q3_k")
+    with pytest.raises(SwquantError, match="the grid q3_k has 3 bits, groups of 16 and is symmetric: leave"):
+        QuantSpec(2, 16, True, "q3_k")
+    with pytest.raises(SwquantError, match="grid is 'q5', expected uniform, q2_k, q3_k, q4_k"):
+        QuantSpec(2, 64, True, "q5")
+    with pytest.raises(SwquantError, match=r"up_proj has 384 inputs.*super-blocks of 256.*uniform"):
+        spec.require_divides("up_proj", 384)
+    spec.require_divides("up_proj", 512)
