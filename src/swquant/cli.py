@@ -54,17 +54,30 @@ def app() -> None:
     "format_name",
     help="Output format, or several: 'gguf,mlx' (swquant list formats).  [compressed-tensors]",
 )
-def quantize(source: str, out: Path, recipe_name: str | None, options: tuple[str, ...], **flags: Any) -> None:
+@click.option("--push-to-hub", metavar="OWNER/NAME", help="Send the finished output and its card to the hub.")
+@click.option("--private", is_flag=True, help="Make the hub repository private, if it is made here.")
+def quantize(
+    source: str,
+    out: Path,
+    recipe_name: str | None,
+    options: tuple[str, ...],
+    push_to_hub: str | None,
+    private: bool,
+    **flags: Any,
+) -> None:
     """Quantize SOURCE, a model directory or a hub name.
 
     Without --recipe and --method, the recipe for the bits, the group size and the preset is taken; the summary names
     it.
     The same command goes on where a killed run stopped, and ends in the same bits.
     """
+    from swquant.checkpoint.hub import push, require_push
     from swquant.recipe import Recipe
     from swquant.run import quantize as run
     from swquant.ui import observer, print_report
 
+    if push_to_hub is not None:
+        require_push(push_to_hub)
     flags["format"] = flags.pop("format_name")
     values = {name: value for name, value in flags.items() if value is not None}
     if "group_size" in values:
@@ -80,6 +93,36 @@ def quantize(source: str, out: Path, recipe_name: str | None, options: tuple[str
     with observer() as watching:
         report = run(recipe.override(values), source, out, observer=watching)
     print_report(report, out, recipe_name)
+    if push_to_hub is not None:
+        click.echo(f"\nPushed to {push(out, push_to_hub, private=private)}")
+
+
+@app.command()
+@click.argument("model")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Where it goes; a new directory.")
+@click.option("--for", "runtime", help="What is to serve the output (swquant list targets); picks the format.")
+@click.option("--format", "format_name", help="Output format, or several: gguf,mlx (swquant list formats).")
+def convert(model: str, out: Path, runtime: str | None, format_name: str | None) -> None:
+    """Write MODEL, which is quantized, in another format: the same codes, never quantized again."""
+    from swquant.convert import convert as run
+    from swquant.ui import print_outputs
+
+    print_outputs(run(model, out, format=format_name, runtime=runtime), out)
+
+
+@app.command()
+@click.argument("model")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def inspect(model: str, as_json: bool) -> None:
+    """Show what is inside MODEL, a quantized model of any format."""
+    from swquant.inspection import inspect as run
+    from swquant.ui import print_inspection
+
+    result = run(model)
+    if as_json:
+        click.echo(result.to_json())
+    else:
+        print_inspection(result)
 
 
 @app.command("eval")

@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 from torch import Tensor
 
+from swquant.card import CARD, licence_of, model_card
 from swquant.checkpoint.quantized import Part, QuantizedModel
 from swquant.checkpoint.rotation import stored
 from swquant.engine.head import predictions
@@ -54,7 +55,13 @@ def write_output(plan: Plan, journal: Journal, quality: Quality | None, key: Map
         key=key,
     )
     (staging / REPORT).write_text(report.to_json(), encoding="utf-8")
+    (staging / CARD).write_text(model_card(report, licence_of(plan.checkpoint.directory)), encoding="utf-8")
     return report
+
+
+def place_of(form: Format, forms: tuple[Format, ...]) -> str:
+    """Where a format goes in the output: a directory of its own if it is one of several."""
+    return form.name if len(forms) > 1 else "."
 
 
 def _write_format(
@@ -66,7 +73,7 @@ def _write_format(
     sample: tuple[Tensor, Tensor] | None,
 ) -> Output:
     """Write one format, and open it again."""
-    place = form.name if len(plan.formats) > 1 else "."
+    place = place_of(form, plan.formats)
     written = form.write(staging / place, model)
     target = plan.target if plan.target is not None and form.name in plan.target.formats else None
     verified = verify(form, staging / place, model, None if target is None else sample)
@@ -103,7 +110,7 @@ def _parts(plan: Plan, journal: Journal) -> Iterator[Part]:
             yield {name: stored(checkpoint, name)}
     for index, block in enumerate(plan.skeleton.blocks):
         committed = journal.block(index, plan.spec)
-        values: dict[str, Tensor | QTensor] = {**committed.params, **committed.quantized}
+        values: dict[str, Tensor | QTensor | KTensor] = {**committed.params, **committed.quantized}
         yield {f"{block.prefix}.{name}": value for name, value in values.items()}
 
 

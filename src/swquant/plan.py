@@ -78,7 +78,7 @@ def make_plan(recipe: Recipe, source: str | Path) -> Plan:
     spec, device = recipe.spec, resolve_device(recipe.device)
     loss = None if recipe.loss is None else parse_loss(recipe.loss)
     target = None if recipe.runtime is None else load_target(recipe.runtime)
-    names = choose_formats(recipe, target)
+    names = choose_formats(recipe.formats, target, spec)
     formats: tuple[Format, ...] = tuple(registry.load("swquant.formats", name)() for name in names)
     preset = PRESETS[recipe.preset]
     steps = parse_methods(recipe.method, recipe.options, recipe.epochs)
@@ -129,20 +129,19 @@ def make_plan(recipe: Recipe, source: str | Path) -> Plan:
     )
 
 
-def choose_formats(recipe: Recipe, target: Target | None) -> tuple[str, ...]:
-    """Names of the output's formats: the recipe's, or the one that suits the runtime.
+def choose_formats(names: tuple[str, ...], target: Target | None, spec: QuantSpec) -> tuple[str, ...]:
+    """Names of the output's formats: those that were asked for, or the one that suits the runtime.
 
     Raises:
         SwquantError: The runtime reads none of them, or not such weights from one that it reads.
     """
-    spec = recipe.spec
     if target is None:
-        return recipe.formats or (DEFAULT_FORMAT,)
-    if not recipe.formats:
+        return names or (DEFAULT_FORMAT,)
+    if not names:
         return (choose_format(target, spec),)
-    for name in [name for name in recipe.formats if name in target.formats] or recipe.formats[:1]:
+    for name in [name for name in names if name in target.formats] or names[:1]:
         require_loads(target, name, spec)
-    return recipe.formats
+    return names
 
 
 def make_outline(checkpoint: Source, skeleton: Skeleton, spec: QuantSpec) -> Outline:

@@ -118,8 +118,6 @@ class Recipe:
         values = dict(values)
         if values.get("group_size") == CHANNEL:
             values["group_size"] = None
-        if isinstance(values.get("format"), str):
-            values["format"] = values["format"].replace("-", "_")
         return build(Recipe, values, what)
 
     @staticmethod
@@ -173,7 +171,7 @@ class Recipe:
         Raises:
             SwquantError: One comes twice.
         """
-        names = () if self.format is None else tuple(name.strip() for name in self.format.split(","))
+        names = () if self.format is None else tuple(name.strip().replace("-", "_") for name in self.format.split(","))
         for name in names:
             if names.count(name) > 1:
                 raise SwquantError(f"the format {name!r} comes twice in {self.format!r}; name it once")

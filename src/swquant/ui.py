@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +16,7 @@ from rich.table import Table
 
 from swquant.engine.observer import Observer
 from swquant.evaluation import Evaluation
+from swquant.inspection import Inspection
 from swquant.report import Output, Report
 
 
@@ -120,13 +121,41 @@ def print_report(report: Report, out: Path, recipe: str | None = None) -> None:
     for name, value in _facts(report, recipe):
         table.add_row(name, value)
     console.print(table)
-    for output in report.outputs:
+    print_outputs(report.outputs, out)
+
+
+def print_outputs(outputs: Sequence[Output], out: Path) -> None:
+    """Print how each output in ``out`` is loaded and served."""
+    console = Console(highlight=False)
+    for output in outputs:
         place = out / output.directory
         console.print(f"\nTo load {place} ({output.format}):\n", soft_wrap=True)
         console.print(output.loading, markup=False, soft_wrap=True)
         if output.command is not None:
+            command = output.command.replace("PATH", shlex.quote(str(place)))
             console.print("\nTo serve it:\n")
-            console.print(output.command.replace("PATH", shlex.quote(str(place))), markup=False, soft_wrap=True)
+            console.print(command, markup=False, soft_wrap=True)
+
+
+def print_inspection(found: Inspection) -> None:
+    """Print what a quantized model holds."""
+    console = Console(highlight=False)
+    quantized, plain = found.parameters
+    symmetry = "symmetric" if found.symmetric else "asymmetric"
+    console.print(f"{found.directory}: {found.format}, {found.model_type}, {found.grid} {symmetry}", soft_wrap=True)
+    console.print(
+        f"{quantized:,} quantized weights and {plain:,} other values in {_size(found.file_bytes)}, "
+        f"{found.entropy:.3f} bits of entropy per code",
+        soft_wrap=True,
+    )
+    table = Table(box=None, pad_edge=False)
+    for title in ("weights", "count", "shape", "entropy", "at the ends", "least scale", "greatest"):
+        table.add_column(title, justify="left" if title == "weights" else "right")
+    for kind in found.kinds:
+        shape, ends = f"{kind.shape[0]} x {kind.shape[1]}", f"{100 * kind.ends:.1f} %"
+        scales = (f"{value:.3g}" for value in kind.scale)
+        table.add_row(kind.name, str(kind.count), shape, f"{kind.entropy:.3f}", ends, *scales)
+    console.print(table)
 
 
 def print_evaluation(result: Evaluation) -> None:

@@ -1,18 +1,21 @@
-"""Models named on the Hugging Face Hub: their files, brought to the local cache."""
+"""Models named on the Hugging Face Hub: their files brought to the local cache, and outputs sent there."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
+    LocalTokenNotFoundError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+
+from huggingface_hub.utils import validate_repo_id
 
 from swquant.errors import SwquantError
 
@@ -59,6 +62,58 @@ def download(name: str, patterns: Sequence[str]) -> Path:
             f"the hub model {name!r} cannot be downloaded ({type(error).__name__}: {_first_line(error)}); "
             "try again, or give the path of a local copy"
         ) from error
+
+
+def require_push(name: str) -> None:
+    """Refuse before the work starts what could not be sent behind it.
+
+    Args:
+        name: ``owner/name`` of a repository, which need not exist yet.
+
+    Raises:
+        SwquantError: It is no such name, nobody is signed in, or the Hub cannot be reached.
+    """
+    try:
+        validate_repo_id(name)
+        if "/" not in name:
+            raise HFValidationError
+    except HFValidationError as error:
+        raise SwquantError(f"--push-to-hub is {name!r}, expected 'owner/name'") from error
+    try:
+        HfApi().whoami()
+    except LocalTokenNotFoundError as error:
+        raise SwquantError(f"nobody is signed in, so {name} cannot be pushed; sign in with 'hf auth login'") from error
+    except Exception as error:  # the client lets through whatever its network layer raises
+        raise SwquantError(
+            f"{name} cannot be pushed ({type(error).__name__}: {_first_line(error)}); connect, sign in with "
+            "'hf auth login', or leave --push-to-hub out"
+        ) from error
+
+
+def push(directory: Path, name: str, *, private: bool) -> str:
+    """Send a finished output to the Hub, as one commit.
+
+    Args:
+        directory: The output.
+        name: ``owner/name``; made if there is none.
+        private: Whether a repository that is made here is private.
+
+    Returns:
+        Where it is.
+
+    Raises:
+        SwquantError: It was not sent; what is on the disk stays.
+    """
+    try:
+        api = HfApi()
+        api.create_repo(name, private=private, exist_ok=True)
+        api.upload_folder(repo_id=name, folder_path=directory, commit_message="Upload by swquant")
+    except Exception as error:  # the client lets through whatever its network and file layers raise
+        raise SwquantError(
+            f"{directory} was not pushed to {name} ({type(error).__name__}: {_first_line(error)}); it is whole on the "
+            f"disk: 'hf upload {name} {directory}' sends it"
+        ) from error
+    return f"https://huggingface.co/{name}"
 
 
 def _first_line(error: Exception) -> str:

@@ -16,6 +16,7 @@ from swquant.checkpoint.quantized import Part, QuantizedModel
 from swquant.checkpoint.reader import read_config
 from swquant.errors import SwquantError
 from swquant.formats.base import Format
+from swquant.quant.ktensor import KTensor
 from swquant.quant.qtensor import QTensor
 from swquant.verification.base import Reader
 
@@ -115,8 +116,12 @@ def _digests(part: Part) -> Mapping[str, str]:
     return {name: _digest(value) for name, value in part.items()}
 
 
-def _digest(value: Tensor | QTensor) -> str:
-    tensors = (value.codes, value.scale, value.zero) if isinstance(value, QTensor) else (value.float(),)
+def _digest(value: Tensor | QTensor | KTensor) -> str:
+    if isinstance(value, Tensor):
+        tensors = (value.float(),)
+    else:
+        own = (value.zero,) if isinstance(value, QTensor) else ()
+        tensors = (value.codes, *value.scales.values(), *own)
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(repr(tuple(tensor.shape)).encode())
@@ -128,10 +133,10 @@ def _compare_weights(reader: Reader, directory: Path, model: QuantizedModel) -> 
     spec = model.outline.spec
     for part in model.parts():
         for name, value in part.items():
-            if not isinstance(value, QTensor):
+            if isinstance(value, Tensor):
                 continue
             found = reader.weight(directory, name.removesuffix(".weight"), spec)
-            allowed = reader.tolerance(spec) * value.scale.abs().max()
+            allowed = reader.tolerance(spec) * value.scales["scale" if isinstance(value, QTensor) else "d"].abs().max()
             expected = value.dequantize()
             if found.shape != expected.shape or not bool(((found - expected).abs() <= allowed).all()):
                 raise SwquantError(

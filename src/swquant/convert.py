@@ -1,0 +1,87 @@
+"""From one container to another: the same integer codes, never quantized again."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from swquant import registry
+from swquant.card import CARD, licence_of, model_card
+from swquant.checkpoint.reader import find_model
+from swquant.checkpoint.writer import publish, require_disk, require_unused
+from swquant.errors import SwquantError
+from swquant.formats import read_quantized
+from swquant.formats.base import Format
+from swquant.output import PLACE, RECIPE, REPORT, place_of
+from swquant.plan import choose_formats
+from swquant.recipe import Recipe
+from swquant.report import Output, Report
+from swquant.targets import load_target
+from swquant.verification import verify
+
+
+def convert(
+    source: str | Path, out: str | Path, *, format: str | None = None, runtime: str | None = None
+) -> list[Output]:
+    """Write a quantized model in other formats, from the codes that it holds.
+
+    The new output is opened again and compared like that of a run, and appears whole or not at all.
+
+    Args:
+        source: A quantized model of any format that keeps codes; one that other software wrote is taken too where the
+            layout is the same.
+        out: A directory that does not exist yet or is empty.
+        format: Names of formats with commas between them.
+        runtime: What is to serve it; picks the format if there is none.
+
+    Returns:
+        What was written.
+
+    Raises:
+        SwquantError: ``source`` keeps no codes, or a format or the runtime cannot hold what it keeps.
+    """
+    if format is None and runtime is None:
+        raise SwquantError("no format to convert to; give --format or --for")
+    out, directory = Path(out), find_model(source)
+    _, model = read_quantized(directory)
+    target = None if runtime is None else load_target(runtime)
+    names = choose_formats(Recipe(format=format, runtime=runtime).formats, target, model.outline.spec)
+    forms: tuple[Format, ...] = tuple(registry.load("swquant.formats", name)() for name in names)
+    notes = [form.check(model.outline) for form in forms]
+    require_unused(out)
+    require_disk(out, len(forms) * sum(file.stat().st_size for file in directory.iterdir() if file.is_file()))
+    model = replace(model, extra_files=_kept(directory))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        outputs: list[Output] = []
+        for form, said in zip(forms, notes, strict=True):
+            place = place_of(form, forms)
+            written = form.write(staging / "output" / place, model)
+            verified = verify(form, staging / "output" / place, model, None)
+            spec = model.outline.spec
+            command = None if target is None else target.command(form.name, spec, PLACE)
+            loading = form.loading(spec)
+            outputs.append(Output(form.name, place, written.tensor_bytes, said, loading, command, asdict(verified)))
+        _describe(directory, staging / "output", outputs)
+        publish(staging / "output", out)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return outputs
+
+
+def _kept(directory: Path) -> dict[str, bytes]:
+    return {RECIPE: (directory / RECIPE).read_bytes()} if (directory / RECIPE).is_file() else {}
+
+
+def _describe(directory: Path, staging: Path, outputs: list[Output]) -> None:
+    """The report and the card of the run that made the codes, about the new outputs."""
+    try:
+        report = Report.from_json((directory / REPORT).read_text(encoding="utf-8"))
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    report = replace(report, outputs=outputs, key={})
+    (staging / REPORT).write_text(report.to_json(), encoding="utf-8")
+    (staging / CARD).write_text(model_card(report, licence_of(directory)), encoding="utf-8")

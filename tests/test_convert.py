@@ -1,0 +1,112 @@
+"""The same codes in another container, and what is inside of any."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from swquant import Recipe, SwquantError, quantize
+from swquant.convert import convert
+from swquant.formats import read_quantized
+from swquant.inspection import code_entropy, inspect
+from swquant.quant.qtensor import QTensor
+
+
+@pytest.fixture(scope="module")
+def recipe(text: Path) -> Recipe:
+    return Recipe(
+        bits=2,
+        group_size=32,
+        symmetric=False,
+        method="rtn",
+        calibration=str(text),
+        samples=2,
+        seq_len=32,
+        evaluation_samples=2,
+        device="cpu",
+    )
+
+
+def codes(directory: Path) -> dict[str, QTensor]:
+    _, model = read_quantized(directory)
+    return {name: value for part in model.parts() for name, value in part.items() if isinstance(value, QTensor)}
+
+
+def same(one: dict[str, QTensor], other: dict[str, QTensor]) -> bool:
+    pairs = [(one[name], other[name]) for name in one]
+    return one.keys() == other.keys() and all(
+        torch.equal(a.codes, b.codes) and torch.equal(a.scale, b.scale) and torch.equal(a.zero, b.zero)
+        for a, b in pairs
+    )
+
+
+@pytest.mark.parametrize("form", ["gptq", "auto_round", "mlx"])
+def test_there_and_back_keeps_every_code(llama: Path, recipe: Recipe, form: str, tmp_path: Path) -> None:
+    report = quantize(recipe, llama, tmp_path / "first")
+    (there,) = convert(tmp_path / "first", tmp_path / "there", format=form)
+    assert there.format == form
+    assert there.verification["weights"] == 2 * 7
+    convert(tmp_path / "there", tmp_path / "back", format="compressed_tensors")
+    assert same(codes(tmp_path / "first"), codes(tmp_path / "there"))
+    for name in ("model.safetensors", "config.json", "swquant.yaml"):
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "back" / name).read_bytes()
+    kept = json.loads((tmp_path / "there" / "report.json").read_text())
+    assert kept["recipe_hash"] == report.recipe_hash
+    assert [output["format"] for output in kept["outputs"]] == [form]
+    assert f"As {form}" in (tmp_path / "there" / "README.md").read_text()
+
+
+def test_one_run_writes_several_formats_from_the_same_codes(llama: Path, recipe: Recipe, tmp_path: Path) -> None:
+    report = quantize(replace(recipe, format="compressed-tensors, gptq,mlx"), llama, tmp_path / "out")
+    assert [output.directory for output in report.outputs] == ["compressed_tensors", "gptq", "mlx"]
+    first, *others = (codes(tmp_path / "out" / output.directory) for output in report.outputs)
+    assert all(same(first, other) for other in others)
+    assert quantize(replace(recipe, format="compressed-tensors, gptq,mlx"), llama, tmp_path / "out") == report
+
+
+def test_what_cannot_be_converted_is_refused_and_leaves_nothing(llama: Path, recipe: Recipe, tmp_path: Path) -> None:
+    quantize(replace(recipe, bits=3, group_size=None), llama, tmp_path / "three")
+    for arguments, said in (
+        ({"format": "mlx"}, "mlx cannot hold w3"),
+        ({"runtime": "onnxruntime"}, "onnxruntime cannot load"),
+        ({}, "give --format or --for"),
+        ({"format": "tgz"}, "tgz"),
+        ({"format": "gptq,gptq"}, "comes twice"),
+    ):
+        with pytest.raises(SwquantError, match=said):
+            convert(tmp_path / "three", tmp_path / "out", **arguments)
+    with pytest.raises(SwquantError, match="holds no quantized model"):
+        convert(llama, tmp_path / "out", format="gptq")
+    quantize(replace(recipe, format="dequantized"), llama, tmp_path / "plain")
+    with pytest.raises(SwquantError, match="holds no quantized model"):
+        convert(tmp_path / "plain", tmp_path / "out", format="gptq")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plain", "three"]
+
+
+def test_inspection_counts_what_is_there(llama: Path, recipe: Recipe, tmp_path: Path) -> None:
+    quantize(recipe, llama, tmp_path / "out")
+    found = inspect(tmp_path / "out")
+    expected = codes(tmp_path / "out")
+    assert (found.format, found.grid, found.symmetric, found.model_type) == (
+        "compressed_tensors",
+        "w2g32",
+        False,
+        "llama",
+    )
+    assert found.parameters[0] == sum(value.codes.numel() for value in expected.values())
+    assert {kind.name: kind.count for kind in found.kinds}["mlp.up_proj"] == 2
+    assert 1 < found.entropy < 2
+    ups = [value.codes for name, value in expected.items() if "up_proj" in name]
+    (kind,) = [kind for kind in found.kinds if kind.name == "mlp.up_proj"]
+    assert kind.ends == pytest.approx(sum(((c == 0) | (c == 3)).float().mean().item() for c in ups) / 2)
+    assert json.loads(found.to_json())["entropy"] == found.entropy
+
+
+def test_entropy_of_codes() -> None:
+    assert code_entropy(torch.tensor([[0, 1, 2, 3]], dtype=torch.uint8), 2) == pytest.approx(2)
+    assert code_entropy(torch.zeros(4, 4, dtype=torch.uint8), 2) == 0
+    assert code_entropy(torch.tensor([[0, 0, 0, 3]], dtype=torch.uint8), 4) == pytest.approx(0.8112781)
