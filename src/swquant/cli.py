@@ -35,6 +35,7 @@ def app() -> None:
 @click.option("--bits", type=int, help="Bits per weight: 2, 3, 4 or 8.  [2]")
 @click.option("--group-size", help="Weights that share a scale: 32, 64, 128, or 'channel'.  [64]")
 @click.option("--symmetric/--asymmetric", default=None, help="Fixed zero point, or one per group.  [symmetric]")
+@click.option("--grid", help="uniform, or one that llama.cpp has: q2_k, q3_k, q4_k; sets the three above.  [uniform]")
 @click.option("--method", help="One of swquant list methods, or several: 'awq + tesseraq'.  [by recipe]")
 @click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help="An option of a method; repeatable.")
 @click.option("--loss", help="Training loss, e.g. '0.9*mse + 0.1*sliced_wasserstein(slices=256)'.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,10 +14,14 @@ import yaml
 from pydantic import Field
 
 from swquant.errors import SwquantError, did_you_mean
+from swquant.quant.kgrids import K_GRIDS, UNIFORM
 from swquant.quant.spec import QuantSpec
 from swquant.validation import build, read_yaml
 
 CHANNEL = "channel"
+GRID_KEYS = ("bits", "group_size", "symmetric")
+"""Keys that follow from a K grid."""
+
 _FOLDER = resources.files("swquant") / "recipes"
 
 
@@ -44,6 +48,8 @@ class Recipe:
         bits: Width of a weight's code: 2, 3, 4 or 8.
         group_size: Weights that share a scale: 32, 64, 128; ``None`` (``channel`` in files) is one per output channel.
         symmetric: Fixed zero point and free sign of the scale, or a zero point per group.
+        grid: ``uniform``, or a double-quantized grid of llama.cpp: ``q2_k``, ``q3_k``, ``q4_k``. Of these the three
+            fields above follow; where they are left at their defaults, they are set.
         method: Name of a method (``swquant list methods``), or several with ``+`` between them and their options in
             parentheses: ``gptq + block_ap(epochs=4) + tesseraq``.
         options: Options of the method, where there is only one.
@@ -70,6 +76,7 @@ class Recipe:
     bits: int = 2
     group_size: int | None = 64
     symmetric: bool = True
+    grid: str = UNIFORM
     method: str = "omniquant"
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])
     loss: str | None = None
@@ -84,6 +91,12 @@ class Recipe:
     device: str = "auto"
     format: str | None = None
     runtime: str | None = None
+
+    def __post_init__(self) -> None:
+        kind = K_GRIDS.get(self.grid)
+        for key in GRID_KEYS if kind is not None else ():
+            if vars(self)[key] == _DEFAULTS[key]:
+                object.__setattr__(self, key, vars(kind)[key])
 
     @staticmethod
     def load(name: str | Path) -> Recipe:
@@ -118,6 +131,9 @@ class Recipe:
         values = dict(values)
         if values.get("group_size") == CHANNEL:
             values["group_size"] = None
+        if values.get("grid") in K_GRIDS:
+            own = vars(K_GRIDS[values["grid"]])
+            QuantSpec(**{key: values.get(key, own[key]) for key in GRID_KEYS}, grid=values["grid"])
         return build(Recipe, values, what)
 
     @staticmethod
@@ -125,8 +141,9 @@ class Recipe:
         """The named recipe for what a user has asked for, its name first.
 
         Args:
-            values: Keys of a recipe; ``bits``, ``group_size``, ``symmetric`` and ``preset`` choose. Where there is no
-                recipe for a group size, that of the usual one for these bits is taken; :meth:`override` it then.
+            values: Keys of a recipe; ``bits``, ``group_size``, ``symmetric``, ``grid`` and ``preset`` choose. Where
+                there is no recipe for a group size or a grid, that of the usual one for these bits is taken;
+                :meth:`override` it then.
 
         Raises:
             SwquantError: If there is no recipe for these bits.
@@ -148,6 +165,8 @@ class Recipe:
         Options are merged one by one; another method starts without this one's options and epochs.
         """
         base = self.to_mapping()
+        if values.get("grid", self.grid) != self.grid:
+            base = {key: value for key, value in base.items() if key not in GRID_KEYS}
         if values.get("method", self.method) != self.method:
             base |= {"options": {}, "epochs": None}
         merged = {**base, **values}
@@ -162,7 +181,7 @@ class Recipe:
         Raises:
             SwquantError: If bits or group size are out of range.
         """
-        return QuantSpec(self.bits, self.group_size, self.symmetric)
+        return QuantSpec(self.bits, self.group_size, self.symmetric, self.grid)
 
     @property
     def formats(self) -> tuple[str, ...]:
@@ -178,8 +197,10 @@ class Recipe:
         return names
 
     def to_mapping(self) -> dict[str, Any]:
-        """Keys to plain values, the form of the YAML file."""
+        """Keys to plain values, the form of the YAML file; ``grid`` is left out where it is uniform."""
         values = asdict(self)
+        if self.grid == UNIFORM:
+            del values["grid"]
         values["group_size"] = CHANNEL if self.group_size is None else self.group_size
         return values
 
@@ -190,14 +211,19 @@ class Recipe:
     @property
     def summary(self) -> str:
         """The recipe in a line."""
+        loss = f"loss {self.loss}, " if self.loss else ""
+        if self.grid != UNIFORM:
+            return f"grid {self.grid}, {self.method}, {loss}preset {self.preset}"
         groups = "per channel" if self.group_size is None else f"groups of {self.group_size}"
         symmetry = "symmetric" if self.symmetric else "asymmetric"
-        loss = f"loss {self.loss}, " if self.loss else ""
         return f"{self.bits} bits, {groups}, {symmetry}, {self.method}, {loss}preset {self.preset}"
 
     def digest(self) -> str:
         """Hash of the canonical form, the same for equal recipes."""
         return hashlib.sha256(json.dumps(self.to_mapping(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+_DEFAULTS = {field.name: field.default for field in fields(Recipe)}
 
 
 def recipe_names() -> tuple[str, ...]:

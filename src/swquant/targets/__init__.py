@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from swquant import registry
 from swquant.errors import SwquantError
 from swquant.formats.base import Format
+from swquant.quant.kgrids import UNIFORM
 from swquant.quant.spec import BITS, GROUP_SIZES, QuantSpec
 from swquant.targets.base import Target
 
@@ -88,5 +89,7 @@ def _distance(wanted: QuantSpec, other: QuantSpec) -> tuple[int, int, bool, int]
 
 def _words(spec: QuantSpec) -> str:
     """As flags."""
+    if spec.grid != UNIFORM:
+        return f"--grid {spec.grid}"
     group = "channel" if spec.group_size is None else spec.group_size
     return f"--bits {spec.bits} --group-size {group} --{'symmetric' if spec.symmetric else 'asymmetric'}"
