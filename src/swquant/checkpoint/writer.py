@@ -61,9 +61,7 @@ def write_checkpoint(
     """
     require_unused(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    for source in sidecars:
-        shutil.copyfile(source, directory / source.name)
-        _sync(directory / source.name)
+    copy_sidecars(directory, sidecars)
     weight_map: dict[str, str] = {}
     sizes: list[int] = []
     for shard in _shards(parts, SHARD_BYTES):
@@ -83,11 +81,23 @@ def write_checkpoint(
             "weight_map": {name: final[file] for name, file in sorted(weight_map.items())},
         }
         _write_file(directory / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
-    for name, content in (extra_files or {}).items():
+    write_beside(directory, config, extra_files or {})
+    return Written(tuple(final.values()), sum(sizes))
+
+
+def copy_sidecars(directory: Path, sidecars: Iterable[Path]) -> None:
+    """Copy files into ``directory`` and flush them; symbolic links are followed."""
+    for source in sidecars:
+        shutil.copyfile(source, directory / source.name)
+        _sync(directory / source.name)
+
+
+def write_beside(directory: Path, config: Mapping[str, object], extra_files: Mapping[str, str | bytes]) -> None:
+    """Write ``extra_files`` by name and ``config.json``, flush them, and at last the directory."""
+    for name, content in extra_files.items():
         _write_file(directory / name, content)
     _write_file(directory / "config.json", json.dumps(config, indent=2) + "\n")
     _sync_directory(directory)
-    return Written(tuple(final.values()), sum(sizes))
 
 
 def publish(staging: Path, out: Path) -> None:

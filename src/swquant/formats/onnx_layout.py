@@ -1,0 +1,172 @@
+"""What the ONNX graph of a decoder needs to know of a model, from its ``config.json`` alone."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from swquant.errors import SwquantError
+from swquant.families import family_for
+
+MODEL = "model.onnx"
+DATA = "model.onnx.data"
+PROPERTY = "swquant"
+"""The key of the model's metadata under which the grid stands."""
+
+ACCURACY_LEVEL = 4
+"""``accuracy_level`` of ``MatMulNBits``: 4 admits inputs rounded to int8 block by block, 0 keeps float32.
+
+4 is the default because 2- and 8-bit kernels are 100 times slower and more without it, and 4-bit ones 3 times;
+docs/onnx.md has what it costs in perplexity.
+"""
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+"""Rotary embeddings whose angles depend on the position alone, not on the length of the text."""
+
+LONGEST_CONTEXT = 1 << 20
+HEAD_MULTIPLE = 16
+"""``GroupQueryAttention`` rotates heads whose width this divides."""
+
+
+@dataclass(frozen=True)
+class DecoderLayout:
+    """Sizes and switches of a decoder.
+
+    Attributes:
+        family: The family's name, also onnxruntime-genai's model type.
+        hidden: Width of the residual stream.
+        heads: Query heads.
+        key_value_heads: Key and value heads.
+        head_dim: Width of a head.
+        vocabulary: Number of tokens.
+        context: Positions.
+        epsilon: Of the norms.
+        windows: For each layer, how many positions up to its own a token sees; -1 if all.
+        rope: transformers' rotary embedding for it.
+        special: Token ids under ``bos_token_id``, ``eos_token_id`` and ``pad_token_id``, where given.
+    """
+
+    family: str
+    hidden: int
+    heads: int
+    key_value_heads: int
+    head_dim: int
+    vocabulary: int
+    context: int
+    epsilon: float
+    windows: tuple[int, ...]
+    rope: Any
+    special: Mapping[str, Any]
+
+    @property
+    def normalizes_queries(self) -> bool:
+        """Whether queries and keys pass through a norm for each head."""
+        return self.family == "qwen3"
+
+    def rotary_tables(self) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, ``float32 [context, head_dim / 2]``, as transformers computes them."""
+        positions = torch.arange(self.context).unsqueeze(0)
+        with torch.no_grad():
+            cos, sin = self.rope(torch.zeros(1), positions)
+        half = self.head_dim // 2
+        return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
+
+
+def decoder_layout(config: Mapping[str, Any]) -> DecoderLayout:
+    """The layout of the model that ``config.json`` describes.
+
+    Raises:
+        SwquantError: The family or one of its settings is not one that the graph covers.
+    """
+    family = family_for(config).name
+    if family not in FAMILIES:
+        raise SwquantError(
+            f"onnx has no graph for the family {family}, only for {', '.join(FAMILIES)}; choose another format"
+        )
+    try:
+        known: Any = type(AutoConfig.for_model(family)).from_dict(dict(config))
+        known.num_hidden_layers, layers = 1, int(known.num_hidden_layers)
+        head_dim = int(getattr(known, "head_dim", None) or known.hidden_size // known.num_attention_heads)
+        rope_type = known.rope_parameters["rope_type"]
+        _require_covered(known, head_dim, rope_type)
+        windows = _windows(family, known, layers)
+        with torch.device("meta"):
+            rotary: Any = AutoModelForCausalLM.from_config(known, trust_remote_code=False).model.rotary_emb
+        return DecoderLayout(
+            family=family,
+            hidden=int(known.hidden_size),
+            heads=int(known.num_attention_heads),
+            key_value_heads=int(getattr(known, "num_key_value_heads", None) or known.num_attention_heads),
+            head_dim=head_dim,
+            vocabulary=int(known.vocab_size),
+            context=int(known.max_position_embeddings),
+            epsilon=float(known.rms_norm_eps),
+            windows=windows,
+            rope=type(rotary)(known),
+            special={f"{name}_token_id": getattr(known, f"{name}_token_id", None) for name in ("bos", "eos", "pad")},
+        )
+    except SwquantError:
+        raise
+    except Exception as error:  # transformers raises whatever the file makes it run into
+        reason = " ".join(str(error).split())[:200]
+        raise SwquantError(f"config.json does not describe a {family} model: {reason}") from error
+
+
+def _require_covered(known: Any, head_dim: int, rope_type: object) -> None:
+    """Refuse settings that the graph does not compute."""
+    context = int(known.max_position_embeddings)
+    if known.hidden_act != "silu":
+        found = f"the activation {known.hidden_act!r}, expected 'silu'"
+    elif rope_type not in ROPE_TYPES:
+        found = f"rotary positions of the type {rope_type!r}, expected one of {', '.join(ROPE_TYPES)}"
+    elif known.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
+        found = "rotary positions on a part of each head, expected all of it"
+    elif head_dim % HEAD_MULTIPLE:
+        found = f"heads of {head_dim} channels, expected a multiple of {HEAD_MULTIPLE}"
+    elif not 0 < context <= LONGEST_CONTEXT:
+        found = f"a context of {context} tokens, expected at most {LONGEST_CONTEXT}"
+    else:
+        return
+    raise SwquantError(f"onnx has no graph for this model: it has {found}; choose another format")
+
+
+def _windows(family: str, known: Any, layers: int) -> tuple[int, ...]:
+    """The window of each layer; Mistral has one for all of them, newer families say for each."""
+    window = int(getattr(known, "sliding_window", None) or -1)
+    if family == "mistral":
+        return (window,) * layers
+    kinds = getattr(known, "layer_types", None) or ["full_attention"] * layers
+    if len(kinds) != layers or not set(kinds) <= {"full_attention", "sliding_attention"}:
+        raise SwquantError("config.json's layer_types are not full or sliding attention for each layer")
+    return tuple(window if kind == "sliding_attention" else -1 for kind in kinds)
+
+
+def require_onnx() -> None:
+    """Refuse to begin without the package that writes and reads the graph.
+
+    Raises:
+        SwquantError: It is not installed.
+    """
+    if importlib.util.find_spec("onnx") is None:
+        raise SwquantError('the format onnx needs the package onnx, which is missing: pip install "swquant[onnx]"')
+
+
+def onnx_types() -> dict[torch.dtype, int]:
+    """ONNX's number for each dtype that is stored."""
+    from onnx import TensorProto
+
+    return {
+        torch.float32: TensorProto.FLOAT,
+        torch.float16: TensorProto.FLOAT16,
+        torch.bfloat16: TensorProto.BFLOAT16,
+        torch.uint8: TensorProto.UINT8,
+        torch.int64: TensorProto.INT64,
+        torch.int32: TensorProto.INT32,
+    }
