@@ -124,12 +124,14 @@ def test_widths_that_fill_no_words_are_refused_by_name_before_the_run() -> None:
             check(rows, columns)
 
 
-def test_notes_are_about_version_2() -> None:
-    def check(symmetric: bool) -> tuple[str, ...]:
-        return Gptq().check(Outline(Path(), {}, QuantSpec(2, 64, symmetric), torch.bfloat16, {}, ()))
+def test_notes_are_about_version_2_and_rounding() -> None:
+    def check(spec: QuantSpec, dtype: torch.dtype) -> tuple[str, ...]:
+        return Gptq().check(Outline(Path(), {}, spec, dtype, {}, ()))
 
-    assert check(True) == ()
-    assert "gptq_v2" in check(False)[0]
+    assert check(QuantSpec(2, 64, True), torch.bfloat16) == ()
+    version, rounding = check(QuantSpec(2, 64, False), torch.bfloat16)
+    assert "gptq_v2" in version
+    assert "to bfloat16;" in rounding
 
 
 @pytest.mark.parametrize("suffix", ["qweight", "qzeros", "scales", "g_idx"])

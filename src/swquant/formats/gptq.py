@@ -16,8 +16,17 @@ from swquant.checkpoint.reader import open_checkpoint
 from swquant.checkpoint.writer import Written
 from swquant.errors import SwquantError
 from swquant.formats.base import require_fits, require_tensor
-from swquant.formats.gptq_layout import SUFFIXES, decode_weight, encode_weight, require_widths, shape_of, with_dtype
-from swquant.formats.reading import require_plain, spec_from
+from swquant.formats.gptq_layout import (
+    SUFFIXES,
+    decode_weight,
+    encode_weight,
+    require_widths,
+    rounding_notes,
+    shape_of,
+    spec_of,
+    with_dtype,
+)
+from swquant.formats.reading import require_plain
 from swquant.quant.qtensor import QTensor
 from swquant.quant.spec import QuantSpec
 
@@ -36,8 +45,7 @@ class Gptq:
     """The layout of AutoGPTQ and GPTQModel: version 1 where the grid is symmetric, version 2 where it is not.
 
     :func:`swquant.formats.gptq_layout.encode_weight` tells ``qweight``, ``qzeros`` and ``scales``. Beside them stands
-    ``name.g_idx``, ``int32 [in]``, the group of each input, here always ``i // g``. Version 1 stores each zero point
-    less one: a zero point of 0 borrows from its neighbour in the word. The middle of a symmetric grid never does.
+    ``name.g_idx``, ``int32 [in]``, the group of each input, here always ``i // g``.
     """
 
     name: ClassVar[str] = "gptq"
@@ -46,25 +54,27 @@ class Gptq:
         """Every grid fits."""
 
     def check(self, outline: Outline) -> tuple[str, ...]:
-        """The notes say what readers need."""
+        """The notes say which programs read it, and where readers round."""
         require_fits(self, outline)
         require_widths(self.name, outline)
+        notes = rounding_notes(outline)
         if outline.spec.symmetric:
-            return ()
-        return (
+            return notes
+        version = (
             "asymmetric: zero points are stored as in version 2 of the layout (gptq_v2), which GPTQModel reads, alone "
-            "or through transformers; programs that know version 1 alone, AutoGPTQ among them, add one to each",
+            "or through transformers; programs that know version 1 alone, AutoGPTQ among them, add one to each"
         )
+        return (version, *notes)
 
     def encode(self, name: str, q: QTensor, dtype: torch.dtype) -> dict[str, Tensor]:
         """Pack the codes; see the class for names and shapes."""
         inputs = q.codes.shape[1]
         group = torch.arange(inputs, dtype=torch.int32) // q.spec.group_width(inputs)
-        return {**encode_weight(name, q, _offset(q.spec)), f"{name}.g_idx": group}
+        return {**encode_weight(name, q), f"{name}.g_idx": group}
 
     def decode(self, name: str, tensors: Mapping[str, Tensor], spec: QuantSpec) -> QTensor:
         """The exact inverse of :meth:`encode`; ``g_idx`` may be missing, and may not reorder the inputs."""
-        q = decode_weight(name, tensors, spec, _offset(spec))
+        q = decode_weight(name, tensors, spec)
         if f"{name}.g_idx" in tensors:
             group = require_tensor(tensors, f"{name}.g_idx", torch.int32, 1)
             inputs = q.codes.shape[1]
@@ -101,23 +111,11 @@ class Gptq:
         if not isinstance(settings, dict) or settings.get("quant_method") != "gptq":
             return None
         require_plain(directory, settings, _PLAIN)
-        size = settings.get("group_size")
-        spec = spec_from(directory, settings.get("bits"), None if size == -1 else size, settings.get("sym"))
         version = settings.get("checkpoint_format", settings.get("format", "gptq"))
-        if version != _VERSIONS[spec.symmetric]:
-            kind = "a symmetric" if spec.symmetric else "an asymmetric"
-            raise SwquantError(
-                f"{directory} is {kind} model with checkpoint_format {version!r:.40}, expected "
-                f"{_VERSIONS[spec.symmetric]!r}; quantize the model again"
-            )
+        spec = spec_of(directory, settings, "checkpoint_format", version, _VERSIONS)
         checkpoint = open_checkpoint(directory, quantized=True)
         return read_codes(checkpoint, spec, (*SUFFIXES, "g_idx"), shape_of, self.decode)
 
     def loading(self, spec: QuantSpec) -> str:
         """Through transformers."""
         return _LOAD
-
-
-def _offset(spec: QuantSpec) -> int:
-    """What a reader adds to a stored zero point."""
-    return 1 if spec.symmetric else 0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,8 +13,8 @@ from torch import Tensor
 from swquant.checkpoint.quantized import Outline, QuantizedModel, model_dtype
 from swquant.checkpoint.reader import Checkpoint
 from swquant.errors import SwquantError
-from swquant.formats.base import cast_exactly, dtype_name, require_tensor
-from swquant.formats.reading import require_shape
+from swquant.formats.base import cast_exactly, dtype_name, require_tensor, weights_are_exact
+from swquant.formats.reading import require_shape, spec_from
 from swquant.quant.bits import pack, packed_words, unpack
 from swquant.quant.qtensor import QTensor
 from swquant.quant.spec import QuantSpec
@@ -36,6 +38,44 @@ def require_widths(form: str, outline: Outline) -> None:
             )
 
 
+def spec_of(
+    directory: Path, settings: Mapping[str, Any], field: str, version: object, versions: Mapping[bool, str]
+) -> QuantSpec:
+    """The grid that ``bits``, ``group_size`` and ``sym`` tell.
+
+    Args:
+        directory: Where the file is, for the message.
+        settings: What ``config.json`` says of the quantization.
+        field: The setting that names the layout, for the message.
+        version: Its value.
+        versions: The value that belongs to a symmetric grid and to an asymmetric one.
+
+    Raises:
+        SwquantError: If there is no such grid, or its zero points are stored in the other version's way.
+    """
+    size = settings.get("group_size")
+    spec = spec_from(directory, settings.get("bits"), None if size == -1 else size, settings.get("sym"))
+    if version != versions[spec.symmetric]:
+        kind = "symmetric" if spec.symmetric else "asymmetric"
+        raise SwquantError(
+            f"{directory} is {kind} with {field} {version!r:.40}, which swquant does not read, "
+            f"expected {versions[spec.symmetric]!r}"
+        )
+    return spec
+
+
+def rounding_notes(outline: Outline) -> tuple[str, ...]:
+    """Whether readers round: they multiply in float16 and give the product in the model's dtype."""
+    passed = dict.fromkeys((torch.float16, outline.dtype))
+    rounding = [dtype_name(dtype) for dtype in passed if not weights_are_exact(outline.spec, dtype)]
+    if not rounding:
+        return ()
+    return (
+        f"readers round each weight (code - zero) * scale to {' and then '.join(rounding)}; "
+        "the report's numbers are of the unrounded weights and differ from theirs in the fourth digit or so",
+    )
+
+
 def with_dtype(model: QuantizedModel) -> QuantizedModel:
     """``model`` with its dtype in the configuration: scales are float16 in any case, so tensors do not tell it."""
     outline = model.outline
@@ -44,19 +84,21 @@ def with_dtype(model: QuantizedModel) -> QuantizedModel:
     return replace(model, outline=replace(outline, config={**outline.config, "dtype": dtype_name(outline.dtype)}))
 
 
-def encode_weight(name: str, q: QTensor, offset: int) -> dict[str, Tensor]:
+def encode_weight(name: str, q: QTensor) -> dict[str, Tensor]:
     """Pack a weight ``[out, in]`` of ``bits`` bits in groups of ``g``.
 
     ::
 
         name.qweight  int32 [in * bits / 32, out]            codes, dense along the input, low bits first
-        name.qzeros   int32 [in / g, ceil(out * bits / 32)]  zero points less ``offset``, dense along the output
+        name.qzeros   int32 [in / g, ceil(out * bits / 32)]  zero points, dense along the output
         name.scales   float16 [in / g, out]                  of either sign
+
+    A symmetric grid's zero points are stored less one, as in version 1 of the layout, and an asymmetric one's as they
+    are, as in version 2: less one, a zero point of 0 would borrow from its neighbour in the word.
 
     Args:
         name: The module's name.
-        q: Codes and grid; no zero point is below ``offset``.
-        offset: What readers add to a stored zero point: 1 in version 1 of the layout, 0 in version 2.
+        q: Codes and grid.
 
     Raises:
         SwquantError: If the inputs are no multiple of 32, or a scale is beyond float16.
@@ -66,12 +108,12 @@ def encode_weight(name: str, q: QTensor, offset: int) -> dict[str, Tensor]:
         raise SwquantError(f"{name} has {inputs} inputs, expected a multiple of {FEATURES}")
     return {
         f"{name}.qweight": pack(q.codes, q.spec.bits).T.contiguous(),
-        f"{name}.qzeros": pack((q.zero - offset).T, q.spec.bits),
+        f"{name}.qzeros": pack((q.zero - _offset(q.spec)).T, q.spec.bits),
         f"{name}.scales": cast_exactly(f"{name}.scales", q.scale, torch.float16).T.contiguous(),
     }
 
 
-def decode_weight(name: str, tensors: Mapping[str, Tensor], spec: QuantSpec, offset: int) -> QTensor:
+def decode_weight(name: str, tensors: Mapping[str, Tensor], spec: QuantSpec) -> QTensor:
     """The exact inverse of :func:`encode_weight`.
 
     Raises:
@@ -85,7 +127,7 @@ def decode_weight(name: str, tensors: Mapping[str, Tensor], spec: QuantSpec, off
     require_shape(f"{name}.scales", scales, (groups, outputs))
     qzeros = require_tensor(tensors, f"{name}.qzeros", torch.int32, 2)
     require_shape(f"{name}.qzeros", qzeros, (groups, packed_words(outputs, spec.bits)))
-    zero = unpack(qzeros, spec.bits, outputs).T.contiguous() + offset
+    zero = unpack(qzeros, spec.bits, outputs).T.contiguous() + _offset(spec)
     if spec.symmetric and not bool((zero == spec.mid_code).all()):
         raise SwquantError(
             f"{name}.qzeros holds zero points other than {spec.mid_code}, the middle of {spec.bits} bits, "
@@ -116,3 +158,8 @@ def _inputs(name: str, words: int, spec: QuantSpec) -> int:
             f"of {spec.group_size or FEATURES}; download the file again"
         )
     return inputs
+
+
+def _offset(spec: QuantSpec) -> int:
+    """What readers add to a stored zero point."""
+    return 1 if spec.symmetric else 0

@@ -1,0 +1,109 @@
+"""AutoRound: the layout of the auto-round package, which transformers loads with it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from swquant.checkpoint.quantized import QUANTIZATION_CONFIG, Outline, QuantizedModel, read_codes, write_codes
+from swquant.checkpoint.reader import open_checkpoint
+from swquant.checkpoint.writer import Written
+from swquant.families import family_for
+from swquant.formats.base import require_fits
+from swquant.formats.gptq_layout import (
+    SUFFIXES,
+    decode_weight,
+    encode_weight,
+    require_widths,
+    rounding_notes,
+    shape_of,
+    spec_of,
+    with_dtype,
+)
+from swquant.formats.reading import require_plain
+from swquant.quant.qtensor import QTensor
+from swquant.quant.spec import QuantSpec
+
+SETTINGS = "quantization_config.json"
+
+_LOAD = """\
+from transformers import AutoModelForCausalLM  # needs auto-round
+model = AutoModelForCausalLM.from_pretrained(path)"""
+
+_PACKINGS = {True: "auto_round:auto_gptq", False: "auto_round"}
+"""The packing by symmetry, as the package itself writes it: the first stores zero points less one."""
+
+_PLAIN = {"data_type": "int", "extra_config": {}, "act_bits": 16, "rotation_config": {}, "spinquant_config": {}}
+
+
+class AutoRound:
+    """The integer layout of the auto-round package, equal to GPTQ's but for ``g_idx``, which it lacks.
+
+    :func:`swquant.formats.gptq_layout.encode_weight` tells the tensors. A symmetric model is packed as
+    ``auto_round:auto_gptq``, zero points less one; an asymmetric one as ``auto_round``, zero points as they are.
+    """
+
+    name: ClassVar[str] = "auto_round"
+
+    def refusal(self, spec: QuantSpec) -> None:
+        """Every grid fits."""
+
+    def check(self, outline: Outline) -> tuple[str, ...]:
+        """The notes say which programs read it, and where readers round."""
+        require_fits(self, outline)
+        require_widths(self.name, outline)
+        notes = rounding_notes(outline)
+        if outline.spec.symmetric:
+            return notes
+        packing = (
+            "asymmetric: zero points are stored as they are (packing_format auto_round), as the auto-round package "
+            "does; programs that know auto_round:auto_gptq alone refuse it"
+        )
+        return (packing, *notes)
+
+    def encode(self, name: str, q: QTensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Pack the codes; see the class for names and shapes."""
+        return encode_weight(name, q)
+
+    def decode(self, name: str, tensors: Mapping[str, Tensor], spec: QuantSpec) -> QTensor:
+        """The exact inverse of :meth:`encode`."""
+        return decode_weight(name, tensors, spec)
+
+    def config(self, spec: QuantSpec, blocks: str) -> dict[str, object]:
+        """``quantization_config``, for the linears below the module ``blocks``."""
+        return {
+            "quant_method": "auto-round",
+            "packing_format": _PACKINGS[spec.symmetric],
+            "bits": spec.bits,
+            "group_size": -1 if spec.group_size is None else spec.group_size,
+            "sym": spec.symmetric,
+            "data_type": "int",
+            "block_name_to_quantize": blocks,
+        }
+
+    def write(self, directory: Path, model: QuantizedModel) -> Written:
+        """A safetensors checkpoint with ``quantization_config``, and a file of that name that repeats it."""
+        settings = self.config(model.outline.spec, family_for(model.outline.config).blocks)
+        files = {**model.extra_files, SETTINGS: json.dumps(settings, indent=2) + "\n"}
+        whole = replace(with_dtype(model), extra_files=files)
+        return write_codes(directory, whole, self.encode, {QUANTIZATION_CONFIG: settings})
+
+    def read(self, directory: Path, config: Mapping[str, Any]) -> QuantizedModel | None:
+        """The model, if ``config`` says auto-round with one of our grids for all linears of the blocks."""
+        settings = config.get(QUANTIZATION_CONFIG)
+        if not isinstance(settings, dict) or settings.get("quant_method") != "auto-round":
+            return None
+        require_plain(directory, settings, _PLAIN)
+        spec = spec_of(directory, settings, "packing_format", settings.get("packing_format"), _PACKINGS)
+        checkpoint = open_checkpoint(directory, quantized=True)
+        return read_codes(checkpoint, spec, SUFFIXES, shape_of, self.decode)
+
+    def loading(self, spec: QuantSpec) -> str:
+        """Through transformers."""
+        return _LOAD

@@ -1,0 +1,183 @@
+"""MLX: affine groups as mlx-lm loads them on Apple machines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from swquant.checkpoint.quantized import QUANTIZATION_CONFIG, Outline, QuantizedModel, read_codes, write_codes
+from swquant.checkpoint.reader import Checkpoint, open_checkpoint
+from swquant.checkpoint.writer import Written
+from swquant.errors import SwquantError
+from swquant.families import family_for
+from swquant.formats.base import cast_exactly, dtype_name, require_fits, require_tensor, weights_are_exact
+from swquant.formats.reading import require_shape, spec_from
+from swquant.quant.bits import pack, packed_words, unpack
+from swquant.quant.qtensor import QTensor
+from swquant.quant.spec import QuantSpec
+
+QUANTIZATION = "quantization"
+
+_LOAD = """\
+from mlx_lm import load
+model, tokenizer = load(str(path))"""
+
+_SUFFIXES = ("scales", "biases", "weight")
+_SETTINGS = {"group_size", "bits", "mode", "symmetric"}
+_UNKNOWN = ("opt",)
+"""Values of ``model_type`` that mlx-lm 0.32 has no model for."""
+
+
+class Mlx:
+    """MLX's affine quantization, whose value is ``scale * code + bias``.
+
+    For a weight ``[out, in]`` of ``bits`` bits in groups of ``g``::
+
+        name.weight  uint32 [out, in * bits / 32]  codes, dense along the input, low bits first
+        name.scales  dtype [out, in / g]           in the model's dtype, of either sign
+        name.biases  dtype [out, in / g]           -scale * zero, rounded to the model's dtype
+
+    The rounding is none on symmetric grids, whose zero point is a power of two. On asymmetric ones it is none in
+    float32 and, up to 3 bits, in float16; otherwise it shifts the group by at most ``zero * scale`` times half of the
+    dtype's epsilon. Where that may be half a step, 8 bits in bfloat16, the zero point is lost and the model refused.
+    """
+
+    name: ClassVar[str] = "mlx"
+
+    def refusal(self, spec: QuantSpec) -> str | None:
+        """One scale per output channel."""
+        return "MLX has groups of 32, 64 and 128 alone, so give --group-size" if spec.group_size is None else None
+
+    def check(self, outline: Outline) -> tuple[str, ...]:
+        """The notes say what is rounded, and which families mlx-lm does not have."""
+        require_fits(self, outline)
+        _require_digits(outline.spec, outline.dtype)
+        notes: list[str] = []
+        if outline.config.get("model_type") in _UNKNOWN:
+            notes.append(
+                f"mlx-lm has no models of type {outline.config['model_type']}, so it does not load this output"
+            )
+        if not weights_are_exact(outline.spec, outline.dtype):
+            stored = dtype_name(outline.dtype)
+            if outline.spec.symmetric:
+                notes.append(f"MLX rounds each weight to {stored}; the report's numbers are of the unrounded weights")
+            else:
+                notes.append(
+                    f"MLX stores -zero * scale of each group in {stored}, which shifts the group by up to "
+                    f"{_shift(outline.spec, outline.dtype):.2g} of a step; the report's numbers are of the unshifted "
+                    "weights"
+                )
+        return tuple(notes)
+
+    def encode(self, name: str, q: QTensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Pack the codes; see the class for names and shapes."""
+        _require_digits(q.spec, dtype)
+        biases = -(q.scale * q.zero).to(dtype)
+        if not bool(biases.isfinite().all()):
+            raise SwquantError(
+                f"{name}.biases exceeds the range of {dtype_name(dtype)}; convert the model to bfloat16 first"
+            )
+        return {
+            f"{name}.weight": pack(q.codes, q.spec.bits).view(torch.uint32),
+            f"{name}.scales": cast_exactly(f"{name}.scales", q.scale, dtype),
+            f"{name}.biases": biases,
+        }
+
+    def decode(self, name: str, tensors: Mapping[str, Tensor], spec: QuantSpec) -> QTensor:
+        """The exact inverse of :meth:`encode`."""
+        weight = require_tensor(tensors, f"{name}.weight", torch.uint32, 2)
+        scales = require_tensor(tensors, f"{name}.scales", None, 2)
+        biases = require_tensor(tensors, f"{name}.biases", scales.dtype, 2)
+        outputs, groups = scales.shape
+        inputs = groups * _group_size(spec)
+        require_shape(f"{name}.weight", weight, (outputs, packed_words(inputs, spec.bits)))
+        require_shape(f"{name}.biases", biases, (outputs, groups))
+        scale = scales.to(torch.float32)
+        codes = unpack(weight.view(torch.int32), spec.bits, inputs)
+        return QTensor(codes, scale, _zero_points(name, scale, biases, spec), spec)
+
+    def config(self, spec: QuantSpec) -> dict[str, object]:
+        """``quantization``; ``symmetric`` is ours, and MLX passes over it."""
+        return {"group_size": spec.group_size, "bits": spec.bits, "mode": "affine", "symmetric": spec.symmetric}
+
+    def write(self, directory: Path, model: QuantizedModel) -> Written:
+        """A safetensors checkpoint with ``quantization``, and ``quantization_config`` that repeats it."""
+        settings = self.config(model.outline.spec)
+        return write_codes(directory, model, self.encode, {QUANTIZATION: settings, QUANTIZATION_CONFIG: settings})
+
+    def read(self, directory: Path, config: Mapping[str, Any]) -> QuantizedModel | None:
+        """The model, if ``config`` says one affine quantization for all."""
+        settings = config.get(QUANTIZATION)
+        if not isinstance(settings, dict) or "group_size" not in settings:
+            return None
+        for name in sorted(settings.keys() - _SETTINGS):
+            raise SwquantError(
+                f"{directory} has quantization settings of its own for {name!r:.80}, which swquant does not read"
+            )
+        mode = settings.get("mode", "affine")
+        if mode != "affine" or settings["group_size"] is None:
+            raise SwquantError(
+                f"{directory} is quantized in the mode {mode!r:.40} with the group size "
+                f"{settings['group_size']!r:.40}, expected 'affine' and a number"
+            )
+        spec = spec_from(directory, settings.get("bits"), settings["group_size"], settings.get("symmetric", False))
+        model = read_codes(open_checkpoint(directory, quantized=True), spec, _SUFFIXES, _shape_of, self.decode)
+        family = family_for(model.outline.config)
+        for name in sorted({family.embedding, family.head} & model.outline.linears.keys()):
+            raise SwquantError(f"{directory} has {name} quantized, which swquant does not read, expected blocks alone")
+        return model
+
+    def loading(self, spec: QuantSpec) -> str:
+        """Through mlx-lm."""
+        return _LOAD
+
+
+def _shift(spec: QuantSpec, dtype: torch.dtype) -> float:
+    """The most that rounding ``-zero * scale`` to ``dtype`` can come to, in units of the scale."""
+    return 0.0 if spec.symmetric or weights_are_exact(spec, dtype) else spec.max_code * torch.finfo(dtype).eps / 2
+
+
+def _require_digits(spec: QuantSpec, dtype: torch.dtype) -> None:
+    """Refuse a dtype in which the biases do not tell the zero points.
+
+    Raises:
+        SwquantError: With what to do.
+    """
+    if _shift(spec, dtype) >= 0.5:
+        raise SwquantError(
+            f"mlx cannot hold asymmetric {spec.label} in {dtype_name(dtype)}: -zero * scale, rounded, is off by up to "
+            f"{_shift(spec, dtype):.2g} of a step; choose --symmetric, or convert the model to float16 first"
+        )
+
+
+def _zero_points(name: str, scale: Tensor, biases: Tensor, spec: QuantSpec) -> Tensor:
+    """``-biases / scale``, which rounding has moved by less than a half, as ``uint8``."""
+    if not bool((scale != 0 if spec.symmetric else scale > 0).all()):
+        kind = "zero" if spec.symmetric else "zero or negative"
+        raise SwquantError(f"{name}.scales holds {kind} values, expected none; quantize the model again")
+    zero = (-biases.to(torch.float32) / scale).round()
+    inside = (zero >= 0) & (zero <= spec.max_code) if not spec.symmetric else zero == spec.mid_code
+    if not bool((inside & (-(scale * zero).to(biases.dtype) == biases)).all()):
+        expected = str(spec.mid_code) if spec.symmetric else f"an integer from 0 to {spec.max_code}"
+        raise SwquantError(
+            f"{name}.biases are not -zero * scale with a zero point of {expected}, which swquant expects; "
+            "quantize the model again"
+        )
+    return zero.to(torch.uint8)
+
+
+def _group_size(spec: QuantSpec) -> int:
+    if spec.group_size is None:
+        raise SwquantError("MLX has no grid with one scale per output channel; expected a group size")
+    return spec.group_size
+
+
+def _shape_of(name: str, checkpoint: Checkpoint, spec: QuantSpec) -> tuple[int, int]:
+    shape = checkpoint.tensors[f"{name}.scales"].shape
+    if len(shape) != 2:
+        raise SwquantError(f"{name}.scales has the shape {list(shape)}, expected 2 dimensions")
+    return shape[0], shape[1] * _group_size(spec)
