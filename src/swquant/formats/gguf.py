@@ -1,0 +1,112 @@
+"""GGUF: one file that llama.cpp and what is built on it load, codes as they were trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from swquant.checkpoint.quantized import Outline, QuantizedModel
+from swquant.checkpoint.writer import Written
+from swquant.errors import SwquantError
+from swquant.formats.base import require_fits, require_tensor
+from swquant.formats.gguf_blocks import block_type
+from swquant.formats.gguf_model import describe_model
+from swquant.formats.gguf_reader import read_gguf
+from swquant.formats.gguf_tokenizer import read_vocabulary
+from swquant.formats.gguf_writer import FILE, import_gguf, write_gguf
+from swquant.quant.ktensor import KTensor
+from swquant.quant.qtensor import QTensor
+from swquant.quant.spec import QuantSpec
+
+_LOAD = """\
+from llama_cpp import Llama  # the package llama-cpp-python
+model = Llama(model_path=f"{path}/model.gguf")"""
+
+
+class Gguf:
+    """``model.gguf`` for llama.cpp, with ``config.json`` and the tokenizer's files beside it.
+
+    The grid decides the type of blocks, :mod:`swquant.formats.gguf_blocks` tells their bytes::
+
+        2 bits, symmetric, groups of 64 or 128     Q2_0
+        4 bits, symmetric or not                   Q4_0, Q4_1
+        8 bits, symmetric                          Q8_0
+        the K grids                                Q2_K, Q3_K, Q4_K
+
+    A group of several blocks, or a channel, repeats its scale in each. ``encode`` gives ``name.weight``,
+    ``uint8 [out, bytes]``; in the file, rows of a LLaMA's query and key projections change places.
+    """
+
+    name: ClassVar[str] = "gguf"
+
+    def refusal(self, spec: QuantSpec) -> str | None:
+        """llama.cpp has no blocks for some grids."""
+        if block_type(spec) is not None:
+            return None
+        if (spec.bits, spec.symmetric) == (2, True):
+            return "llama.cpp's Q2_0 has a scale for 64 weights; choose groups of 64 or 128"
+        symmetry = "symmetric" if spec.symmetric else "asymmetric"
+        return (
+            f"llama.cpp has no {symmetry} blocks of {spec.bits} bits with a scale of their own; "
+            "choose 2 bits symmetric, 4 bits, 8 bits symmetric, or a K grid"
+        )
+
+    def check(self, outline: Outline) -> tuple[str, ...]:
+        """The model and its tokenizer must be known to llama.cpp; the notes say where it computes something else."""
+        require_fits(self, outline)
+        import_gguf()
+        kind = block_type(outline.spec)
+        assert kind is not None
+        for name, (_, columns) in outline.linears.items():
+            kind.require_divides(name, columns)
+        model = describe_model(outline.config)
+        notes = [*model.notes, *read_vocabulary(outline.directory, model.settings).notes]
+        if kind.name == "Q2_0":
+            notes.append(
+                "Q2_0 came to llama.cpp in summer 2026: older releases, and programs that contain one, refuse it"
+            )
+        if kind.name == "Q4_1":
+            notes.append(
+                "llama.cpp's Q4_1 keeps scale times zero point in 11 bits: weights move by up to 2**-11 of that"
+            )
+        return tuple(notes)
+
+    def encode(self, name: str, q: QTensor | KTensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The weight's blocks, row by row; scales are half floats whatever the model's dtype."""
+        return {f"{name}.weight": _pack(name, q)}
+
+    def decode(self, name: str, tensors: Mapping[str, Tensor], spec: QuantSpec) -> QTensor | KTensor:
+        """The exact inverse of :meth:`encode`."""
+        kind = block_type(spec)
+        if kind is None:
+            raise SwquantError(f"{self.name} cannot hold {spec.label}: {self.refusal(spec)}")
+        packed = require_tensor(tensors, f"{name}.weight", torch.uint8, 2)
+        if packed.shape[1] == 0 or packed.shape[1] % kind.nbytes:
+            raise SwquantError(f"{name}.weight has rows of {packed.shape[1]} bytes, expected blocks of {kind.nbytes}")
+        columns = packed.shape[1] // kind.nbytes * kind.weights
+        spec.require_divides(name, columns)
+        return kind.unpack(name, packed, spec, columns)
+
+    def write(self, directory: Path, model: QuantizedModel) -> Written:
+        """``model.gguf``, ``config.json`` without quantization, the tokenizer's files."""
+        return write_gguf(directory, model, _pack)
+
+    def read(self, directory: Path, config: Mapping[str, Any]) -> QuantizedModel | None:
+        """The model of a ``model.gguf`` that :meth:`write` has written."""
+        return read_gguf(directory, config, self.decode) if (directory / FILE).is_file() else None
+
+    def loading(self, spec: QuantSpec) -> str:
+        """llama-cpp-python's class."""
+        return _LOAD
+
+
+def _pack(name: str, q: QTensor | KTensor) -> Tensor:
+    kind = block_type(q.spec)
+    if kind is None:
+        raise SwquantError(f"gguf cannot hold {q.spec.label}: {Gguf().refusal(q.spec)}")
+    kind.require_divides(name, q.codes.shape[1])
+    return kind.pack(name, q)

@@ -1,0 +1,224 @@
+"""A model in llama.cpp's terms: its architecture, the names of its tensors, the order of their rows, its settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig
+
+from swquant.errors import SwquantError
+from swquant.families import Family, family_for
+from swquant.families.base import NormLinears
+from swquant.quant.ktensor import KTensor
+from swquant.quant.qtensor import QTensor
+
+_ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+"""llama.cpp's architectures by family."""
+
+_HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
+ROPE_FREQS = "rope_freqs.weight"
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary positions in llama.cpp's terms.
+
+    Attributes:
+        base: The base of the frequencies.
+        scaling: ``linear`` or ``yarn``; ``None`` if frequencies are not scaled, or each by a factor of its own.
+        factor: Of ``linear`` and ``yarn``.
+        original: Of ``yarn``: tokens before scaling.
+        attention: Of ``yarn``: factor on what llama.cpp computes for attention, ``1 + 0.1 ln(factor)``.
+        fast: Of ``yarn``: rotations beyond which a frequency stays.
+        slow: Of ``yarn``: rotations below which a frequency is scaled.
+        divisors: ``float32 [head_dim / 2]``, a divisor for each frequency; ``None`` if there are none.
+    """
+
+    base: float
+    scaling: str | None = None
+    factor: float = 1.0
+    original: int = 0
+    attention: float = 1.0
+    fast: float = 32.0
+    slow: float = 1.0
+    divisors: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Model:
+    """What llama.cpp has to know of a model beside its tensors and its tokenizer.
+
+    Attributes:
+        architecture: llama.cpp's name of it.
+        family: Ours.
+        settings: ``config.json`` with every default filled in.
+        head_dim: Width of an attention head.
+        rope: Its rotary positions.
+        notes: Where llama.cpp computes something else.
+    """
+
+    architecture: str
+    family: Family
+    settings: Mapping[str, Any]
+    head_dim: int
+    rope: Rope
+    notes: tuple[str, ...]
+
+    @property
+    def blocks(self) -> int:
+        """Number of decoder blocks."""
+        return int(self.settings["num_hidden_layers"])
+
+    def modules(self) -> list[str]:
+        """Every module that may have tensors."""
+        norms = [pair.norm for pair in self.family.equivalences if isinstance(pair, NormLinears)]
+        inside = [*norms, *_HEAD_NORMS, *self.family.linears]
+        blocks = [f"{self.family.blocks}.{index}.{name}" for index in range(self.blocks) for name in inside]
+        return [self.family.embedding, *self.family.tail, self.family.head, *blocks]
+
+    def row_order(self, name: str) -> Tensor | None:
+        """Which row of a tensor each row of the file's is, ``int64 [out]``; ``None`` if they are in order.
+
+        Rotary positions of llama.cpp's ``llama`` turn neighbours, those of transformers a head's two halves: rows of
+        the query and the key projection take turns, ``0, d/2, 1, d/2 + 1, ...`` in each head of ``d``.
+        """
+        heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
+        module = name.rsplit(".", 2)[-2] if name.count(".") >= 2 else ""
+        if self.architecture != "llama" or module not in heads:
+            return None
+        count = int(self.settings[heads[module]])
+        rows = torch.arange(count * self.head_dim)
+        return rows.view(count, 2, self.head_dim // 2).transpose(1, 2).reshape(-1)
+
+
+def describe_model(config: Mapping[str, Any]) -> Model:
+    """What llama.cpp has to know of a model.
+
+    Args:
+        config: The content of ``config.json``.
+
+    Raises:
+        SwquantError: llama.cpp has no such model.
+    """
+    family = family_for(config)
+    if family.name not in _ARCHITECTURES:
+        raise SwquantError(
+            f"llama.cpp has no architecture for the family {family.name}, expected one of "
+            f"{', '.join(_ARCHITECTURES)}: choose another format"
+        )
+    settings = _with_defaults(config)
+    hidden, heads = int(settings["hidden_size"]), int(settings["num_attention_heads"])
+    head_dim = int(settings.get("head_dim") or hidden // heads)
+    architecture = _ARCHITECTURES[family.name]
+    if settings.get("hidden_act") != "silu":
+        raise _unknown("hidden_act", settings.get("hidden_act"), "silu")
+    if architecture == "qwen2" and heads * head_dim != hidden:
+        raise _unknown("head_dim", head_dim, f"{hidden // heads} in a Qwen2")
+    if architecture == "qwen3" and settings.get("attention_bias"):
+        raise _unknown("attention_bias", True, "false in a Qwen3")
+    rope = _rope(settings, head_dim, architecture)
+    return Model(architecture, family, settings, head_dim, rope, _notes(settings))
+
+
+def reorder(weight: QTensor | KTensor, order: Tensor | None) -> QTensor | KTensor:
+    """The rows ``order`` of all tensors of a quantized weight."""
+    if order is None:
+        return weight
+    rows = {name: value[order] for name, value in vars(weight).items() if isinstance(value, Tensor)}
+    return dataclasses.replace(weight, **rows)
+
+
+def _with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        settings = AutoConfig.for_model(**config).to_dict()
+    except Exception as error:  # transformers checks settings in as many ways as there are settings
+        raise SwquantError(f"config.json is not accepted by transformers: {error!s:.200}") from error
+    if settings.get("num_key_value_heads") is None:
+        settings["num_key_value_heads"] = settings["num_attention_heads"]
+    return settings
+
+
+def _notes(settings: Mapping[str, Any]) -> tuple[str, ...]:
+    window, limit = settings.get("sliding_window"), int(settings["max_position_embeddings"])
+    if window is None or window >= limit or settings.get("use_sliding_window") is False:
+        return ()
+    return (
+        f"llama.cpp attends to the whole context where this model sees its last {window} tokens: "
+        f"give it no more than {window}",
+    )
+
+
+def _rope(settings: Mapping[str, Any], head_dim: int, architecture: str) -> Rope:
+    """Read ``rope_parameters``, in whichever of transformers' forms."""
+    given: Any = settings.get("rope_parameters") or {}
+    if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
+        raise _unknown("rope_parameters", given, "one set of parameters for all layers")
+    if float(given.get("partial_rotary_factor") or 1) != 1:
+        raise _unknown("partial_rotary_factor", given["partial_rotary_factor"], 1)
+    base = float(given.get("rope_theta") or settings.get("rope_theta") or 10000.0)
+    kind = given.get("rope_type") or given.get("type") or "default"
+    if kind == "default":
+        return Rope(base)
+    if kind == "linear":
+        return Rope(base, "linear", _number(given, "factor"))
+    if kind == "yarn":
+        return _yarn(given, base)
+    if kind == "llama3" and architecture == "llama":
+        return Rope(base, divisors=_llama3(given, base, head_dim))
+    expected = "default, linear, yarn" + (" or llama3" if architecture == "llama" else f" in a {architecture}")
+    raise _unknown("rope_type", kind, expected)
+
+
+def _yarn(given: Mapping[str, Any], base: float) -> Rope:
+    for name in ("mscale", "mscale_all_dim"):
+        if given.get(name):
+            raise _unknown(f"rope_parameters.{name}", given[name], "none")
+    if given.get("truncate") is False:
+        raise _unknown("rope_parameters.truncate", False, "true")
+    factor = _number(given, "factor")
+    usual = 1 + 0.1 * math.log(factor) if factor > 1 else 1.0
+    attention = given.get("attention_factor")
+    return Rope(
+        base,
+        "yarn",
+        factor,
+        int(_number(given, "original_max_position_embeddings")),
+        1.0 if attention is None else float(attention) / usual,
+        float(given.get("beta_fast") or 32),
+        float(given.get("beta_slow") or 1),
+    )
+
+
+def _llama3(given: Mapping[str, Any], base: float, head_dim: int) -> Tensor:
+    """Divisors of the frequencies ``f = base**(-2i/d)``: 1 for short waves, ``factor`` for long ones, and between.
+
+    With ``r = original / wavelength = original f / 2 pi`` and ``t = clamp((r - low) / (high - low), 0, 1)``
+    transformers takes ``f ((1 - t) / factor + t)``.
+    """
+    factor, original = _number(given, "factor"), _number(given, "original_max_position_embeddings")
+    low, high = _number(given, "low_freq_factor"), _number(given, "high_freq_factor")
+    if not high > low:
+        raise _unknown("rope_parameters.high_freq_factor", high, f"more than low_freq_factor, {low}")
+    frequencies = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    blend = ((original * frequencies / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+    return (1 / ((1 - blend) / factor + blend)).to(torch.float32)
+
+
+def _number(given: Mapping[str, Any], name: str) -> float:
+    value = given.get(name)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise _unknown(f"rope_parameters.{name}", value, "a positive number")
+    return float(value)
+
+
+def _unknown(name: str, value: object, expected: object) -> SwquantError:
+    return SwquantError(
+        f"config.json sets {name} to {value!r:.80}, which llama.cpp does not compute, expected {expected}: "
+        "choose another format"
+    )

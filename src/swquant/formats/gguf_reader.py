@@ -1,0 +1,114 @@
+"""Models that swquant has written as GGUF, read back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swquant.checkpoint.quantized import Outline, Part, QuantizedModel, model_dtype
+from swquant.checkpoint.reader import Checkpoint
+from swquant.errors import SwquantError
+from swquant.formats.gguf_blocks import block_type
+from swquant.formats.gguf_file import PLAIN_TYPES, Header, open_gguf
+from swquant.formats.gguf_model import ROPE_FREQS, Model, describe_model, reorder
+from swquant.formats.gguf_writer import FILE, tensor_names
+from swquant.formats.reading import spec_from
+from swquant.quant.kgrids import UNIFORM
+from swquant.quant.ktensor import KTensor
+from swquant.quant.qtensor import QTensor
+from swquant.quant.spec import QuantSpec
+
+Decode = Callable[[str, Mapping[str, Tensor], QuantSpec], QTensor | KTensor]
+
+
+def read_gguf(directory: Path, config: Mapping[str, Any], decode: Decode) -> QuantizedModel:
+    """The model in ``directory``; tensors are read when ``parts`` comes to them.
+
+    Args:
+        directory: With ``model.gguf``.
+        config: The content of ``config.json``.
+        decode: From a weight's name, its blocks and the grid to the weight.
+
+    Raises:
+        SwquantError: The file is damaged, was written by other software, or belongs to another model.
+    """
+    file = open_gguf(directory / FILE)
+    spec = _spec(file, directory)
+    model = describe_model(config)
+    if model.blocks > len(file.tensors):
+        raise SwquantError(f"{file.path} has no tensors for the {model.blocks} blocks of config.json; write it again")
+    names = _our_names(file, model)
+    linears = _linears(file, names, spec)
+    dtype = model_dtype(config) or _dtype(file)
+
+    def parts() -> Iterator[Part]:
+        for name, full in names.items():
+            order = model.row_order(full)
+            inverse = None if order is None else order.argsort()
+            module, value = full.removesuffix(".weight"), file.read(name)
+            if inverse is not None and len(inverse) != len(value):
+                raise SwquantError(f"{full} in {file.path} has {len(value)} rows, config.json says {len(inverse)}")
+            if module in linears:
+                yield {full: reorder(decode(module, {full: value}, spec), inverse)}
+            else:
+                yield {full: _narrowed(value if inverse is None else value[inverse], dtype)}
+
+    outline = Outline(directory, dict(config), spec, dtype, linears, (model.family.head,))
+    return QuantizedModel(outline, parts, Checkpoint(directory, config, {}).sidecars())
+
+
+def _spec(file: Header, directory: Path) -> QuantSpec:
+    fields = file.fields
+    if "swquant.grid" not in fields:
+        raise SwquantError(f"{file.path} was written by other software; swquant reads back only what it wrote")
+    if fields["swquant.grid"] != UNIFORM:
+        return QuantSpec.named(str(fields["swquant.grid"]))
+    group_size = fields.get("swquant.group_size") or None
+    return spec_from(directory, fields.get("swquant.bits"), group_size, fields.get("swquant.symmetric"))
+
+
+def _our_names(file: Header, model: Model) -> dict[str, str]:
+    """Our full names by the file's, without what is computed from the configuration."""
+    modules = {name: module for module, name in tensor_names(model).items()}
+    named: dict[str, str] = {}
+    for name in file.tensors:
+        if name == ROPE_FREQS:
+            continue
+        module, _, suffix = name.rpartition(".")
+        if module not in modules or suffix not in ("weight", "bias"):
+            raise SwquantError(f"{file.path} holds {name!r:.80}, which the model of config.json does not have")
+        named[name] = f"{modules[module]}.{suffix}"
+    return named
+
+
+def _linears(file: Header, names: Mapping[str, str], spec: QuantSpec) -> dict[str, tuple[int, int]]:
+    """The quantized modules and their shapes; all of one type."""
+    kind = block_type(spec)
+    found: dict[str, tuple[int, int]] = {}
+    for name, full in names.items():
+        stored = file.tensors[name]
+        if stored.type_id in PLAIN_TYPES:
+            continue
+        if kind is None or stored.type_id != kind.type_id:
+            raise SwquantError(f"{full} in {file.path} has the type number {stored.type_id}, not that of {spec.label}")
+        rows, columns = stored.shape
+        found[full.removesuffix(".weight")] = rows, columns
+    if not found:
+        raise SwquantError(f"{file.path} holds no quantized weight")
+    return found
+
+
+def _dtype(file: Header) -> torch.dtype:
+    """That of the matrices that are not quantized."""
+    plain = [tensor for tensor in file.tensors.values() if tensor.type_id in PLAIN_TYPES and len(tensor.shape) == 2]
+    return PLAIN_TYPES[plain[0].type_id] if plain else torch.float32
+
+
+def _narrowed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """In the model's dtype, where that holds every value: files keep norms and biases in float32."""
+    narrow = tensor.to(dtype)
+    return narrow if torch.equal(narrow.to(tensor.dtype), tensor) else tensor

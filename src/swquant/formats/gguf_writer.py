@@ -1,0 +1,198 @@
+"""GGUF files on their way out, by llama.cpp's own package."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swquant.checkpoint.quantized import QuantizedModel
+from swquant.checkpoint.writer import Written, copy_sidecars, require_unused, write_beside
+from swquant.errors import SwquantError
+from swquant.formats.gguf_blocks import block_type
+from swquant.formats.gguf_model import ROPE_FREQS, Model, Rope, describe_model, reorder
+from swquant.formats.gguf_tokenizer import Vocabulary, read_vocabulary
+from swquant.quant.ktensor import KTensor
+from swquant.quant.qtensor import QTensor
+from swquant.quant.spec import QuantSpec
+
+FILE = "model.gguf"
+QUANTIZATION_VERSION = 2
+"""Of the layout of blocks."""
+
+_PLAIN_IDS: Mapping[torch.dtype, int] = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 30}
+
+Pack = Callable[[str, QTensor | KTensor], Tensor]
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A tensor as the file holds it: its bytes, its shape and the number of its type."""
+
+    content: Tensor
+    shape: tuple[int, ...]
+    type_id: int
+
+
+def import_gguf() -> Any:
+    """The gguf package.
+
+    Raises:
+        SwquantError: It is not installed.
+    """
+    try:
+        import gguf
+    except ImportError as error:
+        raise SwquantError('GGUF files need the package gguf: pip install "swquant[gguf]"') from error
+    return gguf
+
+
+def tensor_names(model: Model) -> dict[str, str]:
+    """llama.cpp's names of modules, by ours; those that its architecture has not are left out."""
+    gguf = import_gguf()
+    architectures = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
+    known = gguf.get_tensor_name_map(architectures[model.architecture], model.blocks)
+    named = {module: known.get_name(module) for module in model.modules()}
+    return {module: name for module, name in named.items() if name is not None}
+
+
+def write_gguf(directory: Path, quantized: QuantizedModel, pack: Pack) -> Written:
+    """Write ``model.gguf`` into ``directory``, and the configuration and the tokenizer's files beside it.
+
+    The parts are gone through twice, for the header and for the tensors, so memory holds one at a time.
+
+    Args:
+        directory: An empty directory, or one to be made.
+        quantized: The model.
+        pack: From a weight's name and the weight to its blocks.
+
+    Raises:
+        SwquantError: llama.cpp has no such model or tokenizer, or no tensor of some name.
+    """
+    require_unused(directory)
+    outline, gguf = quantized.outline, import_gguf()
+    model = describe_model(outline.config)
+    vocabulary = read_vocabulary(outline.directory, model.settings)
+    names = tensor_names(model)
+    directory.mkdir(parents=True, exist_ok=True)
+    copy_sidecars(directory, quantized.sidecars)
+    writer: Any = gguf.GGUFWriter(directory / FILE, model.architecture)
+    with closing(writer):
+        _add_model(writer, gguf, model)
+        _add_grid(writer, outline.spec)
+        _add_vocabulary(writer, vocabulary)
+        size = 0
+        int8 = torch.empty(0, dtype=torch.int8).numpy().dtype  # the package rescales shapes of uint8 by types it knows
+        for name, entry in _entries(quantized, model, names, pack):
+            writer.add_tensor_info(name, entry.shape, int8, entry.content.nbytes, raw_dtype=entry.type_id)
+            size += entry.content.nbytes
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for _, entry in _entries(quantized, model, names, pack):
+            writer.write_tensor_data(entry.content.numpy())
+        writer.flush()
+    with (directory / FILE).open("rb+") as file:
+        os.fsync(file.fileno())
+    write_beside(directory, outline.config, quantized.extra_files)
+    return Written((FILE,), size)
+
+
+def _entries(
+    quantized: QuantizedModel, model: Model, names: Mapping[str, str], pack: Pack
+) -> Iterator[tuple[str, _Entry]]:
+    """The file's tensors in order."""
+    if model.rope.divisors is not None:
+        yield ROPE_FREQS, _plain(model.rope.divisors)
+    for part in quantized.parts():
+        for full, value in part.items():
+            module, _, suffix = full.rpartition(".")
+            if module not in names:
+                raise SwquantError(f"llama.cpp's {model.architecture} has no tensor {full}; choose another format")
+            order = model.row_order(full)
+            if isinstance(value, Tensor):
+                entry = _plain(value if order is None else value[order])
+            else:
+                entry = _packed(full, reorder(value, order), pack)
+            yield f"{names[module]}.{suffix}", entry
+
+
+def _plain(tensor: Tensor) -> _Entry:
+    """Matrices in their own dtype, norms and biases in float32, as llama.cpp wants them."""
+    stored = (tensor.float() if tensor.dim() == 1 else tensor).detach().cpu().contiguous()
+    return _Entry(stored.view(-1).view(torch.uint8), tuple(stored.shape), _PLAIN_IDS[stored.dtype])
+
+
+def _packed(name: str, weight: QTensor | KTensor, pack: Pack) -> _Entry:
+    kind = block_type(weight.spec)
+    assert kind is not None
+    return _Entry(pack(name, weight).view(-1), tuple(weight.codes.shape), kind.type_id)
+
+
+def _add_model(writer: Any, gguf: Any, model: Model) -> None:
+    settings = model.settings
+    writer.add_type("model")
+    writer.add_block_count(model.blocks)
+    writer.add_context_length(int(settings["max_position_embeddings"]))
+    writer.add_embedding_length(int(settings["hidden_size"]))
+    writer.add_feed_forward_length(int(settings["intermediate_size"]))
+    writer.add_head_count(int(settings["num_attention_heads"]))
+    writer.add_head_count_kv(int(settings["num_key_value_heads"]))
+    writer.add_key_length(model.head_dim)
+    writer.add_value_length(model.head_dim)
+    writer.add_layer_norm_rms_eps(float(settings["rms_norm_eps"]))
+    writer.add_vocab_size(int(settings["vocab_size"]))
+    writer.add_rope_dimension_count(model.head_dim)
+    _add_rope(writer, gguf, model.rope)
+
+
+def _add_rope(writer: Any, gguf: Any, rope: Rope) -> None:
+    writer.add_rope_freq_base(rope.base)
+    if rope.scaling is None:
+        return
+    writer.add_rope_scaling_type(gguf.RopeScalingType(rope.scaling))
+    writer.add_rope_scaling_factor(rope.factor)
+    if rope.scaling == "yarn":
+        writer.add_rope_scaling_orig_ctx_len(rope.original)
+        writer.add_rope_scaling_attn_factors(rope.attention)
+        writer.add_rope_scaling_yarn_beta_fast(rope.fast)
+        writer.add_rope_scaling_yarn_beta_slow(rope.slow)
+
+
+def _add_grid(writer: Any, spec: QuantSpec) -> None:
+    """llama.cpp's type, and our own grid, which blocks alone do not tell: a group may be several of them."""
+    kind = block_type(spec)
+    assert kind is not None
+    writer.add_file_type(kind.file_type)
+    writer.add_quantization_version(QUANTIZATION_VERSION)
+    writer.add_string("swquant.grid", spec.grid)
+    writer.add_uint32("swquant.bits", spec.bits)
+    writer.add_uint32("swquant.group_size", spec.group_size or 0)
+    writer.add_bool("swquant.symmetric", spec.symmetric)
+
+
+def _add_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
+    writer.add_tokenizer_model(vocabulary.model)
+    writer.add_tokenizer_pre(vocabulary.words)
+    writer.add_token_list(list(vocabulary.tokens))
+    writer.add_token_types(list(vocabulary.kinds))
+    if vocabulary.scores:
+        writer.add_token_scores(list(vocabulary.scores))
+    if vocabulary.merges:
+        writer.add_token_merges(list(vocabulary.merges))
+    for name, token in vocabulary.special.items():
+        writer.add_uint32(f"tokenizer.ggml.{_LONG[name]}_token_id", token)
+    writer.add_add_bos_token(vocabulary.add_bos)
+    writer.add_add_eos_token(vocabulary.add_eos)
+    writer.add_add_space_prefix(vocabulary.add_space)
+    if vocabulary.template is not None:
+        writer.add_chat_template(vocabulary.template)
+
+
+_LONG: Mapping[str, str] = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
