@@ -19,7 +19,8 @@ from swquant.engine.head import predictions
 from swquant.engine.journal import Journal
 from swquant.formats.base import Format
 from swquant.plan import Plan, versions
-from swquant.quant.qtensor import SCALE_BITS, QTensor
+from swquant.quant.ktensor import KTensor
+from swquant.quant.qtensor import QTensor, row_bits
 from swquant.report import Output, Quality, Report
 from swquant.verification import verify
 
@@ -117,9 +118,7 @@ def _parts(plan: Plan, journal: Journal) -> Iterator[Part]:
 def _bits_per_weight(plan: Plan) -> float:
     """Codes, scales and zero points of the quantized linears, per weight."""
     bits = weights = 0
-    spec = plan.spec
     for rows, columns in plan.outline.linears.values():
-        per_group = SCALE_BITS + (0 if spec.symmetric else spec.bits)
-        bits += rows * (columns * spec.bits + spec.groups(columns) * per_group)
+        bits += rows * row_bits(plan.spec, columns)
         weights += rows * columns
     return bits / weights

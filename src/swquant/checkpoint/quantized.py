@@ -14,10 +14,11 @@ from swquant.checkpoint.reader import Checkpoint
 from swquant.checkpoint.writer import Written, write_checkpoint
 from swquant.errors import SwquantError
 from swquant.families import family_for
+from swquant.quant.ktensor import KTensor
 from swquant.quant.qtensor import QTensor
 from swquant.quant.spec import QuantSpec
 
-Part = Mapping[str, Tensor | QTensor]
+Part = Mapping[str, Tensor | QTensor | KTensor]
 """Some of a model's tensors by full name, e.g. a block's; a quantized weight stands under the name of the weight."""
 
 Encode = Callable[[str, QTensor, torch.dtype], Mapping[str, Tensor]]
@@ -142,6 +143,8 @@ def model_dtype(config: Mapping[str, Any]) -> torch.dtype | None:
 def _encoded(part: Part, encode: Encode, dtype: torch.dtype) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, value in part.items():
+        if isinstance(value, KTensor):
+            raise SwquantError(f"{name} is on the grid {value.spec.grid}, which the formats gguf and dequantized hold")
         if isinstance(value, QTensor):
             tensors.update(encode(name.removesuffix(".weight"), value, dtype))
         else:

@@ -12,6 +12,8 @@ from torch import Tensor
 from swquant.checkpoint.quantized import Outline, QuantizedModel
 from swquant.checkpoint.writer import Written
 from swquant.errors import SwquantError
+from swquant.quant.kgrids import UNIFORM
+from swquant.quant.ktensor import KTensor
 from swquant.quant.qtensor import QTensor
 from swquant.quant.spec import QuantSpec
 
@@ -60,7 +62,7 @@ class Format(Protocol):
         """
         ...
 
-    def decode(self, name: str, tensors: Mapping[str, Tensor], spec: QuantSpec) -> QTensor | Tensor:
+    def decode(self, name: str, tensors: Mapping[str, Tensor], spec: QuantSpec) -> QTensor | KTensor | Tensor:
         """Read back what :meth:`encode` wrote, so that a written file can be checked against what was trained.
 
         Args:
@@ -69,8 +71,9 @@ class Format(Protocol):
             spec: The grid of the quantized weights.
 
         Returns:
-            The same :class:`~swquant.quant.qtensor.QTensor` if the container keeps codes and grid; otherwise, because
-            stored values do not tell them, the weight alone as ``float32 [out, in]``.
+            The same :class:`~swquant.quant.qtensor.QTensor` or, on a K grid,
+            :class:`~swquant.quant.ktensor.KTensor` if the container keeps codes and grid; otherwise, because stored
+            values do not tell them, the weight alone as ``float32 [out, in]``.
 
         Raises:
             SwquantError: If a tensor is missing or has the wrong shape or dtype.
@@ -113,6 +116,11 @@ def require_fits(form: Format, outline: Outline) -> None:
     check_dtype(outline.dtype)
 
 
+def uniform_only(spec: QuantSpec) -> str | None:
+    """Why a format of a scale for each group cannot hold a K grid; ``None`` if the grid is uniform."""
+    return None if spec.grid == UNIFORM else "llama.cpp's own grids have no other container; choose the format gguf"
+
+
 def check_dtype(dtype: torch.dtype) -> None:
     """Refuse a model whose dtype no format stores.
 
@@ -129,8 +137,10 @@ def weights_are_exact(spec: QuantSpec, dtype: torch.dtype) -> bool:
 
     A scale has 8 significant bits, being a bfloat16 value. ``code - zero`` has ``bits - 1`` on a symmetric grid, whose
     largest magnitude is a power of two, and ``bits`` on an asymmetric one; a product has the sum of both, or 8 where
-    no factor has more than one.
+    no factor has more than one. The differences of K grids are values of float32.
     """
+    if spec.grid != UNIFORM:
+        return dtype == torch.float32
     factor_bits = spec.bits - 1 if spec.symmetric else spec.bits
     return (_SCALE_BITS + factor_bits if factor_bits > 1 else _SCALE_BITS) <= _SIGNIFICANT_BITS[dtype]
 

@@ -13,7 +13,14 @@ from swquant.checkpoint.quantized import QUANTIZATION_CONFIG, Outline, Quantized
 from swquant.checkpoint.reader import Checkpoint, open_checkpoint
 from swquant.checkpoint.writer import Written
 from swquant.errors import SwquantError
-from swquant.formats.base import cast_exactly, dtype_name, require_fits, require_tensor, weights_are_exact
+from swquant.formats.base import (
+    cast_exactly,
+    dtype_name,
+    require_fits,
+    require_tensor,
+    uniform_only,
+    weights_are_exact,
+)
 from swquant.quant.bits import pack, packed_words, unpack
 from swquant.quant.qtensor import QTensor
 from swquant.quant.spec import QuantSpec
@@ -50,8 +57,9 @@ class CompressedTensors:
 
     name: ClassVar[str] = "compressed_tensors"
 
-    def refusal(self, spec: QuantSpec) -> None:
-        """Every grid fits."""
+    def refusal(self, spec: QuantSpec) -> str | None:
+        """Every uniform grid fits."""
+        return uniform_only(spec)
 
     def check(self, outline: Outline) -> tuple[str, ...]:
         """The notes say how to load an asymmetric model and where readers round."""

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from swquant.checkpoint.quantized import Outline, QuantizedModel, write_codes
+from swquant.checkpoint.quantized import Outline, Part, QuantizedModel, write_codes
 from swquant.checkpoint.writer import Written
 from swquant.errors import SwquantError
 from swquant.formats.base import dtype_name, require_fits, require_tensor, weights_are_exact
+from swquant.quant.ktensor import KTensor
 from swquant.quant.qtensor import QTensor
 from swquant.quant.spec import QuantSpec
 
@@ -22,7 +24,7 @@ model = AutoModelForCausalLM.from_pretrained(path)"""
 
 
 class Dequantized:
-    """``name.weight``, ``dtype [out, in]``: each weight ``(code - zero) * scale``, computed in float32.
+    """``name.weight``, ``dtype [out, in]``: each weight on its grid, computed in float32.
 
     Rounding it to the model's dtype is the one loss, and only where the dtype has too few digits
     (:func:`swquant.formats.base.weights_are_exact`): bfloat16 is exact for 2-bit symmetric grids, float16 up to 4 bits
@@ -45,7 +47,7 @@ class Dequantized:
             rounding = f"{stored} rounds the quantized weights, each by at most {digits:.2g} of itself"
         return ("dequantized: the output takes as much space as the original model", rounding)
 
-    def encode(self, name: str, q: QTensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    def encode(self, name: str, q: QTensor | KTensor, dtype: torch.dtype) -> dict[str, Tensor]:
         """The weight in ``dtype``."""
         weight = q.dequantize().to(dtype)
         if not bool(weight.isfinite().all()):
@@ -60,7 +62,15 @@ class Dequantized:
 
     def write(self, directory: Path, model: QuantizedModel) -> Written:
         """A plain checkpoint."""
-        return write_codes(directory, model, self.encode, {})
+        plain = replace(model, parts=lambda: (self._plain(part, model.outline.dtype) for part in model.parts()))
+        return write_codes(directory, plain, self.encode, {})
+
+    def _plain(self, part: Part, dtype: torch.dtype) -> Part:
+        tensors: dict[str, Tensor] = {}
+        for name, value in part.items():
+            module = name.removesuffix(".weight")
+            tensors |= {name: value} if isinstance(value, Tensor) else self.encode(module, value, dtype)
+        return tensors
 
     def read(self, directory: Path, config: Mapping[str, Any]) -> None:
         """Nothing tells such an output from an unquantized model, and its codes are gone."""

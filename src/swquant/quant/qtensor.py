@@ -9,10 +9,19 @@ import torch
 from torch import Tensor
 
 from swquant.quant.grid import stored_step
+from swquant.quant.kgrids import SUPER
 from swquant.quant.spec import QuantSpec
 
 SCALE_BITS = 16
 """Bits of a stored scale."""
+
+
+def row_bits(spec: QuantSpec, in_features: int) -> int:
+    """Bits that a row of a weight takes: codes, scales, and zero points where they are not fixed."""
+    if spec.k_grid is not None:
+        return in_features // SUPER * spec.k_grid.block_bytes * 8
+    per_group = SCALE_BITS + (0 if spec.symmetric else spec.bits)
+    return in_features * spec.bits + spec.groups(in_features) * per_group
 
 
 @dataclass(frozen=True)
