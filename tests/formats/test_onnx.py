@@ -144,9 +144,9 @@ def test_zero_points_of_a_symmetric_model_are_refused(make_qtensor: Make) -> Non
 
 
 def test_what_has_no_kernel_is_refused_with_what_has() -> None:
-    with pytest.raises(SwquantError, match="cannot hold w3g64: .*choose 2 or 4"):
+    with pytest.raises(SwquantError, match=r"cannot hold w3g64: .*choose 2 or 4"):
         Onnx().check(outline(LLAMA, QuantSpec(3, 64, True)))
-    with pytest.raises(SwquantError, match="cannot hold q2_k: .*gguf"):
+    with pytest.raises(SwquantError, match=r"cannot hold q2_k: .*gguf"):
         Onnx().check(outline(LLAMA, QuantSpec.named("q2_k")))
 
 

@@ -28,7 +28,6 @@ class DecoderGraph:
         shapes: ``(out, in)`` of each quantized module.
         bits: Of a code.
         accuracy_level: See :data:`swquant.formats.onnx_layout.ACCURACY_LEVEL`.
-        head_values: See :data:`HEAD_VALUES`.
     """
 
     def __init__(
@@ -38,11 +37,9 @@ class DecoderGraph:
         shapes: Mapping[str, tuple[int, int]],
         bits: int,
         accuracy_level: int,
-        head_values: int = HEAD_VALUES,
     ) -> None:
         self._layout, self._stored, self._shapes = layout, stored, shapes
         self._weight_attributes = {"bits": bits, "accuracy_level": accuracy_level}
-        self._head_values = head_values
         self._nodes: list[NodeProto] = []
         self._constants: dict[str, TensorProto] = {}
         self._floats: dict[str, str] = {}
@@ -165,7 +162,7 @@ class DecoderGraph:
         """Logits, from the token embedding where there is no head of its own, some of the tokens at a time."""
         weight = HEAD if HEAD in self._stored else EMBEDDING
         rows, columns = self._stored[weight].dims
-        step = max(1, self._head_values // columns)
+        step = max(1, HEAD_VALUES // columns)
         parts: list[str] = []
         for index, start in enumerate(range(0, rows, step)):
             part, name = weight, f"head.{index}"
