@@ -23,6 +23,7 @@ from swquant.families import family_for
 from swquant.formats.base import Format, check_dtype
 from swquant.losses import WeightedSum, parse_loss
 from swquant.methods import Pipeline, Setting, build_pipeline, parse_methods
+from swquant.quant.kgrids import UNIFORM
 from swquant.quant.spec import QuantSpec
 from swquant.recipe import PRESETS, Recipe
 from swquant.targets import choose_format, load_target, require_loads
@@ -136,7 +137,7 @@ def choose_formats(names: tuple[str, ...], target: Target | None, spec: QuantSpe
         SwquantError: The runtime reads none of them, or not such weights from one that it reads.
     """
     if target is None:
-        return names or (DEFAULT_FORMAT,)
+        return names or (DEFAULT_FORMAT if spec.grid == UNIFORM else "gguf",)
     if not names:
         return (choose_format(target, spec),)
     for name in [name for name in names if name in target.formats] or names[:1]:

@@ -15,7 +15,7 @@ from swquant.checkpoint.quantized import QUANTIZATION_CONFIG, Outline, Quantized
 from swquant.checkpoint.reader import open_checkpoint
 from swquant.checkpoint.writer import Written
 from swquant.families import family_for
-from swquant.formats.base import require_fits
+from swquant.formats.base import require_fits, uniform_only
 from swquant.formats.gptq_layout import (
     SUFFIXES,
     decode_weight,
@@ -51,8 +51,9 @@ class AutoRound:
 
     name: ClassVar[str] = "auto_round"
 
-    def refusal(self, spec: QuantSpec) -> None:
-        """Every grid fits."""
+    def refusal(self, spec: QuantSpec) -> str | None:
+        """Every uniform grid fits."""
+        return uniform_only(spec)
 
     def check(self, outline: Outline) -> tuple[str, ...]:
         """The notes say which programs read it, and where readers round."""

@@ -15,7 +15,7 @@ from swquant.checkpoint.quantized import QUANTIZATION_CONFIG, Outline, Quantized
 from swquant.checkpoint.reader import open_checkpoint
 from swquant.checkpoint.writer import Written
 from swquant.errors import SwquantError
-from swquant.formats.base import require_fits, require_tensor
+from swquant.formats.base import require_fits, require_tensor, uniform_only
 from swquant.formats.gptq_layout import (
     SUFFIXES,
     decode_weight,
@@ -50,8 +50,9 @@ class Gptq:
 
     name: ClassVar[str] = "gptq"
 
-    def refusal(self, spec: QuantSpec) -> None:
-        """Every grid fits."""
+    def refusal(self, spec: QuantSpec) -> str | None:
+        """Every uniform grid fits."""
+        return uniform_only(spec)
 
     def check(self, outline: Outline) -> tuple[str, ...]:
         """The notes say which programs read it, and where readers round."""

@@ -14,9 +14,10 @@ from swquant.checkpoint.reader import Checkpoint, open_checkpoint
 from swquant.checkpoint.writer import Written
 from swquant.errors import SwquantError
 from swquant.families import family_for
-from swquant.formats.base import cast_exactly, dtype_name, require_fits, require_tensor, weights_are_exact
+from swquant.formats.base import cast_exactly, dtype_name, require_fits, require_tensor, uniform_only, weights_are_exact
 from swquant.formats.reading import require_shape, spec_from
 from swquant.quant.bits import pack, packed_words, unpack
+from swquant.quant.kgrids import UNIFORM
 from swquant.quant.qtensor import QTensor
 from swquant.quant.spec import QuantSpec
 
@@ -49,7 +50,9 @@ class Mlx:
     name: ClassVar[str] = "mlx"
 
     def refusal(self, spec: QuantSpec) -> str | None:
-        """One scale per output channel."""
+        """One scale per output channel, and K grids."""
+        if spec.grid != UNIFORM:
+            return uniform_only(spec)
         return "MLX has groups of 32, 64 and 128 alone, so give --group-size" if spec.group_size is None else None
 
     def check(self, outline: Outline) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from swquant.families import family_for
 from swquant.formats import read_quantized
 from swquant.formats.base import check_dtype
 from swquant.formats.compressed_tensors import CompressedTensors
+from swquant.quant.kgrids import UNIFORM
 from swquant.quant.qtensor import QTensor
 from swquant.runtime.kernels import AUTO, require_kernel
 from swquant.runtime.linear import PackedLinear
@@ -49,6 +50,8 @@ def load(directory: str | Path, *, device: str = "auto", dtype: torch.dtype | No
     target = resolve_device(device)
     _, quantized = read_quantized(place)
     outline = quantized.outline
+    if outline.spec.grid != UNIFORM:
+        raise SwquantError(f"{place} is on the grid {outline.spec.grid}, with which only llama.cpp computes; use that")
     stored = outline.dtype if dtype is None else dtype
     check_dtype(stored)
     if kernel != AUTO:
@@ -58,7 +61,7 @@ def load(directory: str | Path, *, device: str = "auto", dtype: torch.dtype | No
         for name, value in part.items():
             if isinstance(value, QTensor):
                 _fill_packed(model, name.removesuffix(".weight"), value, target)
-            else:
+            elif isinstance(value, Tensor):
                 _fill_plain(model, name, value, target)
     model.tie_weights()
     _require_filled(model, place)
