@@ -174,6 +174,28 @@ def test_a_damaged_model(
     assert all(part in said for part in parts), said
 
 
+@pytest.mark.parametrize(
+    ("settings", "part"),
+    [
+        ({"num_attention_heads": -1}, "does not describe a model that runs"),
+        ({"dropout": 3}, "does not describe a model that runs"),
+        ({"_remove_final_layer_norm": True}, "a model without model.decoder.final_layer_norm"),
+    ],
+)
+def test_settings_that_only_running_finds_wrong(
+    capsys: pytest.CaptureFixture[str],
+    make_model: Callable[..., Path],
+    flags: list[str],
+    tmp_path: Path,
+    settings: dict[str, Any],
+    part: str,
+) -> None:
+    source = make_model("opt", 1)
+    write_config(source, **settings)
+    stages = "runs" in part
+    assert part in refused(capsys, tmp_path, "quantize", source, "--out", tmp_path / "out", *flags, stages=stages)
+
+
 @pytest.mark.parametrize("damage", [truncated, pickled, without_config, without_tokenizer, config_is_no_json])
 def test_measuring_a_damaged_model(
     capsys: pytest.CaptureFixture[str], model: Path, text: Path, tmp_path: Path, damage: Damage

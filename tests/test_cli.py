@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from swquant import SwquantError, registry
 from swquant.cli import KINDS, app, main
-from swquant.recipe import PRESETS, Recipe, recipe_names
 from swquant.plan import make_plan
+from swquant.recipe import PRESETS, Recipe, recipe_names
 
 MakeModel = Callable[..., Path]
 

@@ -17,6 +17,7 @@ from swquant.engine.end_to_end import train_scales
 from swquant.engine.head import measure
 from swquant.engine.journal import MANIFEST, STREAMS, Journal, lock_directory, open_journal
 from swquant.engine.observer import Observer, Silent
+from swquant.engine.skeleton import try_block
 from swquant.engine.streams import create_stream, stream_bytes
 from swquant.output import REPORT, write_output
 from swquant.plan import Plan, make_plan
@@ -115,7 +116,8 @@ def _begin(plan: Plan, journal: Journal, watching: Observer) -> None:
     tokens = torch.cat((calibration, evaluation))
     shape = (tokens.shape[0], tokens.shape[1], plan.skeleton.hidden_size)
     reference, quantized = (create_stream(journal.stream_path(name, 0), shape) for name in STREAMS)
-    capture(plan.skeleton, plan.checkpoint, tokens, reference.__setitem__, quantized.__setitem__)
+    arguments = capture(plan.skeleton, plan.checkpoint, tokens, reference.__setitem__, quantized.__setitem__)
+    try_block(plan.skeleton, plan.checkpoint, reference[:1], arguments[0])
     journal.begin({"tokens": tokens}, shape, {"evaluation_samples": evaluation.shape[0]})
 
 

@@ -52,7 +52,8 @@ class Answers(BaseHTTPRequestHandler):
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
                     self.server.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-            self.answer({"commitUrl": f"http://{self.headers['Host']}/someone/model/commit/1", "commitOid": "1", "success": True, "hookOutput": ""})
+            url = f"http://{self.headers['Host']}/someone/model/commit/1"
+            self.answer({"commitUrl": url, "commitOid": "1", "success": True, "hookOutput": ""})
         else:
             self.answer({"error": f"unexpected {self.path}"}, 404)
 

@@ -29,8 +29,8 @@ from swquant.engine.journal import Journal, open_journal
 from swquant.engine.observer import Silent
 from swquant.methods.end_to_end import LEARNING_RATE
 from swquant.phases.scale_training import ScaleTraining
-from swquant.quant.qtensor import QTensor
 from swquant.plan import make_plan
+from swquant.quant.qtensor import QTensor
 from swquant.run import _start
 
 MakeModel = Callable[..., Path]

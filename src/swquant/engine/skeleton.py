@@ -131,6 +131,7 @@ def build_skeleton(checkpoint: Source) -> Skeleton:
         raise SwquantError(f"{checkpoint.directory / 'config.json'} does not describe a model: {reason}") from error
     model.eval().requires_grad_(False)
     _check_parameters(model, checkpoint, tied=bool(config.tie_word_embeddings), head=family.head)
+    _check_tail(model, family, checkpoint)
     modules = list(model.get_submodule(family.blocks))
     model.set_submodule(family.blocks, nn.ModuleList(Recorder(module) for module in modules))
     rebuild_buffers(model, config)
@@ -151,6 +152,41 @@ def check_widths(skeleton: Skeleton, spec: QuantSpec) -> None:
         weight = skeleton.blocks[0].module.get_submodule(linear).weight
         assert isinstance(weight, Tensor)
         spec.require_divides(linear, weight.shape[1])
+
+
+@torch.no_grad()
+def try_block(skeleton: Skeleton, checkpoint: Source, hidden: Tensor, kwargs: Mapping[str, Any]) -> None:
+    """Run the first block once, because some settings are found to be wrong by running alone.
+
+    Args:
+        skeleton: The model's code.
+        checkpoint: Its weights.
+        hidden: ``[1, tokens, dim]`` in front of the block.
+        kwargs: What it is called with.
+
+    Raises:
+        SwquantError: It does not run.
+    """
+    block = skeleton.blocks[0]
+    params = {name: value.float() for name, value in block.load(checkpoint).items()}
+    try:
+        block.forward(params, hidden, kwargs)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # torch and transformers raise whatever the settings make them run into
+        reason = " ".join(str(error).split())[:200]
+        raise SwquantError(
+            f"{checkpoint.directory / 'config.json'} does not describe a model that runs: {reason}"
+        ) from error
+
+
+def _check_tail(model: nn.Module, family: Family, checkpoint: Source) -> None:
+    for name in family.tail:
+        parent, _, child = name.rpartition(".")
+        if not isinstance(dict(model.get_submodule(parent).named_children()).get(child), nn.Module):
+            raise SwquantError(
+                f"{checkpoint.directory / 'config.json'} describes a model without {name}, which is not supported"
+            )
 
 
 def _check_parameters(model: nn.Module, checkpoint: Source, *, tied: bool, head: str) -> None:
