@@ -78,7 +78,7 @@ def test_decoding_gives_back_the_codes_or_the_stored_weight(
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_wrong_dtypes_and_missing_tensors_are_refused(name: str, make_qtensor: Make) -> None:
-    spec = QuantSpec(2, 32, True)
+    spec = QuantSpec(4, 64, True)
     with pytest.raises(SwquantError, match="float64"):
         FORMATS[name].check(outline(spec, torch.float64))
     with pytest.raises(SwquantError, match=r"no tensor 'model\.proj\."):

@@ -212,10 +212,13 @@ def _sentencepiece_kind(directory: Path, parts: Mapping[str, Any]) -> _Kind:
 def _tokens(
     directory: Path, model: Mapping[str, Any], added: Mapping[int, Mapping[str, Any]], size: int
 ) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Texts and kinds of the embedding's ``size`` rows; rows beyond the tokenizer's get names that no text has."""
+    """Texts and kinds of the embedding's ``size`` rows; rows beyond the tokenizer's get names that no text has.
+
+    Added tokens beyond the embedding, which transformers gives to some tokenizers whatever the model, are left out.
+    """
     by_id = {index: text for text, index in model["vocab"].items()}
-    by_id |= {index: token["content"] for index, token in added.items()}
     beyond = [index for index in by_id if index >= size]
+    by_id |= {index: token["content"] for index, token in added.items() if index < size}
     if beyond:
         raise SwquantError(
             f"the tokenizer in {directory} has a token {max(beyond)}, the model's vocabulary has {size}; "
