@@ -41,10 +41,15 @@ class KTensor:
         same bits, which are those of llama.cpp's own dequantization.
         """
         values = self.codes.view(*self.sc.shape, -1).to(torch.float32)
-        scale = per_group(self.d, self.sc).unsqueeze(-1)
+        scale = self.steps.unsqueeze(-1)
         if self.dmin is None or self.m is None:
             return ((values - self.spec.mid_code) * scale).view(self.codes.shape)
         return (values * scale - per_group(self.dmin, self.m).unsqueeze(-1)).view(self.codes.shape)
+
+    @property
+    def steps(self) -> Tensor:
+        """What a code is worth, ``float32 [out, groups]``."""
+        return per_group(self.d, self.sc)
 
     @property
     def scales(self) -> dict[str, Tensor]:

@@ -49,6 +49,11 @@ class QTensor:
         return values.view(out_features, in_features)
 
     @property
+    def steps(self) -> Tensor:
+        """What a code is worth, ``float32 [out, groups]``."""
+        return self.scale
+
+    @property
     def scales(self) -> dict[str, Tensor]:
         """What training may change while codes and zero points stay, by name."""
         return {"scale": self.scale}

@@ -136,7 +136,7 @@ def _compare_weights(reader: Reader, directory: Path, model: QuantizedModel) -> 
             if isinstance(value, Tensor):
                 continue
             found = reader.weight(directory, name.removesuffix(".weight"), spec)
-            allowed = reader.tolerance(spec) * value.scales["scale" if isinstance(value, QTensor) else "d"].abs().max()
+            allowed = reader.tolerance(spec) * value.steps.abs().max()
             expected = value.dequantize()
             if found.shape != expected.shape or not bool(((found - expected).abs() <= allowed).all()):
                 raise SwquantError(
