@@ -34,7 +34,7 @@ def licence_of(directory: Path) -> dict[str, Any]:
     return {key: values[key] for key in _LICENCE_KEYS if isinstance(values.get(key), str)}
 
 
-def model_card(report: Report, licence: Mapping[str, str]) -> str:
+def model_card(report: Report, licence: Mapping[str, Any]) -> str:
     """The card in markdown, with the hub's metadata in front; everything in it comes from the report.
 
     Args:
@@ -44,7 +44,7 @@ def model_card(report: Report, licence: Mapping[str, str]) -> str:
     return "\n".join((_metadata(report, licence), *_text(report, licence))) + "\n"
 
 
-def _metadata(report: Report, licence: Mapping[str, str]) -> str:
+def _metadata(report: Report, licence: Mapping[str, Any]) -> str:
     local = not _HUB_NAME.fullmatch(report.source) or Path(report.source).exists()
     data: Any = ModelCardData(
         base_model=None if local else report.source,
@@ -56,7 +56,7 @@ def _metadata(report: Report, licence: Mapping[str, str]) -> str:
     return f"---\n{data.to_yaml()}\n---"
 
 
-def _text(report: Report, licence: Mapping[str, str]) -> Iterator[str]:
+def _text(report: Report, licence: Mapping[str, Any]) -> Iterator[str]:
     recipe, name = report.recipe, Path(report.source).name
     bits = f"{report.bits_per_weight:.3f} bits per quantized weight, scales and zero points included"
     yield f"\n# {name}, {recipe['bits']} bits\n"

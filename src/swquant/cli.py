@@ -133,15 +133,23 @@ def inspect(model: str, as_json: bool) -> None:
 @click.option("--context", type=int, help="Tokens per window.  [2048, or the model's limit]")
 @click.option("--windows", type=int, help="Measure on the first windows only.  [all]")
 @click.option("--device", default="auto", show_default=True, help="cpu, an accelerator's name, or auto.")
+@click.option("--packed", is_flag=True, help="Compute on packed codes, as swquant.load does; needs less memory.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def evaluate(
-    model: str, text: str, reference: str | None, context: int | None, windows: int | None, device: str, as_json: bool
+    model: str,
+    text: str,
+    reference: str | None,
+    context: int | None,
+    windows: int | None,
+    device: str,
+    packed: bool,
+    as_json: bool,
 ) -> None:
     """Measure MODEL's perplexity, and how far it is from the model it was made of."""
     from swquant.evaluation import evaluate as measure
     from swquant.ui import print_evaluation
 
-    result = measure(model, text, reference=reference, context=context, windows=windows, device=device)
+    result = measure(model, text, reference=reference, context=context, windows=windows, device=device, packed=packed)
     if as_json:
         click.echo(result.to_json())
     else:

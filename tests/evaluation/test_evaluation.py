@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from swquant import SwquantError, evaluate
+from swquant import Recipe, SwquantError, evaluate, quantize, registry
 from swquant.evaluation.divergence import divergence
 
 MakeModel = Callable[..., Path]
@@ -62,3 +62,31 @@ def test_a_text_that_fills_no_window_is_refused(llama: Path, tmp_path: Path) -> 
     (tmp_path / "short.txt").write_text("the model")
     with pytest.raises(SwquantError, match="a window needs 64 tokens"):
         evaluate(llama, str(tmp_path / "short.txt"), device="cpu")
+
+
+@pytest.mark.parametrize("form", registry.names("swquant.formats"))
+def test_every_format_measures_what_the_run_reported(llama: Path, text: Path, form: str, tmp_path: Path) -> None:
+    recipe = Recipe(
+        bits=4,
+        group_size=32,
+        method="rtn",
+        calibration=str(text),
+        samples=2,
+        seq_len=32,
+        evaluation=str(text),
+        evaluation_samples=4,
+        device="cpu",
+        format=form,
+    )
+    quality = quantize(recipe, llama, tmp_path / "out").quality
+    assert quality is not None
+    measured = evaluate(tmp_path / "out", str(text), context=32, windows=4, device="cpu")
+    assert measured.perplexity == pytest.approx(quality.perplexity, rel=2e-3)
+    if form != "dequantized":
+        packed = evaluate(tmp_path / "out", str(text), context=32, windows=4, device="cpu", packed=True)
+        assert packed.perplexity == pytest.approx(quality.perplexity, rel=2e-3)
+
+
+def test_plain_weights_have_nothing_packed(llama: Path, text: Path) -> None:
+    with pytest.raises(SwquantError, match="holds no quantized model"):
+        evaluate(llama, str(text), context=32, device="cpu", packed=True)

@@ -61,6 +61,7 @@ def evaluate(
     context: int | None = None,
     windows: int | None = None,
     device: str = "auto",
+    packed: bool = False,
 ) -> Evaluation:
     """Measure a model by the field's protocol: the text tokenised once, cut in windows that do not overlap.
 
@@ -71,13 +72,14 @@ def evaluate(
         context: Tokens of a window; by default 2048, or the model's limit if that is less.
         windows: Measure on the first so many windows only.
         device: Where to compute.
+        packed: Keep the model's linears packed, as :func:`swquant.load` has them.
 
     Raises:
         SwquantError: If a model does not load, the text is too short, or the two vocabularies differ.
     """
     place = resolve_device(device)
     directory = Path(model)
-    measured = load_model(directory, place)
+    measured = load_model(directory, place, packed=packed)
     other = None if reference is None else load_model(Path(reference), place)
     limit = int(measured.config.max_position_embeddings)
     context = context or min(LONGEST, limit)

@@ -1,30 +1,48 @@
-"""Models as transformers loads them, to be measured."""
+"""Models to be measured: as transformers loads them, or put together from any format's codes."""
 
 from __future__ import annotations
 
-import json
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, CompressedTensorsConfig
 
+from swquant.checkpoint.quantized import QUANTIZATION_CONFIG, QuantizedModel
+from swquant.checkpoint.reader import INDEX, SINGLE, read_config
+from swquant.engine.skeleton import rebuild_buffers
 from swquant.errors import SwquantError
+from swquant.formats import read_quantized
+from swquant.runtime import load
 
 
-def load_model(directory: Path, device: torch.device) -> Any:
-    """The model in ``directory`` in float32; compressed weights are dequantized on loading.
+def load_model(directory: Path, device: torch.device, *, packed: bool = False) -> Any:
+    """The model in ``directory`` in float32.
+
+    Plain checkpoints and compressed-tensors are loaded by transformers, which dequantizes; other formats are read and
+    dequantized here.
+
+    Args:
+        directory: A model, quantized or not.
+        device: Where to.
+        packed: Load it by :func:`swquant.load` instead, so that its linears compute on packed codes.
 
     Raises:
-        SwquantError: If there is no model that loads from safetensors and without code of its own.
+        SwquantError: If there is no model that loads without code of its own.
     """
-    try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SwquantError(f"{directory} is no model directory: its config.json cannot be read") from error
+    if not directory.is_dir():
+        raise SwquantError(f"{directory} is no model directory")
+    config = read_config(directory)
+    if packed:
+        return load(directory, device=str(device), dtype=torch.float32)
+    method = _method(config)
+    if method not in (None, "compressed-tensors") or not _has_weights(directory):
+        return _assembled(read_quantized(directory)[1]).to(device).eval()
     extra: dict[str, Any] = {}
-    if (config.get("quantization_config") or {}).get("quant_method") == "compressed-tensors":
+    if method is not None:
         extra["quantization_config"] = CompressedTensorsConfig(dequantize=True)
     try:
         with warnings.catch_warnings():
@@ -38,6 +56,51 @@ def load_model(directory: Path, device: torch.device) -> Any:
                 **extra,
             )
     except Exception as error:  # transformers raises whatever the file makes it run into
-        reason = " ".join(str(error).split())[:200]
-        raise SwquantError(f"{directory} does not load: {reason}") from error
+        raise _does_not_load(directory, error) from error
     return model.to(device).eval()
+
+
+def _method(config: Mapping[str, Any]) -> str | None:
+    """The method that ``quantization_config`` names; empty if it names none."""
+    settings = config.get(QUANTIZATION_CONFIG)
+    if not settings:
+        return None
+    return str(settings.get("quant_method", "")) if isinstance(settings, dict) else ""
+
+
+def _has_weights(directory: Path) -> bool:
+    """Whether there is anything for transformers to load; if not, GGUF or ONNX files may hold the weights."""
+    pickles = any(directory.glob("*.bin"))
+    return pickles or (directory / SINGLE).is_file() or (directory / INDEX).is_file()
+
+
+@torch.no_grad()
+def _assembled(quantized: QuantizedModel) -> Any:
+    """The model with every weight dequantized to float32."""
+    outline = quantized.outline
+    try:
+        values = {key: value for key, value in outline.config.items() if key != "model_type"}
+        config = AutoConfig.for_model(outline.config["model_type"], **values)
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        rebuild_buffers(model, config)
+        state = {
+            name: value.float() if isinstance(value, Tensor) else value.dequantize()
+            for part in quantized.parts()
+            for name, value in part.items()
+        }
+        model.load_state_dict(state, strict=False, assign=True)
+        model.tie_weights()
+        missing = [name for name, value in model.named_parameters() if value.is_meta]
+        if missing:
+            raise ValueError(f"it has no tensor {missing[0]!r}")
+    except SwquantError:
+        raise
+    except Exception as error:  # transformers and torch raise whatever the file makes them run into
+        raise _does_not_load(outline.directory, error) from error
+    return model
+
+
+def _does_not_load(directory: Path, error: Exception) -> SwquantError:
+    reason = " ".join(str(error).split())[:200]
+    return SwquantError(f"{directory} does not load: {reason}")
