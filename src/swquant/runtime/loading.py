@@ -63,6 +63,10 @@ def load(directory: str | Path, *, device: str = "auto", dtype: torch.dtype | No
                 _fill_packed(model, name.removesuffix(".weight"), value, target)
             elif isinstance(value, Tensor):
                 _fill_plain(model, name, value, target)
+            else:
+                raise SwquantError(
+                    f"{name} is on a K grid of llama.cpp, for which swquant has no layer; load the file with llama.cpp"
+                )
     model.tie_weights()
     _require_filled(model, place)
     setattr(model.config, QUANTIZATION_CONFIG, CompressedTensors().config(outline.spec, outline.ignored))
