@@ -28,7 +28,8 @@ CHANNEL_BLOCK = 128
 _LOAD = """\
 import onnxruntime_genai
 model = onnxruntime_genai.Model(path)
-tokenizer = onnxruntime_genai.Tokenizer(model)"""
+tokenizer = onnxruntime_genai.Tokenizer(model)
+tokenizer.update_options(add_special_tokens="true")  # as transformers does"""
 
 
 class Onnx:
