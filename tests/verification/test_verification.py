@@ -86,3 +86,28 @@ def test_other_predictions_are_refused(llama: Path, recipe: Recipe, tmp_path: Pa
     noise = 3 * torch.randn(1, 16, vocabulary, generator=torch.Generator().manual_seed(0))
     with pytest.raises(SwquantError, match=r"predicts otherwise in transformers .* it was not published"):
         verify(form, tmp_path / "out", model, (tokens, noise))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("form", "bits"), [("gguf", 4), ("onnx", 2), ("onnx", 4)])
+def test_packages_of_other_runtimes_read_the_same_weights(
+    llama: Path, recipe: Recipe, form: str, bits: int, symmetric: bool, tmp_path: Path
+) -> None:
+    changed = replace(recipe, bits=bits, symmetric=symmetric, format=form)
+    if form == "onnx":
+        changed = replace(changed, runtime="onnxruntime")
+    (output,) = quantize(changed, llama, tmp_path / "out").outputs
+    assert output.verification["weights"] == 2 * 7
+    assert output.verification["reader"] is not None
+    if form == "onnx":
+        assert output.verification["kl"] < 0.02
+
+
+def test_a_grid_that_the_package_does_not_know_is_not_claimed(llama: Path, recipe: Recipe, tmp_path: Path) -> None:
+    """The gguf package at hand has no Q2_0; if a later one has, the weight is compared and this says so."""
+    import gguf
+
+    (output,) = quantize(replace(recipe, group_size=64, format="gguf"), llama, tmp_path / "out").outputs
+    known = "Q2_0" in {kind.name for kind in gguf.GGMLQuantizationType}
+    assert (output.verification["reader"] is not None) == known
+    assert output.verification["weights"] == 2 * 7

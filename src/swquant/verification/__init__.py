@@ -65,9 +65,9 @@ def verify(form: Format, directory: Path, model: QuantizedModel, sample: tuple[T
     reader = _reader(form)
     if reader is None:
         return Verification(weights)
-    named = _installed((reader.package,))
-    if named is not None:
-        _compare_weights(reader, directory, model)
+    named = None if reader.package is None else _installed((reader.package,))
+    if named is not None and not _compare_weights(reader, directory, model):
+        named = None
     runtime = None if sample is None or not reader.runtime else _installed(reader.runtime)
     if runtime is None or sample is None:
         return Verification(weights, named)
@@ -129,13 +129,16 @@ def _digest(value: Tensor | QTensor | KTensor) -> str:
     return digest.hexdigest()
 
 
-def _compare_weights(reader: Reader, directory: Path, model: QuantizedModel) -> None:
+def _compare_weights(reader: Reader, directory: Path, model: QuantizedModel) -> bool:
+    """Whether the package knows such weights; those it reads are compared."""
     spec = model.outline.spec
     for part in model.parts():
         for name, value in part.items():
             if isinstance(value, Tensor):
                 continue
             found = reader.weight(directory, name.removesuffix(".weight"), spec)
+            if found is None:
+                return False
             allowed = reader.tolerance(spec) * value.steps.abs().max()
             expected = value.dequantize()
             if found.shape != expected.shape or not bool(((found - expected).abs() <= allowed).all()):
@@ -143,6 +146,7 @@ def _compare_weights(reader: Reader, directory: Path, model: QuantizedModel) -> 
                     f"{reader.package} reads another {name} from the output than was trained; it was not published: "
                     "please report this with your swquant.yaml"
                 )
+    return True
 
 
 def _compare_logits(reader: Reader, directory: Path, sample: tuple[Tensor, Tensor]) -> tuple[float, float]:

@@ -16,14 +16,17 @@ class Reader(Protocol):
     Its package may be missing; ``importlib`` tells, and nothing is then called.
     """
 
-    package: ClassVar[str]
-    """The distribution whose code reads weights, e.g. ``compressed-tensors``."""
+    package: ClassVar[str | None]
+    """The distribution whose code reads weights, e.g. ``compressed-tensors``; ``None`` where none does it alone."""
 
     runtime: ClassVar[tuple[str, ...]]
-    """The distributions that :meth:`logits` needs; empty where it is not written."""
+    """The distributions that :meth:`logits` needs."""
 
-    def weight(self, directory: Path, module: str, spec: QuantSpec) -> Tensor:
-        """A quantized weight as the package reads it from the files, ``float32 [out, in]``."""
+    def weight(self, directory: Path, module: str, spec: QuantSpec) -> Tensor | None:
+        """A quantized weight as the package reads it from the files, ``float32 [out, in]``.
+
+        ``None`` where the installed release does not know such weights.
+        """
         ...
 
     def tolerance(self, spec: QuantSpec) -> float:

@@ -19,7 +19,7 @@ _SUFFIXES = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape
 class CompressedTensors:
     """The package's own decompressor, and transformers' models."""
 
-    package: ClassVar[str] = "compressed-tensors"
+    package: ClassVar[str | None] = "compressed-tensors"
     runtime: ClassVar[tuple[str, ...]] = ("transformers", "compressed-tensors")
 
     def weight(self, directory: Path, module: str, spec: QuantSpec) -> Tensor:

@@ -16,7 +16,7 @@ from swquant.quant.spec import QuantSpec
 class Dequantized:
     """The stored weights, rounded to the model's dtype, and transformers' models."""
 
-    package: ClassVar[str] = "safetensors"
+    package: ClassVar[str | None] = "safetensors"
     runtime: ClassVar[tuple[str, ...]] = ("transformers",)
 
     def weight(self, directory: Path, module: str, spec: QuantSpec) -> Tensor:

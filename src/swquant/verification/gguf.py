@@ -1,0 +1,54 @@
+"""GGUF, by llama.cpp's package of that name and by llama-cpp-python."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from swquant.checkpoint.reader import read_config
+from swquant.formats.gguf_model import describe_model
+from swquant.formats.gguf_writer import tensor_names
+from swquant.quant.spec import QuantSpec
+
+FILE = "model.gguf"
+_HALF_DIGITS = 2.0**-12
+"""What float16 rounds off a number, relative to it, at most."""
+
+
+class Gguf:
+    """The package's reader and dequantizers, and llama.cpp's models."""
+
+    package: ClassVar[str | None] = "gguf"
+    runtime: ClassVar[tuple[str, ...]] = ("llama-cpp-python",)
+
+    def weight(self, directory: Path, module: str, spec: QuantSpec) -> Tensor | None:
+        """``gguf.quants.dequantize``, rows in our order; the package does not know every type that llama.cpp has."""
+        gguf = import_module("gguf")
+        model = describe_model(read_config(directory))
+        name = f"{tensor_names(model)[module]}.weight"
+        try:
+            reader: Any = gguf.GGUFReader(directory / FILE)
+        except ValueError:
+            return None
+        (stored,) = [tensor for tensor in reader.tensors if tensor.name == name]
+        values = torch.from_numpy(gguf.quants.dequantize(stored.data, stored.tensor_type).copy())
+        order = model.row_order(module)
+        return values if order is None else values[torch.argsort(order)]
+
+    def tolerance(self, spec: QuantSpec) -> float:
+        """Q4_1's minima are rounded to float16; all else is exact."""
+        return _HALF_DIGITS * spec.max_code if not spec.symmetric else 0.0
+
+    def logits(self, directory: Path, tokens: Tensor) -> Tensor:
+        """llama.cpp's, on processors."""
+        llama = import_module("llama_cpp").Llama
+        rows: list[Tensor] = []
+        for row in tokens.tolist():
+            model: Any = llama(str(directory / FILE), n_ctx=len(row), n_gpu_layers=0, logits_all=True, verbose=False)
+            model.eval(row)
+            rows.append(torch.tensor(model.scores[: len(row)]))
+        return torch.stack(rows)
