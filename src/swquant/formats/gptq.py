@@ -36,6 +36,10 @@ _LOAD = """\
 from transformers import AutoModelForCausalLM  # needs gptqmodel and optimum
 model = AutoModelForCausalLM.from_pretrained(path)"""
 
+_LOAD_PLAIN_KERNEL = """\
+from transformers import AutoModelForCausalLM, GPTQConfig  # needs gptqmodel and optimum
+model = AutoModelForCausalLM.from_pretrained(path, quantization_config=GPTQConfig(bits=4, backend="gptq_torch"))"""
+
 _PLAIN = {"desc_act": False, "lm_head": False, "dynamic": {}, "pack_dtype": "int32"}
 _VERSIONS = {True: "gptq", False: "gptq_v2"}
 """The layout by symmetry: version 1 cannot tell a zero point of 0, version 2 is not read by old programs."""
@@ -61,6 +65,12 @@ class Gptq:
         notes = rounding_notes(outline)
         if outline.spec.symmetric:
             return notes
+        if _loses_zero_points(outline.spec):
+            kernel = (
+                "4 bits, asymmetric, one scale per channel: on a CPU GPTQModel picks a kernel that ignores the zero "
+                'points; load with backend="gptq_torch", or choose a group size'
+            )
+            notes = (kernel, *notes)
         version = (
             "asymmetric: zero points are stored as in version 2 of the layout (gptq_v2), which GPTQModel reads, alone "
             "or through transformers; programs that know version 1 alone, AutoGPTQ among them, add one to each"
@@ -118,5 +128,10 @@ class Gptq:
         return read_codes(checkpoint, spec, (*SUFFIXES, "g_idx"), shape_of, self.decode)
 
     def loading(self, spec: QuantSpec) -> str:
-        """Through transformers."""
-        return _LOAD
+        """Through transformers, past the kernel that ignores zero points."""
+        return _LOAD_PLAIN_KERNEL if _loses_zero_points(spec) else _LOAD
+
+
+def _loses_zero_points(spec: QuantSpec) -> bool:
+    """Whether GPTQModel (7.6) takes its ``TorchFusedLinear`` on a CPU, which sets all offsets to zero."""
+    return spec.bits == 4 and spec.group_size is None and not spec.symmetric

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -109,8 +110,9 @@ class Mlx:
 
     def write(self, directory: Path, model: QuantizedModel) -> Written:
         """A safetensors checkpoint with ``quantization``, and ``quantization_config`` that repeats it."""
-        settings = self.config(model.outline.spec)
-        return write_codes(directory, model, self.encode, {QUANTIZATION: settings, QUANTIZATION_CONFIG: settings})
+        settings, outline = self.config(model.outline.spec), model.outline
+        known = replace(model, outline=replace(outline, config={**outline.config, **_old_names(outline.config)}))
+        return write_codes(directory, known, self.encode, {QUANTIZATION: settings, QUANTIZATION_CONFIG: settings})
 
     def read(self, directory: Path, config: Mapping[str, Any]) -> QuantizedModel | None:
         """The model, if ``config`` says one affine quantization for all."""
@@ -137,6 +139,20 @@ class Mlx:
     def loading(self, spec: QuantSpec) -> str:
         """Through mlx-lm."""
         return _LOAD
+
+
+def _old_names(config: Mapping[str, Any]) -> dict[str, object]:
+    """Rotary settings as they were named before transformers 5, which most of mlx-lm's models read alone.
+
+    Without them a model runs with its family's default base, and nothing says so.
+    """
+    rotary = config.get("rope_parameters")
+    if not isinstance(rotary, dict):
+        return {}
+    named: dict[str, object] = {name: rotary[name] for name in ("rope_theta",) if name in rotary}
+    if rotary.get("rope_type", "default") != "default":
+        named["rope_scaling"] = {name: value for name, value in rotary.items() if name != "rope_theta"}
+    return {name: value for name, value in named.items() if config.get(name) is None}
 
 
 def _shift(spec: QuantSpec, dtype: torch.dtype) -> float:
