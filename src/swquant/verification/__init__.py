@@ -139,8 +139,8 @@ def _compare_weights(reader: Reader, directory: Path, model: QuantizedModel) -> 
             found = reader.weight(directory, name.removesuffix(".weight"), spec)
             if found is None:
                 return False
-            allowed = reader.tolerance(spec) * value.steps.abs().max()
             expected = value.dequantize()
+            allowed = reader.tolerance(spec) * max(value.steps.abs().max(), expected.abs().max() / 2**spec.bits)
             if found.shape != expected.shape or not bool(((found - expected).abs() <= allowed).all()):
                 raise SwquantError(
                     f"{reader.package} reads another {name} from the output than was trained; it was not published: "

@@ -30,7 +30,11 @@ class Reader(Protocol):
         ...
 
     def tolerance(self, spec: QuantSpec) -> float:
-        """How far such a weight may be from ours, over the largest step of the grid; 0 is bit for bit."""
+        """How far such a weight may be from ours; 0 is bit for bit.
+
+        In units of the grid's largest step, or where minima make weights larger than ``2**bits`` of these, of the
+        largest weight over ``2**bits``.
+        """
         ...
 
     def logits(self, directory: Path, tokens: Tensor) -> Tensor:

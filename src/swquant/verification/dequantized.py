@@ -24,8 +24,8 @@ class Dequantized:
         return open_checkpoint(directory).read(f"{module}.weight").float()
 
     def tolerance(self, spec: QuantSpec) -> float:
-        """bfloat16 rounds a weight by at most 2^-9 of itself, and a weight is at most ``2**bits`` steps."""
-        return 2.0 ** (spec.bits - 9)
+        """bfloat16 rounds a weight by at most 2^-8 of itself, and a weight is at most ``2**bits`` steps."""
+        return 2.0 ** (spec.bits - 8)
 
     def logits(self, directory: Path, tokens: Tensor) -> Tensor:
         """transformers' forward pass in float32."""
