@@ -158,6 +158,7 @@ def test_what_has_no_kernel_is_refused_with_what_has() -> None:
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "type 'dynamic'"),
         ({"head_dim": 24}, "heads of 24 channels, expected a multiple of 16"),
         ({"max_position_embeddings": 1 << 40}, "context of 1099511627776 tokens"),
+        ({"num_hidden_layers": 1 << 40}, "1099511627776 layers, expected at most 4096"),
         ({"hidden_size": "wide"}, "does not describe a llama model"),
     ],
 )

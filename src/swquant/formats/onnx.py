@@ -12,7 +12,7 @@ from torch import Tensor
 from swquant.checkpoint.quantized import Outline, QuantizedModel
 from swquant.checkpoint.writer import Written
 from swquant.errors import SwquantError
-from swquant.formats.base import cast_exactly, require_fits, require_tensor
+from swquant.formats.base import cast_exactly, require_fits, require_tensor, uniform_only
 from swquant.formats.onnx_layout import ACCURACY_LEVEL, MODEL, decoder_layout, require_onnx
 from swquant.formats.onnx_reader import read_decoder
 from swquant.formats.onnx_writer import write_decoder
@@ -50,11 +50,9 @@ class Onnx:
 
     def refusal(self, spec: QuantSpec) -> str | None:
         """3 bits and K grids have no kernel."""
-        if spec.grid != UNIFORM:
-            return "onnxruntime's MatMulNBits has no such blocks; choose the uniform grid, or the format gguf"
-        if spec.bits not in WIDTHS:
-            return "onnxruntime's MatMulNBits takes 2, 4 or 8 bits; choose 2 or 4, or another format"
-        return None
+        if spec.bits in WIDTHS or spec.grid != UNIFORM:
+            return uniform_only(spec)
+        return "onnxruntime's MatMulNBits takes 2, 4 or 8 bits; choose 2 or 4, or another format"
 
     def check(self, outline: Outline) -> tuple[str, ...]:
         """The graph must be known for the family and its settings; the note is about 8-bit activations."""

@@ -30,7 +30,7 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Rotary embeddings whose angles depend on the position alone, not on the length of the text."""
 
-LONGEST_CONTEXT = 1 << 20
+LONGEST_CONTEXT, MOST_LAYERS, WIDEST_HEAD = 1 << 20, 1 << 12, 1 << 10
 HEAD_MULTIPLE = 16
 """``GroupQueryAttention`` rotates heads whose width this divides."""
 
@@ -95,7 +95,7 @@ def decoder_layout(config: Mapping[str, Any]) -> DecoderLayout:
         known.num_hidden_layers, layers = 1, int(known.num_hidden_layers)
         head_dim = int(getattr(known, "head_dim", None) or known.hidden_size // known.num_attention_heads)
         rope_type = known.rope_parameters["rope_type"]
-        _require_covered(known, head_dim, rope_type)
+        _require_covered(known, layers, head_dim, rope_type)
         windows = _windows(family, known, layers)
         with torch.device("meta"):
             rotary: Any = AutoModelForCausalLM.from_config(known, trust_remote_code=False).model.rotary_emb
@@ -119,7 +119,7 @@ def decoder_layout(config: Mapping[str, Any]) -> DecoderLayout:
         raise SwquantError(f"config.json does not describe a {family} model: {reason}") from error
 
 
-def _require_covered(known: Any, head_dim: int, rope_type: object) -> None:
+def _require_covered(known: Any, layers: int, head_dim: int, rope_type: object) -> None:
     """Refuse settings that the graph does not compute."""
     context = int(known.max_position_embeddings)
     if known.hidden_act != "silu":
@@ -128,8 +128,10 @@ def _require_covered(known: Any, head_dim: int, rope_type: object) -> None:
         found = f"rotary positions of the type {rope_type!r}, expected one of {', '.join(ROPE_TYPES)}"
     elif known.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
         found = "rotary positions on a part of each head, expected all of it"
-    elif head_dim % HEAD_MULTIPLE:
-        found = f"heads of {head_dim} channels, expected a multiple of {HEAD_MULTIPLE}"
+    elif head_dim % HEAD_MULTIPLE or not 0 < head_dim <= WIDEST_HEAD:
+        found = f"heads of {head_dim} channels, expected a multiple of {HEAD_MULTIPLE} of at most {WIDEST_HEAD}"
+    elif not 0 < layers <= MOST_LAYERS:
+        found = f"{layers} layers, expected at most {MOST_LAYERS}"
     elif not 0 < context <= LONGEST_CONTEXT:
         found = f"a context of {context} tokens, expected at most {LONGEST_CONTEXT}"
     else:
