@@ -146,7 +146,7 @@ def test_a_weight_of_another_grid_or_with_other_scales_is_refused(make_packed: M
 
 
 def test_the_folder_holds_the_kernels_and_an_unknown_one_is_refused(make_packed: Make) -> None:
-    assert {"plain", "numba"} <= set(registry.names("swquant.runtime.kernels"))
+    assert {"plain", "numba", "triton"} <= set(registry.names("swquant.runtime.kernels"))
     layer = packed(make_packed(QuantSpec(2, 32, True), 24, 64, 0), kernel="plane")
     with pytest.raises(SwquantError, match=r"no kernel 'plane' among auto, .*; did you mean 'plain'"):
         layer(torch.zeros(1, 64))
