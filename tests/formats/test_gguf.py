@@ -160,7 +160,7 @@ def test_rows_of_queries_and_keys_take_turns(quantized: Callable[..., QuantizedM
             expected = torch.stack((halves[:, 0], halves[:, 1]), 2).view(expected.shape)
         stored = tensors[f"blk.0.{name}.weight"]
         assert torch.equal(torch.from_numpy(gguf.dequantize(stored.data, stored.tensor_type)), expected)
-    assert describe_model(model.outline.config).row_order("model.layers.0.self_attn.q_proj.bias") is not None
+    assert describe_model(model.outline.config).row_order("model.layers.0.self_attn.q_proj") is not None
 
 
 def test_what_llama_cpp_does_not_compute_is_refused(quantized: Callable[..., QuantizedModel]) -> None:

@@ -82,17 +82,17 @@ class Model:
         blocks = [f"{self.family.blocks}.{index}.{name}" for index in range(self.blocks) for name in inside]
         return [self.family.embedding, *self.family.tail, self.family.head, *blocks]
 
-    def row_order(self, name: str) -> Tensor | None:
-        """Which row of a tensor each row of the file's is, ``int64 [out]``; ``None`` if they are in order.
+    def row_order(self, module: str) -> Tensor | None:
+        """Which row of a module's tensors each row of the file's is, ``int64 [out]``; ``None`` if they are in order.
 
         Rotary positions of llama.cpp's ``llama`` turn neighbours, those of transformers a head's two halves: rows of
         the query and the key projection take turns, ``0, d/2, 1, d/2 + 1, ...`` in each head of ``d``.
         """
         heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
-        module = name.rsplit(".", 2)[-2] if name.count(".") >= 2 else ""
-        if self.architecture != "llama" or module not in heads:
+        kind = module.rpartition(".")[2]
+        if self.architecture != "llama" or kind not in heads:
             return None
-        count = int(self.settings[heads[module]])
+        count = int(self.settings[heads[kind]])
         rows = torch.arange(count * self.head_dim)
         return rows.view(count, 2, self.head_dim // 2).transpose(1, 2).reshape(-1)
 

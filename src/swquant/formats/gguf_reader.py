@@ -47,12 +47,12 @@ def read_gguf(directory: Path, config: Mapping[str, Any], decode: Decode) -> Qua
 
     def parts() -> Iterator[Part]:
         for name, full in names.items():
-            order = model.row_order(full)
+            module, value = full.rpartition(".")[0], file.read(name)
+            order = model.row_order(module)
             inverse = None if order is None else order.argsort()
-            module, value = full.removesuffix(".weight"), file.read(name)
             if inverse is not None and len(inverse) != len(value):
                 raise SwquantError(f"{full} in {file.path} has {len(value)} rows, config.json says {len(inverse)}")
-            if module in linears:
+            if module in linears and full.endswith(".weight"):
                 yield {full: reorder(decode(module, {full: value}, spec), inverse)}
             else:
                 yield {full: _narrowed(value if inverse is None else value[inverse], dtype)}

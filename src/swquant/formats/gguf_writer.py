@@ -115,7 +115,7 @@ def _entries(
             module, _, suffix = full.rpartition(".")
             if module not in names:
                 raise SwquantError(f"llama.cpp's {model.architecture} has no tensor {full}; choose another format")
-            order = model.row_order(full)
+            order = model.row_order(module)
             if isinstance(value, Tensor):
                 entry = _plain(value if order is None else value[order])
             else:

@@ -16,7 +16,7 @@ from swquant.quant.kgrids import UNIFORM
 from swquant.quant.spec import QuantSpec
 
 FILE = "model.gguf"
-_HALF_DIGITS = 2.0**-12
+_HALF_DIGITS = 2.0**-11
 """What float16 rounds off a number, relative to it, at most."""
 
 
