@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +25,15 @@ _HALF_DIGITS = 2.0**-11
 """What float16 rounds off a number, relative to it, at most."""
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where the package finds a tensor: its type, its first byte, the shape of its bytes."""
+
+    kind: Any
+    offset: int
+    shape: tuple[int, ...]
+
+
 class Gguf:
     """The package's reader and dequantizers, and llama.cpp's models."""
 
@@ -28,15 +42,14 @@ class Gguf:
 
     def weight(self, directory: Path, module: str, spec: QuantSpec) -> Tensor | None:
         """``gguf.quants.dequantize``, rows in our order; the package does not know every type that llama.cpp has."""
-        gguf = import_module("gguf")
-        model = describe_model(read_config(directory))
-        name = f"{tensor_names(model)[module]}.weight"
-        try:
-            reader: Any = gguf.GGUFReader(directory / FILE)
-        except ValueError:
+        path = directory / FILE
+        places = _places(path, path.stat().st_mtime_ns)
+        if places is None:
             return None
-        (stored,) = [tensor for tensor in reader.tensors if tensor.name == name]
-        values = torch.from_numpy(gguf.quants.dequantize(stored.data, stored.tensor_type).copy())
+        model = describe_model(read_config(directory))
+        place = places[f"{tensor_names(model)[module]}.weight"]
+        content = np.fromfile(path, np.uint8, math.prod(place.shape), offset=place.offset).reshape(place.shape)
+        values = torch.from_numpy(import_module("gguf").quants.dequantize(content, place.kind).copy())
         order = model.row_order(module)
         return values if order is None else values[torch.argsort(order)]
 
@@ -53,3 +66,20 @@ class Gguf:
             model.eval(row)
             rows.append(torch.tensor(model.scores[: len(row)]))
         return torch.stack(rows)
+
+
+@lru_cache(maxsize=1)
+def _places(path: Path, changed: int) -> Mapping[str, _Place] | None:
+    """What the package finds in a file last changed at ``changed``; ``None`` if it does not know one of its types.
+
+    Kept from one weight to the next: the package takes seconds to read a large vocabulary.
+    """
+    try:
+        reader: Any = import_module("gguf").GGUFReader(path)
+    except ValueError:
+        return None
+    return {
+        tensor.name: _Place(tensor.tensor_type, int(tensor.data_offset), tuple(tensor.data.shape))
+        for tensor in reader.tensors
+        if tensor.data.dtype == np.uint8
+    }
