@@ -33,7 +33,8 @@ def test_a_runtime_loads_what_is_chosen_for_it_and_the_refusal_names_something_t
     else:
         require_loads(target, form, spec)
         assert why_not(target, form, spec) is None
-        assert "PATH" in target.command(form, spec, "PATH")
+        command = target.command(form, spec, "PATH")
+        assert "PATH" in command if command is not None else name == "onnxruntime"
 
 
 @pytest.mark.parametrize(

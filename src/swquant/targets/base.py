@@ -28,6 +28,9 @@ class Target(Protocol):
         """Sentences on what such an output needs to be served."""
         ...
 
-    def command(self, form: str, spec: QuantSpec, path: str) -> str:
-        """The shell command that serves the output in the directory ``path``, quoted for the shell already."""
+    def command(self, form: str, spec: QuantSpec, path: str) -> str | None:
+        """The shell command that serves the output in the directory ``path``, quoted for the shell already.
+
+        ``None`` if it brings no server; the format's loading code then shows how it is used.
+        """
         ...

@@ -1,4 +1,4 @@
-"""ONNX, by onnxruntime: a weight is what its node makes of an identity, logits are the whole decoder's."""
+"""ONNX, by onnxruntime."""
 
 from __future__ import annotations
 
@@ -23,38 +23,48 @@ class Onnx:
     runtime: ClassVar[tuple[str, ...]] = ("onnxruntime",)
 
     def weight(self, directory: Path, module: str, spec: QuantSpec) -> Tensor | None:
-        """The file's own ``MatMulNBits`` node and data, alone in a graph, without its rounding of activations."""
+        """What ``GatherBlockQuantized``, which shares the layout, makes of the data of the file's ``MatMulNBits``."""
         onnx, onnxruntime = import_module("onnx"), import_module("onnxruntime")
         load_external_data = import_module("onnx.external_data_helper").load_external_data_for_tensor
         graph = onnx.load(str(directory / FILE), load_external_data=False).graph
-        inputs = {tensor.name: tensor for tensor in graph.initializer if tensor.name.startswith(f"{module}.")}
-        casts = [node for node in graph.node if node.op_type == "Cast" and node.input[0] in inputs]
-        known = inputs.keys() | {node.output[0] for node in casts}
-        (node,) = [node for node in graph.node if node.op_type == "MatMulNBits" and set(node.input) & known]
-        for tensor in inputs.values():
-            load_external_data(tensor, str(directory))
-            tensor.data_location = onnx.TensorProto.DEFAULT
-            del tensor.external_data[:]
-        kept = [attribute for attribute in node.attribute if attribute.name != "accuracy_level"]
-        del node.attribute[:]
-        node.attribute.extend(kept)
-        width = next(attribute.i for attribute in kept if attribute.name == "K")
-        scale = next(tensor for name, tensor in inputs.items() if name.endswith("scales"))
-        dtype = onnx.TensorProto.FLOAT if casts else scale.data_type
-        ends = [onnx.helper.make_tensor_value_info(name, dtype, None) for name in (node.input[0], node.output[0])]
-        casts = [cast for cast in casts if cast.output[0] in node.input]
-        used = {*node.input, *(cast.input[0] for cast in casts)}
-        data = [tensor for name, tensor in inputs.items() if name in used]
-        alone = onnx.helper.make_graph([*casts, node], "weight", ends[:1], ends[1:], data)
+        tensors = {tensor.name: tensor for tensor in graph.initializer if tensor.name.startswith(f"{module}.")}
+        casts = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Cast"}
+        stored = {node.name: [casts.get(name, name) for name in node.input] for node in graph.node}
+        nodes = [node for node in graph.node if node.op_type == "MatMulNBits"]
+        (node,) = [node for node in nodes if tensors.keys() & set(stored[node.name])]
+        settings = {attribute.name: attribute.i for attribute in node.attribute}
+        arrays: list[Any] = []
+        for name in stored[node.name][1:]:
+            load_external_data(tensors[name], str(directory))
+            tensors[name].data_location = onnx.TensorProto.DEFAULT
+            arrays.append(onnx.numpy_helper.to_array(tensors[name]))
+        rows = settings["N"]
+        arrays[1] = arrays[1].astype(np.float32)
+        data = {f"part{index}": array.reshape(rows, -1) for index, array in enumerate(arrays)}
+        names = list(data)
+        gather = onnx.helper.make_node(
+            "GatherBlockQuantized",
+            [names[0], "rows", *names[1:]],
+            ["weight"],
+            domain=DOMAIN,
+            bits=settings["bits"],
+            block_size=settings["block_size"],
+            gather_axis=0,
+            quantize_axis=1,
+        )
+        ends = [onnx.helper.make_tensor_value_info("rows", onnx.TensorProto.INT64, ["rows"])]
+        ends.append(onnx.helper.make_tensor_value_info("weight", onnx.TensorProto.FLOAT, None))
+        held = [onnx.numpy_helper.from_array(array, name) for name, array in data.items()]
+        alone = onnx.helper.make_graph([gather], module, ends[:1], ends[1:], held)
         imports = [onnx.helper.make_opsetid("", 21), onnx.helper.make_opsetid(DOMAIN, 1)]
         model = onnx.helper.make_model(alone, opset_imports=imports, ir_version=10)
         session: Any = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-        identity = np.eye(width, dtype=onnx.helper.tensor_dtype_to_np_dtype(dtype))
-        return torch.from_numpy(session.run(None, {node.input[0]: identity})[0]).float().T.contiguous()
+        (values,) = session.run(None, {"rows": np.arange(rows)})
+        return torch.from_numpy(values)[:, : settings["K"]].contiguous()
 
     def tolerance(self, spec: QuantSpec) -> float:
-        """Products with ones and zeros are exact, and so is float32; float16 rounds a weight by 2^-12 of itself."""
-        return 2.0 ** (spec.bits - 12)
+        """Bit for bit."""
+        return 0.0
 
     def logits(self, directory: Path, tokens: Tensor) -> Tensor:
         """The decoder's, with an empty cache."""
