@@ -238,6 +238,8 @@ def test_other_files_are_not_ours(written: Path, tmp_path: Path, llama: Path) ->
         Gguf().read(written, {**read_config(written), "num_hidden_layers": 1})
     with pytest.raises(SwquantError, match="has no tensors for the 1000000000 blocks"):
         Gguf().read(written, {**read_config(written), "num_hidden_layers": 10**9})
+    with pytest.raises(SwquantError, match="has no tensors for the 'six' blocks"):
+        Gguf().read(written, {**read_config(written), "num_hidden_layers": "six"})
     narrow = Gguf().read(written, {**read_config(written), "num_attention_heads": 2})
     assert narrow is not None
     with pytest.raises(SwquantError, match=r"rows, config\.json says"):

@@ -234,3 +234,5 @@ def test_a_model_without_its_tokenizer_is_refused(tmp_path: Path) -> None:
     save(byte_level(None), tmp_path)
     with pytest.raises(SwquantError, match="the model's vocabulary has 100"):
         read_vocabulary(tmp_path, {"vocab_size": 100})
+    with pytest.raises(SwquantError, match="expected at most 16777216"):
+        read_vocabulary(tmp_path, {"vocab_size": 10**12})

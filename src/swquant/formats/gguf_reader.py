@@ -38,9 +38,10 @@ def read_gguf(directory: Path, config: Mapping[str, Any], decode: Decode) -> Qua
     """
     file = open_gguf(directory / FILE)
     spec = _spec(file, directory)
+    blocks = config.get("num_hidden_layers")
+    if type(blocks) is not int or not 0 < blocks <= len(file.tensors):
+        raise SwquantError(f"{file.path} has no tensors for the {blocks!r:.40} blocks of config.json; write it again")
     model = describe_model(config)
-    if model.blocks > len(file.tensors):
-        raise SwquantError(f"{file.path} has no tensors for the {model.blocks} blocks of config.json; write it again")
     names = _our_names(file, model)
     linears = _linears(file, names, spec)
     dtype = model_dtype(config) or _dtype(file)

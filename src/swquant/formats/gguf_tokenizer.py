@@ -21,6 +21,8 @@ from swquant.errors import SwquantError
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """Kinds of tokens in a GGUF file."""
 
+LARGEST_VOCABULARY = 1 << 24
+
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -216,6 +218,8 @@ def _tokens(
 
     Added tokens beyond the embedding, which transformers gives to some tokenizers whatever the model, are left out.
     """
+    if not 0 < size <= LARGEST_VOCABULARY:
+        raise SwquantError(f"config.json sets vocab_size to {size}, expected at most {LARGEST_VOCABULARY}")
     by_id = {index: text for text, index in model["vocab"].items()}
     beyond = [index for index in by_id if index >= size]
     by_id |= {index: token["content"] for index, token in added.items() if index < size}
