@@ -35,9 +35,9 @@ def found(environment: Callable[..., Any], quantized: Callable[..., Any], comput
 
 @pytest.mark.parametrize("index", range(len(MODELS)))
 def test_weights_logits_and_perplexity_are_those_of_the_codes(index: int, found: Any) -> None:
-    """On a CPU, GPTQModel has kernels of its own for 4 bits, which compute in bfloat16."""
+    """On a CPU, GPTQModel has kernels of its own for 4 bits, which compute in bfloat16; linears' biases are float16."""
     case, theirs = found[index]
-    spec, _, dtype = MODELS[index]
+    spec, family, dtype = MODELS[index]
     half = spec.bits == 4 or dtype == torch.bfloat16
     version = json.loads((case.path / "quantize_config.json").read_text())["checkpoint_format"]
     assert version == ("gptq" if spec.symmetric else "gptq_v2")
@@ -50,7 +50,8 @@ def test_weights_logits_and_perplexity_are_those_of_the_codes(index: int, found:
     assert case.divergence(theirs["logits"]) < (1e-3 if half else 1e-6)
     assert case.measured(theirs["logits"]) == pytest.approx(case.perplexity, rel=1e-2 if half else 2e-4)
     if not half and spec.bits != 8:
-        torch.testing.assert_close(theirs["logits"], case.logits, rtol=1e-4, atol=1e-4)
+        tolerance = 1e-4 if family == "llama" else 2e-3
+        torch.testing.assert_close(theirs["logits"], case.logits, rtol=tolerance, atol=tolerance)
 
 
 def test_symmetric_scales_of_either_sign_were_tried(found: Any) -> None:
