@@ -8,8 +8,8 @@ Behind the last block, with codes ``c`` and zero points ``z`` as they are, each 
 which is the second step of EfficientQAT (Chen et al., arXiv 2407.11062, E2E-QP) but for the loss and the logarithm.
 Adam's steps in ``g`` are shares of a scale, whatever its magnitude, and no scale changes its sign. ``s`` is rounded to
 bfloat16 inside of the differentiable path (straight-through), so the model that is trained is the one that is written.
-On a K grid each of the numbers that it consists of has a ``g``: ``d`` and ``dmin`` are rounded to float16, ``sc`` and
-``m`` to integers.
+On a K grid it is ``d`` and ``dmin`` of each super-block that have a ``g`` and are rounded to float16; the integers
+``sc`` and ``m`` of the groups stay as the codes do.
 
 Codes stay packed on the disk. A step goes forward block by block and keeps the hidden states in front of each,
 ``[blocks, samples, tokens, dim]``; then backward block by block, running each again with a graph. So one block's
@@ -29,7 +29,7 @@ from torch import Tensor
 from swquant.engine.block import Job, split_held
 from swquant.engine.capture import capture
 from swquant.engine.head import Heads
-from swquant.engine.journal import TRAINED, Journal, stored_scales
+from swquant.engine.journal import TRAINED, Journal, stored_part
 from swquant.engine.observer import Observer
 from swquant.engine.streams import batches, create_stream
 from swquant.learnables.base import Theta
@@ -74,8 +74,8 @@ class TrainedModel:
 
     Attributes:
         gains: For each block the logarithms of factors, float32 leaves: by a weight's name on its scales (``[out,
-            groups]``), or with ``:d``, ``:sc``, ``:dmin`` and ``:m`` behind it on what its K grid consists of; by a
-            norm's name on its weight (``[dim]``).
+            groups]``), or with ``:d`` and ``:dmin`` behind it on a K grid's factors (``[out, supers]``); by a norm's
+            name on its weight (``[dim]``).
     """
 
     def __init__(self, job: Job, journal: Journal, arguments: Sequence[Mapping[str, Any]], norms: bool = False) -> None:
@@ -151,8 +151,8 @@ class TrainedModel:
         for index, gains in enumerate(self.gains):
             block = self._block(index)
             for name, quantized in block.quantized.items():
-                for part, value in stored_scales(quantized).items():
-                    out[f"{index}/{name}:{part}"] = value.cpu().contiguous()
+                for part, value in quantized.scales.items():
+                    out[f"{index}/{name}:{part}"] = stored_part(part, value).cpu().contiguous()
             for name in gains:
                 if name in block.params:
                     out[f"{index}/{name}:plain"] = block.params[name].cpu().contiguous()

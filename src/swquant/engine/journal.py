@@ -30,6 +30,7 @@ STREAMS = ("reference", "quantized")
 TRAINED = "trained"
 """The stream that takes the place of the quantized one when the whole model has been trained."""
 FINAL = "final.safetensors"
+_PART_DTYPES = {"scale": torch.bfloat16, "d": torch.float16, "dmin": torch.float16}
 
 
 @dataclass
@@ -266,20 +267,13 @@ def _to_tensors(committed: Committed) -> dict[str, Tensor]:
     for name, quantized in committed.quantized.items():
         out[f"{name}:codes"] = pack(quantized.codes, quantized.spec.bits)
         out[f"{name}:shape"] = torch.tensor(quantized.codes.shape)
-        out |= {f"{name}:{part}": value for part, value in stored_scales(quantized).items()}
-        if isinstance(quantized, QTensor):
-            out[f"{name}:zero"] = quantized.zero
+        out |= {f"{name}:{part}": stored_part(part, value) for part, value in quantized.parts.items()}
     return {name: value.detach().cpu().contiguous() for name, value in out.items()}
 
 
-def stored_scales(quantized: QTensor | KTensor) -> dict[str, Tensor]:
-    """A weight's ``scales`` in the dtypes in which a journal holds them, without loss."""
-    if isinstance(quantized, QTensor):
-        return {"scale": quantized.scale.to(torch.bfloat16)}
-    return {
-        name: value.to(torch.float16 if name in ("d", "dmin") else torch.int8)
-        for name, value in quantized.scales.items()
-    }
+def stored_part(part: str, value: Tensor) -> Tensor:
+    """One of a quantized weight's ``parts`` in the dtype in which a journal holds it, without loss."""
+    return value.to(_PART_DTYPES.get(part, value.dtype))
 
 
 def _from_tensors(tensors: Mapping[str, Tensor], spec: QuantSpec) -> Committed:

@@ -8,8 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from swquant.quant.double import minimum_code, per_group, scale_code, stored_factor
-from swquant.quant.kgrids import K_GRIDS
+from swquant.quant.double import per_group, stored_factor
 from swquant.quant.spec import QuantSpec
 
 
@@ -52,31 +51,29 @@ class KTensor:
         return per_group(self.d, self.sc)
 
     @property
+    def parts(self) -> dict[str, Tensor]:
+        """What the grid consists of, by name."""
+        named = {"d": self.d, "sc": self.sc, "dmin": self.dmin, "m": self.m}
+        return {name: value for name, value in named.items() if value is not None}
+
+    @property
     def scales(self) -> dict[str, Tensor]:
-        """What training may change while codes stay, by name."""
-        parts = {"d": self.d, "sc": self.sc, "dmin": self.dmin, "m": self.m}
-        return {name: value for name, value in parts.items() if value is not None}
+        """What training may change while all integers stay, by name."""
+        return {"d": self.d} if self.dmin is None else {"d": self.d, "dmin": self.dmin}
 
     def rescaled(self, gains: Mapping[str, Tensor]) -> KTensor:
-        """With factors on :attr:`scales`, differentiable in them; the result, in float32, is what files hold."""
-        kind = K_GRIDS[self.spec.grid]
-        sc = self.sc.float()
-        return replace(
-            self,
-            d=stored_factor(self.d * gains["d"]),
-            sc=scale_code(sc.abs() * gains["sc"], kind) * sc.sign(),
-            dmin=None if self.dmin is None else stored_factor(self.dmin * gains["dmin"]),
-            m=None if self.m is None else minimum_code(self.m.float() * gains["m"], kind),
-        )
+        """With factors on :attr:`scales`, differentiable in them; the result is what files hold."""
+        dmin = None if self.dmin is None else stored_factor(self.dmin * gains["dmin"])
+        return replace(self, d=stored_factor(self.d * gains["d"]), dmin=dmin)
 
 
-def ktensor(scales: Mapping[str, Tensor], codes: Tensor, spec: QuantSpec) -> KTensor:
-    """The weight with these :attr:`KTensor.scales`, of whatever dtype, and codes."""
-    dmin, m = scales.get("dmin"), scales.get("m")
+def ktensor(parts: Mapping[str, Tensor], codes: Tensor, spec: QuantSpec) -> KTensor:
+    """The weight with these :attr:`KTensor.parts`, of whatever dtype, and codes."""
+    dmin, m = parts.get("dmin"), parts.get("m")
     return KTensor(
         codes,
-        scales["d"].float(),
-        scales["sc"].to(torch.int8 if spec.symmetric else torch.uint8),
+        parts["d"].float(),
+        parts["sc"].to(torch.int8 if spec.symmetric else torch.uint8),
         None if dmin is None else dmin.float(),
         None if m is None else m.to(torch.uint8),
         spec,

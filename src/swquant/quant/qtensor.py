@@ -54,6 +54,11 @@ class QTensor:
         return self.scale
 
     @property
+    def parts(self) -> dict[str, Tensor]:
+        """What the grid consists of, by name."""
+        return {"scale": self.scale, "zero": self.zero}
+
+    @property
     def scales(self) -> dict[str, Tensor]:
         """What training may change while codes and zero points stay, by name."""
         return {"scale": self.scale}

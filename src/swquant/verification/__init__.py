@@ -117,11 +117,7 @@ def _digests(part: Part) -> Mapping[str, str]:
 
 
 def _digest(value: Tensor | QTensor | KTensor) -> str:
-    if isinstance(value, Tensor):
-        tensors = (value.float(),)
-    else:
-        own = (value.zero,) if isinstance(value, QTensor) else ()
-        tensors = (value.codes, *value.scales.values(), *own)
+    tensors = (value.float(),) if isinstance(value, Tensor) else (value.codes, *value.parts.values())
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(repr(tuple(tensor.shape)).encode())
