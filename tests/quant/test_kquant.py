@@ -194,19 +194,16 @@ def test_gradients_are_those_of_a_transcription_that_is_differentiated_automatic
 @pytest.mark.parametrize("grid", GRIDS)
 def test_rescaling_trains_what_files_hold(grid: str) -> None:
     q = committed(open_draft({NAME: random_weight(1)}, (NAME,), QuantSpec.named(grid)))
-    ones = {name: torch.ones_like(value, dtype=torch.float32) for name, value in q.scales.items()}
-    same = q.rescaled(ones)
+    same = q.rescaled({name: torch.ones_like(value) for name, value in q.scales.items()})
     assert torch.equal(same.dequantize(), q.dequantize())
     gains = {name: (torch.rand(value.shape) + 0.5).requires_grad_() for name, value in q.scales.items()}
     moved = q.rescaled(gains)
-    moved.dequantize().square().sum().backward()
+    weight = moved.dequantize()
+    weight.square().sum().backward()
+    assert gains.keys() == ({"d"} if grid == "q3_k" else {"d", "dmin"})
     assert all(float(gain.grad.abs().max()) > 0 for gain in gains.values())
-    assert torch.equal(moved.d, moved.d.half().float())
-    assert torch.equal(moved.sc, moved.sc.round())
-    assert torch.equal(moved.sc.sign(), q.sc.sign())
-    assert int(moved.sc.abs().max()) <= K_GRIDS[grid].max_scale
-    if moved.m is not None:
-        assert torch.equal(moved.m, moved.m.round().clamp(0, K_GRIDS[grid].max_scale))
+    held = decode_blocks(encode_blocks(moved), grid, 5, 512)
+    assert torch.equal(held.dequantize(), weight)
 
 
 def test_a_spec_of_a_k_grid_has_its_own_bits_and_groups() -> None:
