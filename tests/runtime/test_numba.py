@@ -84,6 +84,21 @@ def test_one_input_and_many_meet_in_float32(bits: int, make_packed: Make) -> Non
     assert torch.allclose(together.double(), exact(x, q), atol=2e-4)
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_many_inputs_are_multiplied_in_bfloat16_where_that_is_fast(
+    fast: bool, make_packed: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(numba_kernel, "_narrow_is_fast", lambda: fast)
+    q = make_packed(QuantSpec(4, 64, False), 96, 192, 0)
+    x = torch.randn(MANY, 192, generator=torch.Generator().manual_seed(0)).bfloat16()
+    found = product(x, packed(q, torch.bfloat16))
+    rounded = torch.nn.functional.linear(x.float(), q.dequantize().bfloat16().float()).bfloat16()
+    unrounded = exact(x, q).bfloat16()
+    assert not torch.equal(rounded, unrounded)
+    near, far = (rounded, unrounded) if fast else (unrounded, rounded)
+    assert (found.float() - near.float()).abs().mean() < (found.float() - far.float()).abs().mean()
+
+
 @pytest.fixture
 def threads() -> Iterator[None]:
     before = torch.get_num_threads()

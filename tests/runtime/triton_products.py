@@ -16,7 +16,7 @@ SHAPES = ((40, 128, 32), (70, 256, 64), (33, 37, 37), (5, 300, 300))
 
 KINDS = ((matvec_product, 1), (matvec_product, 3), (matmul_product, 21))
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-"""The interpreter cuts where bfloat16 rounds. It multiplies bfloat16 blocks as integers (3.9): no matmul in bfloat16."""
+"""The interpreter cuts where bfloat16 rounds, and multiplies bfloat16 blocks as integers (3.9): no matmul."""
 
 
 def main() -> None:

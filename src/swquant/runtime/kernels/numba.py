@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -30,7 +31,7 @@ WEIGHTS_PER_THREAD = 1 << 18
 
 
 class Numba:
-    """Products in float32, exact but for their sums' rounding, in as many threads as torch has.
+    """Products in float32 (bfloat16 for many inputs where that is fast), in as many threads as torch has.
 
     One input costs about a pass over the packed codes; many cost torch's matrix product and a pass over the weights.
     """
@@ -57,11 +58,21 @@ class Numba:
             return linear(x, weight.dequantize(x.dtype))
         few = x.shape[0] <= FEW_ROWS
         whole = periods * period
-        planes = x[:, :whole].to(torch.float32 if few else x.dtype).unflatten(1, (periods, period)).transpose(1, 2)
+        narrow = not few and x.dtype == torch.bfloat16 and _narrow_is_fast()
+        inputs = x[:, :whole].to(x.dtype if narrow else torch.float32)
+        planes = inputs.unflatten(1, (periods, period)).transpose(1, 2)
         product = (_one_by_one if few else _together)(planes, weight)
         if whole < weight.in_features:
             product = product + linear(x[:, whole:].to(product.dtype), _behind(weight, whole).dequantize(product.dtype))
         return product.to(x.dtype)
+
+
+@cache
+def _narrow_is_fast() -> bool:
+    """Whether torch's matrix products in bfloat16 can be expected to beat those in float32: x86 needs AMX for that."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    return torch.cpu._is_amx_tile_supported()  # pyright: ignore[reportPrivateUsage]
 
 
 def _one_by_one(planes: Tensor, weight: PackedWeight) -> Tensor:
