@@ -1,6 +1,6 @@
 """Our GGUF files beside llama.cpp's own quantization of the same model, all measured by one llama.cpp.
 
-    python benchmarks/llama_cpp.py [--runtime DIR] [--out benchmarks/results/llama_cpp.json]
+    python benchmarks/llama_cpp.py [--runtime DIR] [--work DIR] [--out benchmarks/results/llama_cpp.json]
 
 The model is the demo's, its MLPs widened by channels of zeros to a multiple of 256, which K blocks need and which
 changes nothing. llama.cpp is the prebuilt one of npm's node-llama-cpp (``node_llama_cpp.py``), on one thread. Its own
@@ -39,9 +39,9 @@ from swquant.quant.spec import QuantSpec
 
 ASSETS = Path(swquant.__file__).parent / "demo_assets"
 RESULTS = Path(__file__).parent / "results" / "llama_cpp.json"
-WINDOWS, LENGTH, SAMPLES = 32, 256, 48
+WINDOWS, LENGTH, SAMPLES = 32, 256, 32
 ROUNDS, PROMPT, GENERATED = 5, 16, 128
-TRAINED = "gptq + block_ap(epochs=4) + end_to_end(epochs=3)"
+TRAINED = "gptq + block_ap(epochs=2) + end_to_end(epochs=2)"
 FILE_TYPES = {"Q2_K": 10, "Q3_K_S": 11, "Q4_0": 2}
 
 
@@ -57,14 +57,15 @@ class Row:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--runtime", type=Path, default=Path(tempfile.gettempdir()) / "swquant-node-llama-cpp")
+    parser.add_argument("--work", type=Path, help="keep the files here, and go on where a killed run stopped")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     folder = node_llama_cpp.install(arguments.runtime)
     with tempfile.TemporaryDirectory() as scratch:
-        work = Path(scratch)
-        source = widened(work / "model")
-        rows = all_rows(folder, source, write_plain(source, work / "plain"))
-        files = {f"{row.by}, {row.name}": row.make(work / f"row{index}") for index, row in enumerate(rows)}
+        source = widened(Path(scratch) / "model")
+        rows = all_rows(folder, source, write_plain(source, Path(scratch) / "plain"))
+        places = [(arguments.work or Path(scratch)) / f"row{index}" for index in range(len(rows))]
+        files = {f"{row.by}, {row.name}": row.make(place) for row, place in zip(rows, places, strict=True)}
         results = measure(folder, source, files)
     answer = {"llama.cpp": f"node-llama-cpp {node_llama_cpp.VERSION}", "processor": processor(), "rows": results}
     arguments.out.write_text(json.dumps(answer, indent=1) + "\n", encoding="utf-8")
@@ -99,7 +100,7 @@ def write_plain(source: Path, out: Path) -> Path:
 def all_rows(folder: Path, source: Path, plain: Path) -> list[Row]:
     def theirs(name: str, *, alike: bool) -> Row:
         def make(out: Path) -> Path:
-            out.mkdir()
+            out.mkdir(parents=True, exist_ok=True)
             node_llama_cpp.quantize(folder, plain, out / "model.gguf", FILE_TYPES[name], alike=alike)
             return out / "model.gguf"
 
@@ -114,13 +115,14 @@ def all_rows(folder: Path, source: Path, plain: Path) -> list[Row]:
         theirs("Q2_K", alike=False),
         theirs("Q2_K", alike=True),
         ours("Q2_K", "rtn", grid="q2_k"),
+        ours("Q2_K", "gptq", grid="q2_k"),
         ours("Q2_K", TRAINED, grid="q2_k"),
-        ours("Q2_0", "rtn", **uniform),
+        ours("Q2_0", "gptq", **uniform),
         ours("Q2_0", TRAINED, **uniform),
         theirs("Q3_K_S", alike=True),
-        ours("Q3_K", TRAINED, grid="q3_k"),
+        ours("Q3_K", "gptq", grid="q3_k"),
         theirs("Q4_0", alike=True),
-        ours("Q4_0", TRAINED, bits=4, group_size=32, symmetric=True),
+        ours("Q4_0", "gptq", bits=4, group_size=32, symmetric=True),
     ]
 
 
