@@ -155,6 +155,12 @@ def test_a_model_that_super_blocks_do_not_divide_is_refused(llama: Path, recipe:
         quantize(recipe, llama, tmp_path / "out")
 
 
+def test_a_rate_of_integer_scales_is_refused_where_there_are_none(llama: Path, recipe: Recipe, tmp_path: Path) -> None:
+    recipe = replace(recipe, method="block_ap(integer_rate=0.001)").override({"grid": "uniform"})
+    with pytest.raises(SwquantError, match="integer_rate is of the integer scales of K grids"):
+        quantize(recipe, llama, tmp_path / "out")
+
+
 def random_weight(seed: int) -> torch.Tensor:
     rng = torch.Generator().manual_seed(seed)
     size = torch.exp2(torch.rand(6, 32, 1, generator=rng) * 4 - 6)
@@ -195,7 +201,7 @@ def test_late_grids_see_the_weights_as_they_are_when_their_turn_comes(grid: str,
 def test_block_ap_starts_where_the_draft_is_and_ends_where_files_can_be(grid: str) -> None:
     draft = open_draft({"w": random_weight(2)}, ("w",), QuantSpec.named(grid))
     facts = BlockFacts(None, 1, 1, lambda linears: {})  # pyright: ignore[reportArgumentType]
-    parts = (Weights(0.0), KGridParams(0.0))
+    parts = (Weights(0.0), KGridParams(1e-3, 1e-2))
     thetas = [part.init(draft, facts) for part in parts]
     moved = draft
     for part, theta in zip(parts, thetas, strict=True):
@@ -204,6 +210,7 @@ def test_block_ap_starts_where_the_draft_is_and_ends_where_files_can_be(grid: st
     realize(moved)["w"].square().sum().backward()
     trained = {key: value for theta in thetas for key, value in theta.items() if value.requires_grad}
     assert len(trained) == (3 if grid == "q3_k" else 5)
+    assert not any(key.endswith(".start") for key in trained)
     assert all(float(value.grad.abs().max()) > 0 for value in trained.values())
     rng = torch.Generator().manual_seed(3)
     with torch.no_grad():

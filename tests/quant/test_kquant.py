@@ -11,7 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from swquant.errors import SwquantError
+from swquant.families.llama import LLAMA
 from swquant.formats.kquant_blocks import decode_blocks, encode_blocks
+from swquant.learnables.base import BlockFacts
+from swquant.learnables.k_grid_params import KGridParams
 from swquant.quant.double import LEAST
 from swquant.quant.draft import Draft, Slot, commit, detach, grid_of, open_draft, realize
 from swquant.quant.grid import grid_from
@@ -189,6 +192,45 @@ def test_gradients_are_those_of_a_transcription_that_is_differentiated_automatic
     for found, expected in zip(*results, strict=True):
         assert float(expected.abs().max()) > 0
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_a_k_grids_parts_have_the_gradients_of_a_transcription(grid: str) -> None:
+    """Away from the start: moves beyond the integers' range, weights beyond the grid."""
+    spec, kind, weight = QuantSpec.named(grid), K_GRIDS[grid], random_weight(5, dtype=torch.double)
+    draft, learnable = open_draft({NAME: weight}, (NAME,), spec), KGridParams(1e-3, 1e-2)
+    facts = BlockFacts(LLAMA, 1, 1, lambda linears: {})
+    theta = learnable.init(draft, facts)
+    rng = torch.Generator().manual_seed(6)
+    trained = {key: value for key, value in theta.items() if value.requires_grad}
+    with torch.no_grad():
+        for key, value in trained.items():
+            noise = torch.randn(value.shape, generator=rng, dtype=torch.double)
+            value.add_(noise * (0.1 if key.endswith(".ratio") else 0.5))
+    upstream = random_weight(7, dtype=torch.double)
+    realize(learnable.apply(theta, draft, facts))[NAME].backward(upstream)
+
+    own = {key: value.detach().clone().requires_grad_() for key, value in trained.items()}
+
+    def part(name: str) -> Tensor:
+        start = theta[f"{NAME}.{name}.start"]
+        if name in ("d", "dmin"):
+            return half(start * own[f"{NAME}.{name}.ratio"])
+        moved = start + 10 * own[f"{NAME}.{name}.move"]
+        return rounded(moved, 1 if name == "sc" else 0, kind.max_scale).view(5, 2, kind.groups)
+
+    scale = (part("d") * part("sc")).view(5, -1, 1) * theta[f"{NAME}.sc.sign"]
+    shift = 0 if grid == "q3_k" else (part("dmin") * part("m")).view(5, -1, 1)
+    low, high = (-4, 3) if grid == "q3_k" else (0, spec.max_code)
+    u = (weight.view(5, spec.groups(512), -1) + shift) / scale
+    q = torch.where(
+        (u.round() >= low) & (u.round() <= high), rounded(u, low, high), u.round().clamp(low, high).detach()
+    )
+    (q * scale - shift).view(5, 512).backward(upstream)
+    assert len(own) == (2 if grid == "q3_k" else 4)
+    for key, value in own.items():
+        assert float(value.grad.abs().max()) > 0
+        torch.testing.assert_close(trained[key].grad, value.grad, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("grid", GRIDS)

@@ -14,28 +14,33 @@ from swquant.quant.grid import k_grid
 from swquant.quant.kgrids import K_GRIDS
 from swquant.quant.spec import QuantSpec
 
-_RATIO, _START, _SIGN = ".ratio", ".start", ".sign"
+_RATIO, _MOVE, _START, _SIGN = ".ratio", ".move", ".start", ".sign"
 
 
 @dataclass(frozen=True)
 class KGridParams:
     r"""A K grid's factors and integer scales and minima, what `GridParams` is for uniform grids.
 
-    With ``d0`` and ``dmin0`` those of the draft's grid when training begins, ratios ``r`` and ``t`` that start at 1,
-    and real ``a`` and ``b`` that start where the grid has them, the stored numbers are::
+    With ``d0``, ``dmin0``, ``sc0`` and ``m0`` those of the draft's grid when training begins, ratios ``r`` and ``t``
+    that start at 1, and moves ``a`` and ``b`` that start at 0, the stored numbers are::
 
-        d = float16(d0 r),          sc = sign clamp(round(a), 1, M)
-        dmin = float16(dmin0 t),    m = clamp(round(b), 0, M)
+        d = float16(d0 r),          sc = sign(sc0) clamp(round(|sc0| + k a), 1, M)
+        dmin = float16(dmin0 t),    m = clamp(round(m0 + k b), 0, M)
+
+    with ``k`` the integers' rate over that of the ratios, as an optimizer whose steps have the size of the rate needs
+    it: a ratio moves 256 weights at once and wants small steps, an integer stays unless it moves by a half.
 
     and every rounding and clamp lets gradients pass straight through, so that ``d`` learns what all groups of its
     super-block have in common, with ``sc`` as it is, and ``sc`` what a group wants on top. Signs stay.
 
     Attributes:
-        learning_rate: Of ratios, and of ``a`` and ``b`` in their units.
+        learning_rate: Of ratios.
+        integer_rate: Of ``k a`` and ``k b``, in codes.
         weight_decay: Likewise.
     """
 
     learning_rate: float
+    integer_rate: float
     weight_decay: float = 0.0
     writes: ClassVar[frozenset[str]] = frozenset({"grid"})
 
@@ -52,14 +57,15 @@ class KGridParams:
                     theta[key + _START] = value.clone()
                     theta[key + _RATIO] = torch.ones_like(value).requires_grad_()
                 else:
-                    theta[key] = value.abs().requires_grad_()
+                    theta[key + _START] = value.abs()
+                    theta[key + _MOVE] = torch.zeros_like(value).requires_grad_()
             theta[f"{name}.sc{_SIGN}"] = factors.sc.sign()
         return theta
 
     def apply(self, theta: Theta, draft: Draft, facts: BlockFacts) -> Draft:
         """Give each slot its explicit grid."""
         slots = {
-            name: replace(slot, grid=k_grid(_factors(theta, name, slot.spec), slot.spec))
+            name: replace(slot, grid=k_grid(self._factors(theta, name, slot.spec), slot.spec))
             for name, slot in draft.slots.items()
         }
         return replace(draft, slots=slots)
@@ -74,12 +80,19 @@ class KGridParams:
                 start = theta[key.removesuffix(_RATIO) + _START]
                 value.clamp_(LEAST / start, MOST / start)
 
-
-def _factors(theta: Theta, name: str, spec: QuantSpec) -> Factors:
-    kind = K_GRIDS[spec.grid]
-    d = stored_factor(theta[f"{name}.d{_START}"] * theta[f"{name}.d{_RATIO}"])
-    sc = scale_code(theta[f"{name}.sc"], kind) * theta[f"{name}.sc{_SIGN}"]
-    if kind.symmetric:
-        return Factors(d, sc)
-    dmin = stored_factor(theta[f"{name}.dmin{_START}"] * theta[f"{name}.dmin{_RATIO}"])
-    return Factors(d, sc, dmin, minimum_code(theta[f"{name}.m"], kind))
+    def _factors(self, theta: Theta, name: str, spec: QuantSpec) -> Factors:
+        kind, unit = K_GRIDS[spec.grid], self.integer_rate / self.learning_rate
+        shared = {
+            part: stored_factor(theta[f"{name}.{part}{_START}"] * theta[f"{name}.{part}{_RATIO}"])
+            for part in ("d", "dmin")
+            if f"{name}.{part}{_START}" in theta
+        }
+        own = {
+            part: theta[f"{name}.{part}{_START}"] + unit * theta[f"{name}.{part}{_MOVE}"]
+            for part in ("sc", "m")
+            if f"{name}.{part}{_START}" in theta
+        }
+        sc = scale_code(own["sc"], kind) * theta[f"{name}.sc{_SIGN}"]
+        if kind.symmetric:
+            return Factors(shared["d"], sc)
+        return Factors(shared["d"], sc, shared["dmin"], minimum_code(own["m"], kind))

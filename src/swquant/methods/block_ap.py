@@ -7,6 +7,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from swquant.errors import SwquantError
 from swquant.learnables.base import Learnable
 from swquant.learnables.grid_params import GridParams
 from swquant.learnables.k_grid_params import KGridParams
@@ -19,6 +20,8 @@ from swquant.phases.train import Train
 EPOCHS = 16
 STEPS = 4096
 FLOOR = 1 / 20
+GRID_RATE = 3e-4
+K_GRID_RATE, INTEGER_RATE = 3e-5, 1e-3
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,9 @@ class BlockAP:
         epochs: Passes over the calibration samples; ``None`` is 16 times the preset's effort.
         batch_size: Samples per step.
         weight_rate: Learning rate of the weights, in codes.
-        grid_rate: Of the scales, as a share of themselves, and of the zero points, in codes; on K grids of the factors,
-            as a share of themselves, and of the groups' scales and minima, in codes.
+        grid_rate: Of the scales, as a share of themselves, and of the zero points, in codes; ``None`` is 3e-4. On K
+            grids of the super-blocks' factors, as a share of themselves; ``None`` is 3e-5.
+        integer_rate: On K grids of the groups' scales and minima, in their codes; ``None`` is 1e-3.
         norm_rate: Of the norms' weights.
         norms: Train the norms' weights too.
         augmented: Add the loss against the original block's output on the quantized stream.
@@ -43,17 +47,20 @@ class BlockAP:
     epochs: Annotated[int, Field(ge=0)] | None = None
     batch_size: Annotated[int, Field(ge=1)] = 2
     weight_rate: Rate = 7e-4
-    grid_rate: Rate = 3e-4
+    grid_rate: Rate | None = None
+    integer_rate: Rate | None = None
     norm_rate: Rate = 2e-5
     norms: bool = True
     augmented: bool = False
 
     def parts(self, setting: Setting) -> tuple[Part, ...]:
-        """One training phase."""
+        """One training phase.
+
+        Raises:
+            SwquantError: ``integer_rate`` is given and the grid is uniform.
+        """
         epochs = self.epochs if self.epochs is not None else setting.scaled(EPOCHS)
-        uniform = setting.spec.k_grid is None
-        grid = GridParams(self.grid_rate) if uniform else KGridParams(self.grid_rate)
-        learnables: tuple[Learnable, ...] = (Weights(self.weight_rate), grid)
+        learnables: tuple[Learnable, ...] = (Weights(self.weight_rate), self._grid(setting))
         decides: set[Subject] = {"weights", "grid"}
         if self.norms:
             learnables = (*learnables, NormWeights(self.norm_rate, biases=False))
@@ -61,3 +68,12 @@ class BlockAP:
         optimizer = Optimizer("adamw", "cosine", FLOOR, span=STEPS)
         phase = Train(learnables, epochs, self.batch_size, self.augmented, optimizer=optimizer)
         return (Part("block_ap", phase, frozenset(decides), frozenset({"rounding"}), trained=True),)
+
+    def _grid(self, setting: Setting) -> Learnable:
+        if setting.spec.k_grid is not None:
+            return KGridParams(self.grid_rate or K_GRID_RATE, self.integer_rate or INTEGER_RATE)
+        if self.integer_rate is not None:
+            raise SwquantError(
+                "integer_rate is of the integer scales of K grids, and the grid is uniform: leave it out"
+            )
+        return GridParams(self.grid_rate or GRID_RATE)
