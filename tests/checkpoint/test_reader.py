@@ -471,6 +471,10 @@ class TestRefusals:
         directory = lay_out(weights, config={"text_config": config} if nested else config)
         refused(directory, f"{directory} is already quantized, by {said}")
 
+    def test_already_quantized_by_mlx(self, lay_out: Make, weights: dict[str, Tensor]) -> None:
+        directory = lay_out(weights, config={"quantization": {"group_size": 64, "bits": 4}})
+        refused(directory, f"{directory} is already quantized, by 'an unnamed method'")
+
     def test_a_null_quantization_config_is_none(self, lay_out: Make, weights: dict[str, Tensor]) -> None:
         config = {"quantization_config": None, "text_config": None}
         assert open_checkpoint(lay_out(weights, config=config)).config == config

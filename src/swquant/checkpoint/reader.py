@@ -283,7 +283,8 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 def _refuse_quantized(directory: Path, config: Mapping[str, Any]) -> None:
     for part in (config, config.get("text_config")):
-        quantization = part.get("quantization_config") if isinstance(part, dict) else None
+        found = part if isinstance(part, dict) else {}
+        quantization = found.get("quantization_config", found.get("quantization"))
         if quantization is not None:
             method = quantization.get("quant_method") if isinstance(quantization, dict) else None
             raise SwquantError(

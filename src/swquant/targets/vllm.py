@@ -14,7 +14,7 @@ class Vllm:
 
     compressed-tensors: symmetric at 2 and 3 bits (vLLM #46389), both kinds at 4, symmetric at 8. GPTQ: symmetric at 4
     and 8 bits as it is; all else with ``--quantization humming``, which takes zero points as version 2 stores them.
-    AutoRound: 4 bits, and 2 and 3 through Humming (vLLM #52890).
+    AutoRound: symmetric, 4 bits, and 2 and 3 through Humming (vLLM #52890).
     """
 
     name: ClassVar[str] = "vllm"
@@ -26,6 +26,8 @@ class Vllm:
             return f"its compressed-tensors reader takes asymmetric weights at 4 bits alone, not {spec.bits}"
         if form == "auto_round" and spec.bits == 8:
             return "its AutoRound reader takes 2, 3 and 4 bits"
+        if form == "auto_round" and not spec.symmetric:
+            return "its AutoRound reader is not known to take the packing of asymmetric files"
         return None
 
     def notes(self, form: str, spec: QuantSpec) -> tuple[str, ...]:
