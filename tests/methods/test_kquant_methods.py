@@ -19,6 +19,7 @@ from swquant.learnables.k_grid_params import KGridParams
 from swquant.learnables.weights import Weights
 from swquant.phases import column_grids
 from swquant.phases.column_grids import open_groups
+from swquant.plan import make_plan
 from swquant.quant.draft import Slot, commit, grid_of, open_draft, realize
 from swquant.quant.kgrids import K_GRIDS
 from swquant.quant.ktensor import KTensor
@@ -159,6 +160,38 @@ def test_a_rate_of_integer_scales_is_refused_where_there_are_none(llama: Path, r
     recipe = replace(recipe, method="block_ap(integer_rate=0.001)").override({"grid": "uniform"})
     with pytest.raises(SwquantError, match="integer_rate is of the integer scales of K grids"):
         quantize(recipe, llama, tmp_path / "out")
+
+
+def test_a_recipe_names_the_grid_and_the_rest_follows() -> None:
+    recipe = Recipe(grid="q3_k")
+    assert (recipe.bits, recipe.group_size, recipe.symmetric) == (3, 16, True)
+    assert Recipe.from_text(recipe.to_yaml(), "it") == recipe == Recipe.from_mapping({"grid": "q3_k"})
+    assert recipe.spec == QuantSpec.named("q3_k")
+    assert "grid q3_k" in recipe.summary
+    assert recipe.override({"grid": "uniform"}).spec == QuantSpec(2, 64, True)
+    assert recipe.override({"grid": "q4_k"}).spec == QuantSpec.named("q4_k")
+    assert recipe.override({"seed": 1}).spec == recipe.spec
+    for clash in ({"bits": 2}, {"group_size": 64}, {"symmetric": False}):
+        with pytest.raises(SwquantError, match="the grid q3_k has 3 bits, groups of 16 and is symmetric"):
+            recipe.override(clash)
+
+
+@pytest.mark.parametrize("grid", K_GRIDS)
+def test_the_grid_alone_picks_a_recipe_of_its_bits(grid: str) -> None:
+    asked = {"grid": grid, "preset": "fast"}
+    name, found = Recipe.recommended(asked)
+    assert name.startswith(f"w{K_GRIDS[grid].bits}g")
+    assert found.override(asked).spec == QuantSpec.named(grid)
+    assert found.override(asked).method == found.method
+
+
+def test_uniform_recipes_are_written_and_hashed_as_before() -> None:
+    assert "grid" not in Recipe().to_mapping()
+    assert Recipe.from_mapping({"grid": "uniform"}).digest() == Recipe().digest()
+
+
+def test_without_a_format_the_output_is_gguf(wide_llama: Path, recipe: Recipe) -> None:
+    assert make_plan(replace(recipe, format=None), wide_llama).recipe.format == "gguf"
 
 
 def random_weight(seed: int) -> torch.Tensor:
