@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from swquant.checkpoint.quantized import QuantizedModel
 from swquant.checkpoint.reader import find_model
 from swquant.formats import read_quantized
+from swquant.quant.codes import code_entropy, share_at_ends
 from swquant.quant.double import per_group
 from swquant.quant.ktensor import KTensor
 from swquant.quant.qtensor import QTensor
@@ -114,12 +114,6 @@ def inspect(source: str | Path) -> Inspection:
     )
 
 
-def code_entropy(codes: Tensor, bits: int) -> float:
-    """``-sum p log2 p`` over the shares ``p`` of the ``2**bits`` codes, in bits per code."""
-    shares = torch.bincount(codes.flatten().long(), minlength=1 << bits).double() / codes.numel()
-    return float(-(shares * torch.log2(shares.clamp(min=torch.finfo(torch.float64).tiny))).sum())
-
-
 def _values(model: QuantizedModel) -> Iterator[tuple[str, Tensor | QTensor | KTensor]]:
     for part in model.parts():
         yield from part.items()
@@ -137,7 +131,7 @@ def _count(tally: _Tally, value: QTensor | KTensor) -> None:
     rows, columns = codes.shape
     tally.shapes.append((rows, columns))
     tally.entropies.append(code_entropy(codes, bits))
-    tally.ends.append(float(((codes == 0) | (codes == value.spec.max_code)).float().mean()))
+    tally.ends.append(share_at_ends(codes, bits))
     steps = value.scale if isinstance(value, QTensor) else per_group(value.d, value.sc)
     tally.scales += [float(steps.abs().min()), float(steps.abs().max())]
 

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from pydantic import TypeAdapter
+
+from swquant.phases.base import PhaseReport
+
+_FLAT_LIST = re.compile(r"\[\n([^\[\]{}\"]*?)\n *\]")
+"""A list of numbers in indented JSON; no line ends within a JSON text, so none is touched."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,119 @@ class Output:
 
 
 @dataclass(frozen=True)
+class Shift:
+    """How far the outputs ``q`` of a quantized block are from the original's ``r``, over tokens and channels.
+
+    Attributes:
+        mse: Mean of ``(q - r)**2``.
+        relative_error: ``sum (q - r)**2 / sum r**2``.
+        cosine: Mean over tokens of the cosine between ``q`` and ``r``.
+        sliced_wasserstein: Mean over directions of the 1-Wasserstein distance between the projections of both, in the
+            units of the outputs.
+        mean_shift: ``|mean q - mean r| / |std r|``, norms over channels of moments over tokens.
+        variance_shift: ``|var q - var r| / |var r|``, likewise.
+    """
+
+    mse: float
+    relative_error: float
+    cosine: float
+    sliced_wasserstein: float
+    mean_shift: float
+    variance_shift: float
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Outputs projected on one direction, counted in bins of equal width.
+
+    Attributes:
+        direction: Its number; a number is the same direction in every block and run of one width.
+        low: Where the first bin begins.
+        high: Where the last bin ends; what lies outside of both is not counted.
+        original: Tokens in each bin, of the original's outputs.
+        before: Those of the block with its weights rounded to the nearest.
+        after: Those of the quantized block.
+        distance_before: 1-Wasserstein distance of ``before`` from the original, of all tokens.
+        distance_after: Likewise of ``after``.
+    """
+
+    direction: int
+    low: float
+    high: float
+    original: tuple[int, ...]
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    distance_before: float
+    distance_after: float
+
+
+@dataclass(frozen=True)
+class CodeUse:
+    """What the codes of a weight hold.
+
+    Attributes:
+        shape: ``(out, in)``.
+        bits: Of the whole weight, scales and zero points included.
+        entropy_before: ``-sum p log2 p`` of the shares of the codes, rounded to the nearest, in bits per code.
+        entropy_after: Likewise of the codes that were written.
+        saturated_before: Share of codes that are the least or the greatest, rounded to the nearest.
+        saturated_after: Likewise of the codes that were written.
+    """
+
+    shape: tuple[int, int]
+    bits: int
+    entropy_before: float
+    entropy_after: float
+    saturated_before: float
+    saturated_after: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One block on tokens that did not train it, fed with what the quantized blocks in front of it put out.
+
+    Attributes:
+        tokens: How many.
+        rms: Root of the mean square of the original's outputs, the unit of some of :class:`Shift`.
+        before: The block with its weights rounded to the nearest.
+        after: The quantized block.
+        slices: Projections on fixed directions and, last, on that with the greatest distance ``after``; none where an
+            output is not finite.
+        codes: By the name of a linear in the block.
+    """
+
+    tokens: int
+    rms: float
+    before: Shift
+    after: Shift
+    slices: tuple[Slice, ...]
+    codes: Mapping[str, CodeUse]
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """What happened to one block.
+
+    Attributes:
+        phases: What was done.
+        drift: ``sum (q - r)**2 / sum r**2`` between both streams behind it, over all samples.
+        seconds: How long it took.
+        measured: Before and after; ``None`` in reports of older versions.
+        peak_bytes: Most memory that the process had held until then; ``None`` in reports of older versions.
+    """
+
+    phases: tuple[PhaseReport, ...]
+    drift: float
+    seconds: float
+    measured: Measured | None = None
+    peak_bytes: int | None = None
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Plain values as JSON gives them back."""
+        return json.loads(json.dumps(asdict(self)))
+
+
+@dataclass(frozen=True)
 class Report:
     """A finished run.
 
@@ -59,7 +180,7 @@ class Report:
         recipe: The recipe with every default filled in.
         recipe_hash: Its hash.
         versions: Of swquant and the libraries that compute.
-        blocks: For each block the phases' reports, the drift behind it and the seconds it took.
+        blocks: A :class:`BlockReport` for each, as plain values.
         quality: Measured by running both streams on through the model's head; ``None`` if no windows were asked for.
         bits_per_weight: Of the quantized weights, scales and zero points included.
         bytes_source: Of the source's tensors.
@@ -84,7 +205,8 @@ class Report:
 
     def to_json(self) -> str:
         """The text of ``report.json``."""
-        return json.dumps(asdict(self), indent=1)
+        text = json.dumps(asdict(self), indent=1)
+        return _FLAT_LIST.sub(lambda found: f"[{' '.join(found[1].split())}]", text)
 
     @staticmethod
     def from_json(text: str) -> Report:
@@ -92,8 +214,16 @@ class Report:
         values = json.loads(text)
         if values["quality"] is not None:
             values["quality"] = Quality(**values["quality"])
-        values["outputs"] = [Output(**output) for output in values["outputs"]]
+        values["outputs"] = [Output(**{**output, "notes": tuple(output["notes"])}) for output in values["outputs"]]
         return Report(**values)
+
+    def block_reports(self) -> tuple[BlockReport, ...]:
+        """:attr:`blocks`, each value checked to be of its type; raises ``ValueError`` if one is not."""
+        return TypeAdapter(tuple[BlockReport, ...]).validate_python(self.blocks)
+
+    def finish_report(self) -> PhaseReport | None:
+        """:attr:`finish`, checked likewise."""
+        return None if self.finish is None else TypeAdapter(PhaseReport).validate_python(self.finish)
 
     @property
     def events(self) -> list[str]:

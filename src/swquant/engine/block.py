@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from swquant.checkpoint.rotation import Source
+from swquant.engine.drift import measure_block, measured_samples
 from swquant.engine.journal import STREAMS, Journal
+from swquant.engine.memory import peak_bytes
 from swquant.engine.observer import Observer
 from swquant.engine.skeleton import Block, Skeleton
 from swquant.engine.streams import batches, create_stream
@@ -21,7 +23,10 @@ from swquant.learnables.base import BlockFacts, ChannelRange
 from swquant.losses import Loss
 from swquant.phases.base import Phase, PhaseReport, Problem
 from swquant.quant.draft import Committed, Draft, commit, open_draft
+from swquant.quant.ktensor import KTensor
+from swquant.quant.qtensor import QTensor
 from swquant.quant.spec import QuantSpec
+from swquant.report import BlockReport
 from swquant.seeds import generator
 
 HELD_SHARE = 8
@@ -93,16 +98,22 @@ def quantize_block(job: Job, journal: Journal, kwargs: Mapping[str, Any], observ
     )
     weights = tuple(f"{linear}.weight" for linear in job.skeleton.family.linears)
     draft = open_draft(params, weights, job.spec, bound.block.stored_dtypes(job.checkpoint))
+    shown = measured_samples(held, range(job.samples, shape[0]), shape[1])
+    rounded, plain = _rounded(bound, draft, quantized[shown])
     committed, reports = _fold(draft, job.phases, problem)
     bound.advance(committed.floats(), quantized, next_quantized)
-    report = {
-        "phases": [asdict(report) for report in reports],
-        "drift": drift(next_reference, next_quantized),
-        "seconds": round(time.monotonic() - started, 3),
-    }
-    journal.finish_block(committed, report)
+    measured = measure_block((next_reference[shown], plain, next_quantized[shown]), (rounded, committed.quantized))
+    report = BlockReport(
+        phases=tuple(reports),
+        drift=drift(next_reference, next_quantized),
+        seconds=round(time.monotonic() - started, 3),
+        measured=measured,
+        peak_bytes=peak_bytes(),
+    )
+    values = report.to_mapping()
+    journal.finish_block(committed, values)
     scratch.unlink(missing_ok=True)
-    observer.block(index, report)
+    observer.block(index, values)
 
 
 def split_held(samples: int) -> tuple[list[int], list[int]]:
@@ -182,6 +193,13 @@ def _facts(skeleton: Skeleton, bound: _Bound, params: Mapping[str, Tensor], inpu
     return BlockFacts(
         skeleton.family, skeleton.heads, skeleton.key_value_heads, partial(bound.input_ranges, params, inputs)
     )
+
+
+def _rounded(bound: _Bound, draft: Draft, inputs: Tensor) -> tuple[Mapping[str, QTensor | KTensor], Tensor]:
+    """The codes of ``draft``, and what the block puts out with them."""
+    committed, outputs = commit(draft), torch.empty_like(inputs)
+    bound.advance(committed.floats(), inputs, outputs)
+    return committed.quantized, outputs
 
 
 def _fold(draft: Draft, phases: Sequence[Phase], problem: Problem) -> tuple[Committed, list[PhaseReport]]:
