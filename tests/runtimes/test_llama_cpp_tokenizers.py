@@ -200,6 +200,12 @@ def doubled() -> Tokenizer:
     return tokenizer
 
 
+def twice() -> Tokenizer:
+    tokenizer = byte_level(None)
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A $A")
+    return tokenizer
+
+
 UNKNOWNS: dict[str, tuple[Callable[[], Tokenizer], str]] = {
     "unigram": (lambda: Tokenizer(models.Unigram([("a", 0.0)], None, False)), "is a Unigram model"),
     "words": (lambda: byte_level(r"\s+"), "cuts text into words by"),
@@ -207,6 +213,8 @@ UNKNOWNS: dict[str, tuple[Callable[[], Tokenizer], str]] = {
     "lower case": (lowered, "normalizes text by"),
     "stripped": (stripped, "sets lstrip for the token '<mask>'"),
     "two in front": (doubled, "more than one special token"),
+    "text twice": (twice, "puts a text 2 times among special tokens"),
+    "no end": (lambda: byte_level(None), "names no token that ends a text"),
     "other merges": (lambda: sentencepiece(None, metaspace("first"), listed=False), "does not make the token"),
     "split pieces": (
         lambda: sentencepiece(None, pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first", split=True)),

@@ -22,6 +22,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """Kinds of tokens in a GGUF file."""
 
 LARGEST_VOCABULARY = 1 << 24
+LONGEST_TOKEN = 1024
 
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -84,8 +85,10 @@ def read_vocabulary(directory: Path, config: Mapping[str, Any]) -> Vocabulary:
     added = {token["id"]: token for token in parts["added_tokens"]}
     tokens, kinds = _tokens(directory, parts["model"], added, int(config["vocab_size"]))
     first, last = _affixes(directory, parts["post_processor"])
-    special = _special(tokenizer, config, first, last)
     scores = _scores(directory, parts["model"], added, tokens) if kind.model == "llama" else ()
+    special = _special(tokenizer, config, first, last)
+    if "eos" not in special:
+        raise _unknown(directory, "names no token that ends a text")
     merges = tuple(" ".join(pair) for pair in _pairs(parts["model"])) if kind.model == "gpt2" else ()
     template: Any = tokenizer.chat_template
     if isinstance(template, dict):
@@ -278,6 +281,8 @@ def _scores(
     listed, vocabulary = set(pairs), model["vocab"]
     extra = {token["content"] for token in added.values()}
     for token in vocabulary.keys() - extra:
+        if len(token) > LONGEST_TOKEN:
+            raise _unknown(directory, f"has a token of {len(token)} letters")
         for cut in range(1, len(token)):
             left, right = token[:cut], token[cut:]
             reachable = all(len(part) == 1 or part in ranks for part in (left, right))
@@ -298,8 +303,10 @@ def _affixes(directory: Path, processor: Any) -> tuple[int | None, int | None]:
     if not isinstance(processor, dict) or processor.get("type") != "TemplateProcessing":
         raise _unknown(directory, f"puts special tokens into texts by {_shown(processor)}")
     names = [next(iter(piece.items())) for piece in processor["single"]]
-    place = [kind for kind, _ in names].index("Sequence")
-    before, after = names[:place], names[place + 1 :]
+    places = [index for index, (kind, _) in enumerate(names) if kind == "Sequence"]
+    if len(places) != 1:
+        raise _unknown(directory, f"puts a text {len(places)} times among special tokens")
+    before, after = names[: places[0]], names[places[0] + 1 :]
     if len(before) > 1 or len(after) > 1:
         raise _unknown(directory, "puts more than one special token in front of a text or behind it")
 
@@ -324,8 +331,8 @@ def _special(
                 named = source[0] if isinstance(source, list) and source else source
         if isinstance(named, int) and 0 <= named < int(config["vocab_size"]):
             found[name] = named
-    if "eos" in found:
-        found.setdefault("bos", found["eos"])  # without it llama.cpp assumes a number
+    if "bos" not in found and "eos" in found:
+        found["bos"] = found["eos"]  # without it llama.cpp assumes a number
     return found
 
 
