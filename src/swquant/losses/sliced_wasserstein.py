@@ -9,7 +9,10 @@ from torch import Tensor, nn
 
 from swquant.errors import SwquantError
 from swquant.losses.base import LossContext, full_precision, without_autocast
+from swquant.losses.clouds import as_points, check_least, check_sliced, scaled
 from swquant.losses.transport import gaussian_directions, sliced_cost
+
+_NAME = "sliced_wasserstein"
 
 
 def sliced_wasserstein_loss(
@@ -19,6 +22,7 @@ def sliced_wasserstein_loss(
     slices: int = 128,
     power: int = 1,
     block: int = 1,
+    scale: str = "none",
     directions: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
@@ -53,6 +57,8 @@ def sliced_wasserstein_loss(
         slices: L, the number of directions; unused if ``directions`` are given.
         power: p, 1 or 2.
         block: b, the number of tokens joined into one point; divides the tokens of a sequence.
+        scale: ``none``; ``channel`` or ``whitened`` compares both clouds in units of the target's standard deviations,
+            see `swquant.losses.clouds.scaled`.
         directions: [block * dim, slices], used as they are (columns of length 1 for a distance); constants.
         generator: where directions are drawn from if none are given, anew at each call; on the CPU or on the device of
             the inputs. It draws what ``torch.randn(block * dim, slices, generator=generator)`` would.
@@ -80,10 +86,10 @@ def sliced_wasserstein_loss(
     .. [3] N. Bonneel, J. Rabin, G. Peyré, H. Pfister, "Sliced and Radon Wasserstein Barycenters of Measures",
        JMIV 2015.
     """
-    _check(slices, power, block)
+    _check(slices, power, block, scale)
     pred, target = full_precision(pred, target)
-    pred_points, target_points = _points(pred, block), _points(target, block)
     with without_autocast(pred.device):
+        pred_points, target_points = scaled(as_points(pred, _NAME, block), as_points(target, _NAME, block), scale)
         chosen = _directions(pred_points, slices, directions, generator)
         return sliced_cost(pred_points, target_points, chosen, power)
 
@@ -99,14 +105,16 @@ class SlicedWasserstein:
         slices: number of directions.
         power: 1 for the paper's distance, 2 for the squared 2-Wasserstein distance.
         block: consecutive tokens joined into one point.
+        scale: ``none``, ``channel`` (divided by the target's standard deviations) or ``whitened``.
     """
 
     slices: int = 128
     power: int = 1
     block: int = 1
+    scale: str = "none"
 
     def __post_init__(self) -> None:
-        _check(self.slices, self.power, self.block)
+        _check(self.slices, self.power, self.block, self.scale)
 
     @property
     def separable(self) -> bool:
@@ -116,7 +124,13 @@ class SlicedWasserstein:
     def __call__(self, pred: Tensor, target: Tensor, ctx: LossContext) -> Tensor:
         """Return the distance between the outputs' distributions; see `Loss`."""
         return sliced_wasserstein_loss(
-            pred, target, slices=self.slices, power=self.power, block=self.block, generator=ctx.rng
+            pred,
+            target,
+            slices=self.slices,
+            power=self.power,
+            block=self.block,
+            scale=self.scale,
+            generator=ctx.rng,
         )
 
 
@@ -151,28 +165,9 @@ class SlicedWassersteinLoss(nn.Module):
         return f"slices={self.config.slices}, power={self.config.power}, block={self.config.block}"
 
 
-def _check(slices: int, power: int, block: int) -> None:
-    if slices < 1:
-        raise SwquantError(f"slices of sliced_wasserstein must be at least 1, got {slices}")
-    if power not in (1, 2):
-        raise SwquantError(f"power of sliced_wasserstein must be 1 or 2, got {power}")
-    if block < 1:
-        raise SwquantError(f"block of sliced_wasserstein must be at least 1, got {block}")
-
-
-def _points(outputs: Tensor, block: int) -> Tensor:
-    """Flatten to [points, width], ``block`` consecutive tokens to a point."""
-    if outputs.dim() not in (2, 3) or outputs.numel() == 0:
-        raise SwquantError(
-            "sliced_wasserstein compares tensors [points, dim] or [sequences, tokens, dim] that are not empty, "
-            f"got {list(outputs.shape)}"
-        )
-    tokens, dim = outputs.shape[-2:]
-    if tokens % block:
-        raise SwquantError(
-            f"block {block} of sliced_wasserstein must divide the {tokens} tokens of a sequence: choose a divisor"
-        )
-    return outputs.reshape(-1, block * dim)
+def _check(slices: int, power: int, block: int, scale: str) -> None:
+    check_sliced(_NAME, slices, power, scale)
+    check_least(_NAME, "block", block)
 
 
 def _directions(points: Tensor, slices: int, given: Tensor | None, generator: torch.Generator | None) -> Tensor:
