@@ -88,8 +88,17 @@ def _losses(report: Report) -> Iterator[str]:
         yield f"| perplexity | {quality.perplexity_reference:.3f} | {quality.perplexity:.3f} |"
         yield f"| KL to the original, nats per token | 0 | {quality.kl:.4f} |"
         yield f"| same first choice | 100 % | {100 * quality.top1:.1f} % |"
+    yield from _drift(report)
     for event in report.events:
         yield f"- {event}"
+
+
+def _drift(report: Report) -> Iterator[str]:
+    drifts = [block.drift for block in report.block_reports]
+    worst = max(range(len(drifts)), key=drifts.__getitem__)
+    when = ", before the end-to-end training" if report.finish else ""
+    yield f"\nSquared error of the hidden states over their energy{when}: {drifts[-1]:.4f} behind the last block, most "
+    yield f"behind block {worst}, {drifts[worst]:.4f}. `report.html` shows every block.\n"
 
 
 def _loading(output: Output) -> Iterator[str]:

@@ -8,13 +8,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from swquant import registry
-from swquant.card import CARD, licence_of, model_card
+from swquant.card import licence_of
 from swquant.checkpoint.reader import find_model
 from swquant.checkpoint.writer import publish, require_disk, require_unused
 from swquant.errors import SwquantError
 from swquant.formats import read_quantized
 from swquant.formats.base import Format
-from swquant.output import PLACE, RECIPE, REPORT, place_of
+from swquant.output import PLACE, RECIPE, REPORT, described, place_of
 from swquant.plan import choose_formats
 from swquant.recipe import Recipe
 from swquant.report import Output, Report
@@ -80,8 +80,8 @@ def _describe(directory: Path, staging: Path, outputs: list[Output]) -> None:
     """The report and the card of the run that made the codes, about the new outputs."""
     try:
         report = Report.from_json((directory / REPORT).read_text(encoding="utf-8"))
+        texts = described(replace(report, outputs=outputs, key={}), licence_of(directory))
     except (OSError, ValueError, KeyError, TypeError):
         return
-    report = replace(report, outputs=outputs, key={})
-    (staging / REPORT).write_text(report.to_json(), encoding="utf-8")
-    (staging / CARD).write_text(model_card(report, licence_of(directory)), encoding="utf-8")
+    for name, text in texts.items():
+        (staging / name).write_text(text, encoding="utf-8")

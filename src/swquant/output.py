@@ -5,19 +5,21 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 from torch import Tensor
 
+from swquant.advice import advise
 from swquant.card import CARD, licence_of, model_card
 from swquant.checkpoint.quantized import Part, QuantizedModel
 from swquant.checkpoint.rotation import stored
 from swquant.engine.head import predictions
 from swquant.engine.journal import Journal
 from swquant.formats.base import Format
+from swquant.html.page import report_page
 from swquant.plan import Plan, versions
 from swquant.quant.ktensor import KTensor
 from swquant.quant.qtensor import QTensor, row_bits
@@ -27,7 +29,7 @@ from swquant.verification import verify
 PLACE = "PATH"
 """Stands for the output's directory in a serving command."""
 
-REPORT, RECIPE = "report.json", "swquant.yaml"
+REPORT, PAGE, RECIPE = "report.json", "report.html", "swquant.yaml"
 
 
 def write_output(plan: Plan, journal: Journal, quality: Quality | None, key: Mapping[str, Any], source: str) -> Report:
@@ -55,9 +57,19 @@ def write_output(plan: Plan, journal: Journal, quality: Quality | None, key: Map
         seconds=round(sum(float(part["seconds"]) for part in (*journal.reports, *([finish] if finish else []))), 3),
         key=key,
     )
-    (staging / REPORT).write_text(report.to_json(), encoding="utf-8")
-    (staging / CARD).write_text(model_card(report, licence_of(plan.checkpoint.directory)), encoding="utf-8")
+    report = replace(report, advice=advise(report))
+    for name, text in described(report, licence_of(plan.checkpoint.directory)).items():
+        (staging / name).write_text(text, encoding="utf-8")
     return report
+
+
+def described(report: Report, licence: Mapping[str, Any]) -> dict[str, str]:
+    """Files that tell of a run: for programs, a page for people, and the model's card.
+
+    Raises:
+        ValueError: The report is not one that swquant wrote; so do ``KeyError`` and ``TypeError``.
+    """
+    return {REPORT: report.to_json(), PAGE: report_page(report), CARD: model_card(report, licence)}
 
 
 def place_of(form: Format, forms: tuple[Format, ...]) -> str:

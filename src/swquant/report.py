@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -52,7 +53,7 @@ class Output:
     format: str
     directory: str
     bytes: int
-    notes: Sequence[str]
+    notes: tuple[str, ...]
     loading: str
     command: str | None
     verification: Mapping[str, Any]
@@ -171,6 +172,9 @@ class BlockReport:
         return json.loads(json.dumps(asdict(self)))
 
 
+_BLOCKS, _PHASE = TypeAdapter(tuple[BlockReport, ...]), TypeAdapter(PhaseReport)
+
+
 @dataclass(frozen=True)
 class Report:
     """A finished run.
@@ -188,6 +192,7 @@ class Report:
         outputs: What was written, in the order of the recipe's formats.
         key: What the result depends on; a finished output with the same key is not made again.
         finish: The report of the training behind the last block, and its seconds; ``None`` where there was none.
+        advice: What to try next, see :mod:`swquant.advice`.
     """
 
     source: str
@@ -199,9 +204,10 @@ class Report:
     bits_per_weight: float
     bytes_source: int
     seconds: float
-    outputs: Sequence[Output]
+    outputs: list[Output]
     key: Mapping[str, Any] = field(default_factory=dict[str, Any])
     finish: Mapping[str, Any] | None = None
+    advice: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         """The text of ``report.json``."""
@@ -210,20 +216,21 @@ class Report:
 
     @staticmethod
     def from_json(text: str) -> Report:
-        """Undo :meth:`to_json`; raises ``ValueError``, ``KeyError`` or ``TypeError`` on anything else."""
-        values = json.loads(text)
-        if values["quality"] is not None:
-            values["quality"] = Quality(**values["quality"])
-        values["outputs"] = [Output(**{**output, "notes": tuple(output["notes"])}) for output in values["outputs"]]
-        return Report(**values)
+        """Undo :meth:`to_json`; raises ``ValueError`` on anything else."""
+        try:
+            return _REPORT.validate_python(json.loads(text))
+        except RecursionError as error:
+            raise ValueError("nested too deeply") from error
 
+    @cached_property
     def block_reports(self) -> tuple[BlockReport, ...]:
         """:attr:`blocks`, each value checked to be of its type; raises ``ValueError`` if one is not."""
-        return TypeAdapter(tuple[BlockReport, ...]).validate_python(self.blocks)
+        return _BLOCKS.validate_python(self.blocks)
 
+    @cached_property
     def finish_report(self) -> PhaseReport | None:
         """:attr:`finish`, checked likewise."""
-        return None if self.finish is None else TypeAdapter(PhaseReport).validate_python(self.finish)
+        return None if self.finish is None else _PHASE.validate_python(self.finish)
 
     @property
     def events(self) -> list[str]:
@@ -235,3 +242,6 @@ class Report:
             for event in phase["events"]
         ]
         return found + [f"end to end: {event}" for event in (self.finish or {"events": []})["events"]]
+
+
+_REPORT = TypeAdapter(Report)

@@ -39,7 +39,7 @@ def report(llama: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def measured(report: Report) -> list[Measured]:
-    found = [block.measured for block in report.block_reports()]
+    found = [block.measured for block in report.block_reports]
     return [value for value in found if value is not None]
 
 
@@ -127,7 +127,7 @@ def test_training_brings_outputs_nearer_and_the_report_says_so(report: Report) -
             assert 0 < use.entropy_after <= 2
             assert 0 < use.saturated_after < 1
             assert use.bits == use.shape[0] * use.shape[1] * (2 + (16 + 2) / 32)
-    drifts = [block.drift for block in report.block_reports()]
+    drifts = [block.drift for block in report.block_reports]
     assert drifts == pytest.approx([block.after.relative_error for block in blocks], rel=0.5)
 
 
@@ -155,9 +155,9 @@ def test_numbers_in_a_list_share_a_line(report: Report) -> None:
 def test_reports_of_older_versions_are_read(report: Report) -> None:
     blocks = [{key: block[key] for key in ("phases", "drift", "seconds")} for block in report.blocks]
     old = Report.from_json(json.dumps(json.loads(report.to_json()) | {"blocks": blocks}))
-    assert [block.measured for block in old.block_reports()] == [None, None]
+    assert [block.measured for block in old.block_reports] == [None, None]
 
 
 def test_memory_is_a_plausible_number_of_bytes(report: Report) -> None:
     assert 2**26 < peak_bytes() < 2**40
-    assert all(block.peak_bytes and block.peak_bytes <= peak_bytes() for block in report.block_reports())
+    assert all(block.peak_bytes and block.peak_bytes <= peak_bytes() for block in report.block_reports)

@@ -1,0 +1,1 @@
+"""Reports as pages for people: one file each, without network, for screens of any width and for paper."""
