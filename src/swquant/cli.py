@@ -126,6 +126,23 @@ def inspect(model: str, as_json: bool) -> None:
         print_inspection(result)
 
 
+@app.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--html", "page", type=click.Path(path_type=Path), help="Write a page with charts to this file.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def compare(runs: tuple[Path, ...], page: Path | None, as_json: bool) -> None:
+    """Set finished RUNS side by side: two output directories or more."""
+    from swquant.compare import compare as read
+
+    found = read(runs)
+    if page is not None:
+        found.write_html(page)
+    if as_json:
+        click.echo(found.to_json())
+        return
+    found.print()
+
+
 @app.command("eval")
 @click.argument("model")
 @click.option("--text", required=True, help="Text file or datasets name to measure on.")

@@ -36,6 +36,14 @@ class Line:
     weight: float = 1.0
 
 
+@dataclass(frozen=True)
+class Figure:
+    """A chart with what it says."""
+
+    chart: Markup
+    caption: str
+
+
 def line_chart(lines: Sequence[Line], x_label: str, y_label: str, *, zero: bool = True) -> Markup:
     """Lines over whole numbers from 0, such as blocks or epochs.
 

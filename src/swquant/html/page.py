@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from swquant.html.charts import Line, bar_chart, distribution, line_chart, share_bar
+from swquant.html.charts import Figure, Line, bar_chart, distribution, line_chart, share_bar
 from swquant.html.facts import (
     grid_of,
     layers_of,
@@ -27,14 +27,6 @@ from swquant.units import size
 
 SHOWN_BLOCKS = 4
 """Blocks whose distributions are shown: the first, the last, the one that is farthest off, and one in the middle."""
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A chart with what it says."""
-
-    chart: Markup
-    caption: str
 
 
 @dataclass(frozen=True)
