@@ -91,6 +91,17 @@ TRIALS = {
 }
 
 
+IDEAS = {
+    method: method
+    for method in (
+        "efficientqat(epochs=6, scale_epochs=12)",
+        "gptq + block_ap(epochs=6) + end_to_end(epochs=12)",
+        "gptq + block_ap(epochs=6, norms=False) + end_to_end(epochs=12, norms=True)",
+    )
+}
+"""Whether longer training end to end brings more than the recipe's."""
+
+
 def cells(
     models: tuple[str, ...],
     methods: dict[str, str],
@@ -131,10 +142,12 @@ DESIGNS: dict[str, tuple[Cell, ...]] = {
         *cells(TWO_MORE, {name: SMALL[name] for name in CONFIRMED}, seeds=range(3)),
     ),
     "seeds": tuple(cells(("demo", "deep"), {"Block-AP": SMALL["Block-AP"]}, (None, ALIGNED_MSE), seeds=FIVE)),
+    "aim": tuple(cells(TWO_MORE, {"EfficientQAT, longer": LARGE["EfficientQAT"]} | BEST, seeds=FIVE)),
     "grids": (
         *cells(DEMO, {name: SEARCHES[name] for name in ("RTN", "GPTQ")}, grids=FURTHER),
         *cells(DEMO, SMALL, grids=FURTHER),
     ),
     "trials": tuple(cells(DEMO, TRIALS, symmetric=True)),
+    "ideas": tuple(cells(DEMO, IDEAS, samples=128)),
     "large": tuple(cells(DEMO, LARGE, samples=128)),
 }
