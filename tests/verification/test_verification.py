@@ -103,6 +103,15 @@ def test_packages_of_other_runtimes_read_the_same_weights(
         assert output.verification["kl"] < 0.02
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_onnxruntime_reads_weights_whose_nodes_have_biases(
+    make_model: MakeModel, recipe: Recipe, symmetric: bool, tmp_path: Path
+) -> None:
+    changed = replace(recipe, bits=4, symmetric=symmetric, format="onnx")
+    (output,) = quantize(changed, make_model("qwen2"), tmp_path / "out").outputs
+    assert output.verification["reader"] is not None
+
+
 def test_a_grid_that_the_package_does_not_know_is_not_claimed(llama: Path, recipe: Recipe, tmp_path: Path) -> None:
     """The gguf package at hand has no Q2_0; if a later one has, the weight is compared and this says so."""
     import gguf

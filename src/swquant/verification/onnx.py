@@ -34,7 +34,7 @@ class Onnx:
         (node,) = [node for node in nodes if tensors.keys() & set(stored[node.name])]
         settings = {attribute.name: attribute.i for attribute in node.attribute}
         arrays: list[Any] = []
-        for name in stored[node.name][1:]:
+        for name in filter(None, stored[node.name][1:4]):  # codes, scales, zero points; then a bias
             load_external_data(tensors[name], str(directory))
             tensors[name].data_location = onnx.TensorProto.DEFAULT
             arrays.append(onnx.numpy_helper.to_array(tensors[name]))
