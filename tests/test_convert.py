@@ -110,3 +110,48 @@ def test_entropy_of_codes() -> None:
     assert code_entropy(torch.tensor([[0, 1, 2, 3]], dtype=torch.uint8), 2) == pytest.approx(2)
     assert code_entropy(torch.zeros(4, 4, dtype=torch.uint8), 2) == 0
     assert code_entropy(torch.tensor([[0, 0, 0, 3]], dtype=torch.uint8), 4) == pytest.approx(0.8112781)
+
+
+def test_a_format_that_the_runtime_does_not_read_has_no_command_of_it(
+    llama: Path, recipe: Recipe, tmp_path: Path
+) -> None:
+    quantize(replace(recipe, bits=4), llama, tmp_path / "first")
+    outputs = convert(tmp_path / "first", tmp_path / "out", format="gguf,gptq", runtime="vllm")
+    assert [output.command for output in outputs] == [None, "vllm serve PATH --quantization humming"]
+    assert any("Humming" in note for note in outputs[1].notes)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"num_hidden_layers": 10**9}, "quantized weights for the 1000000000 blocks"),
+        ({"num_hidden_layers": 1}, r"layers\.1\..* quantized, which swquant does not read"),
+        ({"num_hidden_layers": 3}, r"layers\.2\..* not quantized, which swquant does not read"),
+    ],
+)
+def test_other_blocks_than_those_of_the_configuration_are_refused(
+    given: dict[str, object], said: str, llama: Path, recipe: Recipe, tmp_path: Path
+) -> None:
+    quantize(recipe, llama, tmp_path / "first")
+    path = tmp_path / "first" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | given))
+    with pytest.raises(SwquantError, match=said):
+        convert(tmp_path / "first", tmp_path / "out", format="gguf")
+
+
+def test_a_recipe_that_is_a_link_to_something_private_is_not_copied(
+    llama: Path, recipe: Recipe, tmp_path: Path
+) -> None:
+    quantize(recipe, llama, tmp_path / "first")
+    (tmp_path / "private").write_text("secret")
+    (tmp_path / "first" / "swquant.yaml").unlink()
+    (tmp_path / "first" / "swquant.yaml").symlink_to(tmp_path / "private")
+    with pytest.raises(SwquantError, match="outside the model"):
+        convert(tmp_path / "first", tmp_path / "out", format="gptq")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_directory_of_several_outputs_is_told_apart(llama: Path, recipe: Recipe, tmp_path: Path) -> None:
+    quantize(replace(recipe, format="gptq,mlx"), llama, tmp_path / "out")
+    with pytest.raises(SwquantError, match=r"give one of .*out/gptq, .*out/mlx"):
+        inspect(tmp_path / "out")

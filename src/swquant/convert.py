@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from swquant import registry
 from swquant.card import licence_of
-from swquant.checkpoint.reader import find_model
+from swquant.checkpoint.reader import find_model, require_own
 from swquant.checkpoint.writer import publish, require_disk, require_unused
 from swquant.errors import SwquantError
 from swquant.formats import read_quantized
 from swquant.formats.base import Format
-from swquant.output import PLACE, RECIPE, REPORT, described, place_of
+from swquant.output import RECIPE, REPORT, described, output_of, place_of
 from swquant.plan import choose_formats
 from swquant.recipe import Recipe
 from swquant.report import Output, Report
@@ -61,10 +61,7 @@ def convert(
             place = place_of(form, forms)
             written = form.write(staging / "output" / place, model)
             verified = verify(form, staging / "output" / place, model, None)
-            spec = model.outline.spec
-            command = None if target is None else target.command(form.name, spec, PLACE)
-            loading = form.loading(spec)
-            outputs.append(Output(form.name, place, written.tensor_bytes, said, loading, command, asdict(verified)))
+            outputs.append(output_of(form, place, written.tensor_bytes, said, model.outline.spec, target, verified))
         _describe(directory, staging / "output", outputs)
         publish(staging / "output", out)
     finally:
@@ -73,7 +70,11 @@ def convert(
 
 
 def _kept(directory: Path) -> dict[str, bytes]:
-    return {RECIPE: (directory / RECIPE).read_bytes()} if (directory / RECIPE).is_file() else {}
+    recipe = directory / RECIPE
+    if not recipe.is_file():
+        return {}
+    require_own(recipe, directory)
+    return {RECIPE: recipe.read_bytes()}
 
 
 def _describe(directory: Path, staging: Path, outputs: list[Output]) -> None:

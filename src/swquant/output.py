@@ -23,8 +23,10 @@ from swquant.html.page import report_page
 from swquant.plan import Plan, versions
 from swquant.quant.ktensor import KTensor
 from swquant.quant.qtensor import QTensor, row_bits
+from swquant.quant.spec import QuantSpec
 from swquant.report import Output, Quality, Report
-from swquant.verification import verify
+from swquant.targets.base import Target
+from swquant.verification import Verification, verify
 
 PLACE = "PATH"
 """Stands for the output's directory in a serving command."""
@@ -88,15 +90,39 @@ def _write_format(
     """Write one format, and open it again."""
     place = place_of(form, plan.formats)
     written = form.write(staging / place, model)
-    target = plan.target if plan.target is not None and form.name in plan.target.formats else None
-    verified = verify(form, staging / place, model, None if target is None else sample)
+    served = plan.target is not None and form.name in plan.target.formats
+    verified = verify(form, staging / place, model, sample if served else None)
+    return output_of(form, place, written.tensor_bytes, notes, plan.spec, plan.target, verified)
+
+
+def output_of(
+    form: Format,
+    place: str,
+    size: int,
+    notes: tuple[str, ...],
+    spec: QuantSpec,
+    target: Target | None,
+    verified: Verification,
+) -> Output:
+    """What a report says of a written format; of the runtime where that reads it.
+
+    Args:
+        form: The format.
+        place: Its directory in the output.
+        size: Bytes of its tensors.
+        notes: What the format had to say.
+        spec: The grid.
+        target: The runtime that the outputs are for.
+        verified: What was found equal.
+    """
+    serving = target if target is not None and form.name in target.formats else None
     return Output(
         format=form.name,
         directory=place,
-        bytes=written.tensor_bytes,
-        notes=notes + (() if target is None else target.notes(form.name, plan.spec)),
-        loading=form.loading(plan.spec),
-        command=None if target is None else target.command(form.name, plan.spec, PLACE),
+        bytes=size,
+        notes=notes + (() if serving is None else serving.notes(form.name, spec)),
+        loading=form.loading(spec),
+        command=None if serving is None else serving.command(form.name, spec, PLACE),
         verification=asdict(verified),
     )
 

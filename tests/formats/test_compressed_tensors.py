@@ -95,3 +95,11 @@ def test_damaged_tensors_are_refused_by_name(suffix: str, make_qtensor: Make) ->
         grown = torch.cat([tensors[f"proj.{suffix}"]] * 2)
         with pytest.raises(SwquantError, match=suffix):
             CompressedTensors().decode("proj", {**tensors, f"proj.{suffix}": grown}, q.spec)
+
+
+@pytest.mark.parametrize("shape", [[4], [4, 64, 1], [0, 64], [4, -64], [4, 65]])
+def test_sizes_that_are_none_are_refused(shape: list[int], make_qtensor: Make) -> None:
+    spec = QuantSpec(2, 64, True)
+    tensors = CompressedTensors().encode("proj", make_qtensor(spec, 4, 1, 0), torch.float32)
+    with pytest.raises(SwquantError, match=r"proj.*(two sizes|does not divide)"):
+        CompressedTensors().decode("proj", tensors | {"proj.weight_shape": torch.tensor(shape)}, spec)

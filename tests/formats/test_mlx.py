@@ -111,6 +111,9 @@ def test_rotary_settings_have_their_old_names_too(
     Mlx().write(tmp_path / "out", model)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert {name: value for name, value in config.items() if "quantization" not in name} == CONFIG | given | added
+    back = Mlx().read(tmp_path / "out", config)
+    assert back is not None
+    assert back.outline.config == CONFIG | given
 
 
 def test_one_scale_per_channel_is_refused_before_the_run() -> None:

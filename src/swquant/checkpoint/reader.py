@@ -57,6 +57,9 @@ _SIDECARS = (
     "chat_template*.json",
 )
 _NOTICES = ("license*", "licence*", "notice*", "use_policy*")
+_WEIGHTS = ("*.safetensors", "model.gguf", "model.onnx", "model.onnx.data")
+_BESIDE = ("README.md", "swquant.yaml")
+"""The card, which names the licence, and the recipe."""
 _NEVER_COPIED = (".py", ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".gguf", ".onnx")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _JSON_LIMIT = 100 << 20
@@ -194,7 +197,7 @@ class Checkpoint:
         """
         found = tuple(path for path in sorted(self.directory.iterdir()) if _is_sidecar(path.name) and path.is_file())
         for path in found:
-            _require_own(path, self.directory)
+            require_own(path, self.directory)
         return found
 
     def fingerprint(self) -> str:
@@ -251,7 +254,7 @@ def find_model(source: str | Path) -> Path:
         raise SwquantError(
             f"no such directory: {str(source)!r}; give a model directory or a hub name like 'owner/name'"
         )
-    return download(source, ("*.safetensors", "*.json", *_SIDECARS, *_NOTICES, *map(str.upper, _NOTICES)))
+    return download(source, (*_WEIGHTS, "*.json", *_BESIDE, *_SIDECARS, *_NOTICES, *map(str.upper, _NOTICES)))
 
 
 def _expanded(path: Path) -> Path:
@@ -277,7 +280,9 @@ def read_config(directory: Path) -> dict[str, Any]:
     """
     path = directory / "config.json"
     if not path.is_file():
-        raise SwquantError(f"{directory} has no config.json; give the directory that save_pretrained wrote")
+        inside = sorted(str(found.parent) for found in directory.glob("*/config.json"))[:8]
+        hint = f"give one of {', '.join(inside)}" if inside else "give the directory that save_pretrained wrote"
+        raise SwquantError(f"{directory} has no config.json; {hint}")
     return _read_json(path)
 
 
@@ -328,6 +333,8 @@ def _refuse_weightless(directory: Path) -> NoReturn:
     for name in names:
         if name.endswith(".safetensors"):
             raise SwquantError(f"{directory} holds {_shown(name)}, {expected}; download the whole model")
+        if name.endswith((".gguf", ".onnx")):
+            raise SwquantError(f"{directory} holds its weights as {_shown(name)}, {expected}; give the original model")
     for name in names:
         if name.endswith(_PICKLES):
             raise SwquantError(f"{directory} has only pickled weights ({_shown(name)}), {expected}; {_CONVERT}")
@@ -395,8 +402,12 @@ def _is_sidecar(name: str) -> bool:
     return any(fnmatchcase(lower, pattern) for pattern in (*_SIDECARS, *_NOTICES))
 
 
-def _require_own(path: Path, directory: Path) -> None:
-    """Refuse a link that leaves the model, which in a hub cache includes the folder of blobs beside its snapshots."""
+def require_own(path: Path, directory: Path) -> None:
+    """Refuse a link that leaves the model, which in a hub cache includes the folder of blobs beside its snapshots.
+
+    Raises:
+        SwquantError: Naming the link: a copy of what it leads to might publish something private.
+    """
     home = directory.resolve()
     allowed = [home]
     if home.parent.name == "snapshots":

@@ -21,6 +21,7 @@ from swquant.formats.base import (
     uniform_only,
     weights_are_exact,
 )
+from swquant.formats.reading import require_shape, spec_from
 from swquant.quant.bits import pack, packed_words, unpack
 from swquant.quant.qtensor import QTensor
 from swquant.quant.spec import QuantSpec
@@ -91,18 +92,18 @@ class CompressedTensors:
 
     def decode(self, name: str, tensors: Mapping[str, Tensor], spec: QuantSpec) -> QTensor:
         """The exact inverse of :meth:`encode`."""
-        shape = require_tensor(tensors, f"{name}.weight_shape", torch.int64, 1)
-        out_features, in_features = (int(size) for size in shape)
+        out_features, in_features = _sizes(name, require_tensor(tensors, f"{name}.weight_shape", torch.int64, 1))
+        spec.require_divides(name, in_features)
         groups = spec.groups(in_features)
         packed = require_tensor(tensors, f"{name}.weight_packed", torch.int32, 2)
-        _require_shape(f"{name}.weight_packed", packed, (out_features, packed_words(in_features, spec.bits)))
+        require_shape(f"{name}.weight_packed", packed, (out_features, packed_words(in_features, spec.bits)))
         scale = require_tensor(tensors, f"{name}.weight_scale", None, 2)
-        _require_shape(f"{name}.weight_scale", scale, (out_features, groups))
+        require_shape(f"{name}.weight_scale", scale, (out_features, groups))
         if spec.symmetric:
             zero = torch.full((out_features, groups), spec.mid_code, dtype=torch.uint8)
         else:
             words = require_tensor(tensors, f"{name}.weight_zero_point", torch.int32, 2)
-            _require_shape(f"{name}.weight_zero_point", words, (packed_words(out_features, spec.bits), groups))
+            require_shape(f"{name}.weight_zero_point", words, (packed_words(out_features, spec.bits), groups))
             zero = unpack(words.T, spec.bits, out_features).T.contiguous()
         return QTensor(unpack(packed, spec.bits, in_features), scale.float(), zero, spec)
 
@@ -160,7 +161,7 @@ def _spec_of(directory: Path, settings: Mapping[str, Any]) -> QuantSpec:
         if settings["format"] != "pack-quantized" or weights["type"] != "int" or weights.get("actorder"):
             raise ValueError
         size = {"channel": None, "group": weights["group_size"]}[weights["strategy"]]
-        return QuantSpec(weights["num_bits"], size, weights["symmetric"])
+        return spec_from(directory, weights["num_bits"], size, weights["symmetric"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise SwquantError(
             f"{directory} is compressed-tensors of a kind that swquant does not read, "
@@ -169,10 +170,12 @@ def _spec_of(directory: Path, settings: Mapping[str, Any]) -> QuantSpec:
 
 
 def _shape_of(name: str, checkpoint: Checkpoint, spec: QuantSpec) -> tuple[int, int]:
-    rows, columns = checkpoint.read(f"{name}.weight_shape").tolist()
+    return _sizes(name, checkpoint.read(f"{name}.weight_shape"))
+
+
+def _sizes(name: str, shape: Tensor) -> tuple[int, int]:
+    """``(out, in)`` from the tensor that holds them."""
+    if tuple(shape.shape) != (2,) or shape.dtype != torch.int64 or bool((shape < 1).any()):
+        raise SwquantError(f"{name}.weight_shape holds {shape.tolist()!s:.40}, expected a weight's two sizes")
+    rows, columns = shape.tolist()
     return rows, columns
-
-
-def _require_shape(name: str, tensor: Tensor, expected: tuple[int, int]) -> None:
-    if tuple(tensor.shape) != expected:
-        raise SwquantError(f"{name} has the shape {list(tensor.shape)}, expected {list(expected)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,7 +137,7 @@ def reorder(weight: QTensor | KTensor, order: Tensor | None) -> QTensor | KTenso
 
 def _with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
     try:
-        settings = AutoConfig.for_model(**config).to_dict()
+        settings = AutoConfig.for_model(**deepcopy(dict(config))).to_dict()
     except Exception as error:  # transformers checks settings in as many ways as there are settings
         raise SwquantError(f"config.json is not accepted by transformers: {error!s:.200}") from error
     if settings.get("num_key_value_heads") is None:

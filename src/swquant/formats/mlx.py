@@ -134,7 +134,7 @@ class Mlx:
         family = family_for(model.outline.config)
         for name in sorted({family.embedding, family.head} & model.outline.linears.keys()):
             raise SwquantError(f"{directory} has {name} quantized, which swquant does not read, expected blocks alone")
-        return model
+        return replace(model, outline=replace(model.outline, config=_without_old_names(model.outline.config)))
 
     def loading(self, spec: QuantSpec) -> str:
         """Through mlx-lm."""
@@ -153,6 +153,13 @@ def _old_names(config: Mapping[str, Any]) -> dict[str, object]:
     if rotary.get("rope_type", "default") != "default":
         named["rope_scaling"] = {name: value for name, value in rotary.items() if name != "rope_theta"}
     return {name: value for name, value in named.items() if config.get(name) is None}
+
+
+def _without_old_names(config: Mapping[str, Any]) -> dict[str, Any]:
+    """``config`` without what :func:`_old_names` has added to it."""
+    new = {name: value for name, value in config.items() if name not in ("rope_theta", "rope_scaling")}
+    added = _old_names(new)
+    return {name: value for name, value in config.items() if name not in added or value != added[name]}
 
 
 def _shift(spec: QuantSpec, dtype: torch.dtype) -> float:

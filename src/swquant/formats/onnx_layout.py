@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,7 +92,7 @@ def decoder_layout(config: Mapping[str, Any]) -> DecoderLayout:
             f"onnx has no graph for the family {family}, only for {', '.join(FAMILIES)}; choose another format"
         )
     try:
-        known: Any = type(AutoConfig.for_model(family)).from_dict(dict(config))
+        known: Any = type(AutoConfig.for_model(family)).from_dict(deepcopy(dict(config)))
         known.num_hidden_layers, layers = 1, int(known.num_hidden_layers)
         head_dim = int(getattr(known, "head_dim", None) or known.hidden_size // known.num_attention_heads)
         rope_type = known.rope_parameters["rope_type"]

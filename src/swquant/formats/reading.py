@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from swquant.errors import SwquantError
+from swquant.families import family_for
 from swquant.quant.spec import QuantSpec
 
 
@@ -66,3 +67,26 @@ def require_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
     """
     if tuple(tensor.shape) != expected:
         raise SwquantError(f"{name} has the shape {list(tensor.shape)}, expected {list(expected)}")
+
+
+def require_whole(directory: Path, config: Mapping[str, Any], modules: Collection[str]) -> None:
+    """Refuse a model whose quantized modules are others than all linears of its blocks: no format could say so.
+
+    Nothing is made of a number of blocks that the files do not hold.
+
+    Raises:
+        SwquantError: Naming a module, or the number of blocks.
+    """
+    family, blocks = family_for(config), config.get("num_hidden_layers")
+    if type(blocks) is not int or not 0 < blocks <= len(modules):
+        raise SwquantError(
+            f"{directory} has {len(modules)} quantized weights for the {blocks!r:.40} blocks of its config.json; "
+            "write it again"
+        )
+    expected = {f"{family.blocks}.{index}.{linear}" for index in range(blocks) for linear in family.linears}
+    for name in sorted(expected.symmetric_difference(modules)):
+        state = "not quantized" if name in expected else "quantized"
+        raise SwquantError(
+            f"{directory} has {name:.200} {state}, which swquant does not read, expected all linears of the blocks "
+            "and no others"
+        )
