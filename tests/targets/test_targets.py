@@ -27,8 +27,11 @@ def test_a_runtime_loads_what_is_chosen_for_it_and_the_refusal_names_something_t
         form = choose_format(target, spec)
     except SwquantError as error:
         flags = str(error).split("the nearest that works is ")[1].split()
-        group = None if flags[3] == "channel" else int(flags[3])
-        nearest = QuantSpec(int(flags[1]), group, flags[4] == "--symmetric")
+        if flags[0] == "--grid":
+            nearest = QuantSpec.named(flags[1])
+        else:
+            group = None if flags[3] == "channel" else int(flags[3])
+            nearest = QuantSpec(int(flags[1]), group, flags[4] == "--symmetric")
         assert choose_format(target, nearest) in target.formats
     else:
         require_loads(target, form, spec)
@@ -69,6 +72,8 @@ def test_what_a_runtime_refuses_comes_with_the_nearest_that_works() -> None:
         choose_format(load_target("sglang"), QuantSpec(2, 64, True))
     with pytest.raises(SwquantError, match=r"onnxruntime cannot load .*--bits 3.*is --bits 4 --group-size 64 --symm"):
         choose_format(load_target("onnxruntime"), QuantSpec(3, 64, True))
+    with pytest.raises(SwquantError, match=r"llama.cpp cannot load .*--bits 3.*nearest that works is --grid q3_k$"):
+        choose_format(load_target("llama.cpp"), QuantSpec(3, 64, True))
 
 
 def test_a_format_that_the_runtime_does_not_read_is_refused() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from swquant import registry
 from swquant.errors import SwquantError
 from swquant.formats.base import Format
-from swquant.quant.kgrids import UNIFORM
+from swquant.quant.kgrids import K_GRIDS, UNIFORM
 from swquant.quant.spec import BITS, GROUP_SIZES, QuantSpec
 from swquant.targets.base import Target
 
@@ -74,6 +74,7 @@ def _grids() -> Iterator[QuantSpec]:
         for group_size in (None, *GROUP_SIZES):
             for symmetric in (True, False):
                 yield QuantSpec(bits, group_size, symmetric)
+    yield from map(QuantSpec.named, K_GRIDS)
 
 
 def _distance(wanted: QuantSpec, other: QuantSpec) -> tuple[int, int, bool, int]:
