@@ -28,9 +28,8 @@ class KGridParams:
         dmin = float16(dmin0 t),    m = clamp(round(m0 + k b), 0, M)
 
     with ``k`` the integers' rate over that of the ratios, as an optimizer whose steps have the size of the rate needs
-    it: a ratio moves 256 weights at once and wants small steps, an integer stays unless it moves by a half.
-
-    and every rounding and clamp lets gradients pass straight through, so that ``d`` learns what all groups of its
+    it: a ratio moves 256 weights at once and wants small steps, an integer stays unless it moves by a half. Every
+    rounding and clamp of integers lets gradients pass straight through, so that ``d`` learns what all groups of its
     super-block have in common, with ``sc`` as it is, and ``sc`` what a group wants on top. Signs stay.
 
     Attributes:
