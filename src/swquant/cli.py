@@ -144,33 +144,45 @@ def compare(runs: tuple[Path, ...], page: Path | None, as_json: bool) -> None:
 
 
 @app.command("eval")
-@click.argument("model")
-@click.option("--text", required=True, help="Text file or datasets name to measure on.")
-@click.option("--reference", help="The original model: adds KL to it and top-1 agreement with it.")
+@click.argument("models", metavar="MODEL...", nargs=-1, required=True)
+@click.option("--text", help="wikitext2, c4, c4-new, ptb, ptb-new, a text file, or a datasets name.")
+@click.option("--tasks", help="Tasks of lm-eval and task files: piqa,hellaswag,./mine.yaml.")
+@click.option("--reference", help="The original model: adds KL to it and agreement with it.")
+@click.option("--baseline", "baselines", multiple=True, help="Quantized otherwise: prints what MODEL recovers.")
 @click.option("--context", type=int, help="Tokens per window.  [2048, or the model's limit]")
 @click.option("--windows", type=int, help="Measure on the first windows only.  [all]")
+@click.option("--items", type=int, help="Ask the first items of each task only.  [all]")
 @click.option("--device", default="auto", show_default=True, help="cpu, an accelerator's name, or auto.")
 @click.option("--packed", is_flag=True, help="Compute on packed codes, as swquant.load does; needs less memory.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def evaluate(
-    model: str,
-    text: str,
+    models: tuple[str, ...],
+    tasks: str | None,
     reference: str | None,
-    context: int | None,
-    windows: int | None,
-    device: str,
-    packed: bool,
+    baselines: tuple[str, ...],
     as_json: bool,
+    **flags: Any,
 ) -> None:
-    """Measure MODEL's perplexity, and how far it is from the model it was made of."""
-    from swquant.evaluation import evaluate as measure
-    from swquant.ui import print_evaluation
+    """Measure MODEL's perplexity, how far it is from the model it was made of, and its answers to tasks.
 
-    result = measure(model, text, reference=reference, context=context, windows=windows, device=device, packed=packed)
-    if as_json:
-        click.echo(result.to_json())
-    else:
-        print_evaluation(result)
+    With --baseline and --reference: how much MODEL recovers of what the baseline lost. Several models and several
+    baselines are then one recipe each with several seeds, in the same order.
+    """
+    from swquant.evaluation import What, measure, measure_gain
+    from swquant.ui import print_gain, print_measured
+
+    what = What(tasks=tuple(filter(None, (tasks or "").split(","))), **flags)
+    if baselines:
+        if reference is None:
+            raise SwquantError("--baseline needs --reference, the model that both were made of")
+        gain = measure_gain(models, baselines, reference, what)
+        click.echo(gain.to_json()) if as_json else print_gain(gain)
+        return
+    model, *others = models
+    if others:
+        raise SwquantError(f"{len(models)} models and no --baseline: give one model, or --baseline and --reference")
+    measured = measure(model, what, reference=reference)
+    click.echo(measured.to_json()) if as_json else print_measured(measured)
 
 
 @app.command()

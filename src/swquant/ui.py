@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 from swquant.engine.observer import Observer
-from swquant.evaluation import Evaluation
+from swquant.evaluation import Evaluation, Gain, Measured
 from swquant.inspection import Inspection
 from swquant.report import Output, Report
 
@@ -158,20 +158,65 @@ def print_inspection(found: Inspection) -> None:
     console.print(table)
 
 
-def print_evaluation(result: Evaluation) -> None:
-    """Print what was measured."""
+def print_measured(found: Measured) -> None:
+    """Print what was measured of one model."""
+    console = Console(highlight=False)
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold")
     table.add_column()
-    table.add_row("model", result.model)
-    table.add_row("text", f"{result.text}, {result.windows} windows of {result.context} tokens")
+    table.add_row("model", found.model)
+    for name, value in _text_facts(found.text) if found.text is not None else ():
+        table.add_row(name, value)
+    for task in found.tasks:
+        others = "".join(f", {name} {value:.4f}" for name, value in task.metrics.items() if name != task.metric)
+        table.add_row(task.task, f"{task.metric} {task.value:.4f}{others} ({task.items} items)")
+    console.print(table)
+    if found.text is not None:
+        console.print(_positions(found.text))
+    if found.tasks:
+        versions = ", ".join(f"{task.task} {task.version}" for task in found.tasks)
+        console.print(f"lm-eval {found.tasks[0].harness}; {versions}")
+
+
+def print_gain(gain: Gain) -> None:
+    """Print what some models recover of what others lost."""
+    console = Console(highlight=False)
+    table = Table(box=None, pad_edge=False)
+    for title in ("", "without", "with", "original", "recovered", "interval"):
+        table.add_column(title, justify="left" if not title else "right")
+    for name, found in gain.recovered.items():
+        means = [f"{value:.4f}" for value in (found.without, found.with_, found.full)]
+        share = "nothing was lost" if found.value is None else f"{found.value:.1%}"
+        ends = "unbounded" if found.low is None or found.high is None else f"{found.low:.1%} to {found.high:.1%}"
+        table.add_row(name, *means, share, ends)
+    console.print(table)
+    some = next(iter(gain.recovered.values()))
+    over = "windows, items and seeds" if max(some.seeds) > 1 else "windows and items; with one seed, not over seeds"
+    console.print(f"{some.level:.0%} intervals over {over}", soft_wrap=True)
+
+
+def _text_facts(result: Evaluation) -> Iterator[tuple[str, str]]:
+    yield "text", f"{result.text}, {result.windows} windows of {result.context} tokens"
     if result.reference_perplexity is not None:
-        table.add_row("perplexity of the original", f"{result.reference_perplexity:.4f}")
-    table.add_row("perplexity", f"{result.perplexity:.4f}")
-    if result.kl is not None and result.top1 is not None:
-        table.add_row("KL to the original", f"{result.kl:.4f} nats per token")
-        table.add_row("same first choice", f"{100 * result.top1:.1f} % of tokens")
-    Console(highlight=False).print(table)
+        yield "perplexity of the original", f"{result.reference_perplexity:.4f}"
+    yield "perplexity", f"{result.perplexity:.4f}"
+    if result.kl is not None and result.reverse_kl is not None:
+        yield "KL to the original", f"{result.kl:.4f} nats per token; reverse {result.reverse_kl:.4f}"
+    if result.top1 is not None and result.top5 is not None:
+        same = f"{100 * result.top1:.1f} % of tokens; {100 * result.top5:.1f} % of the first five"
+        yield "same first choice", same
+
+
+def _positions(result: Evaluation) -> Table:
+    compared = result.kl is not None
+    table = Table(box=None, pad_edge=False)
+    for title in ("position", "nats", *(("original", "KL") if compared else ())):
+        table.add_column(title, justify="right")
+    for bucket in result.positions:
+        place = f"{bucket.first}-{bucket.last}" if bucket.last > bucket.first else str(bucket.first)
+        values = (bucket.nll, bucket.reference_nll, bucket.kl)
+        table.add_row(place, *(f"{value:.4f}" for value in values if value is not None))
+    return table
 
 
 def _facts(report: Report, recipe: str | None) -> Iterator[tuple[str, str]]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from swquant import Recipe, SwquantError, evaluate, quantize, registry
+from swquant.evaluation import What, measure
 from swquant.evaluation.divergence import divergence
 
 MakeModel = Callable[..., Path]
@@ -35,11 +39,59 @@ def test_a_model_does_not_diverge_from_itself(llama: Path, text: Path) -> None:
 
 def test_divergence_is_torchs_kl() -> None:
     model, reference = torch.randn(2, 3, 7, 50, generator=torch.Generator().manual_seed(0))
-    kl, same = divergence(model, reference)
+    found = divergence(model, reference)
     logs = [logits.double().log_softmax(-1) for logits in (model, reference)]
-    expected = F.kl_div(*logs, log_target=True, reduction="none").sum(-1)
-    torch.testing.assert_close(kl.double(), expected, rtol=1e-5, atol=1e-6)
-    assert torch.equal(same, model.argmax(-1) == reference.argmax(-1))
+    for values, pair in ((found.kl, logs), (found.reverse_kl, logs[::-1])):
+        expected = F.kl_div(*pair, log_target=True, reduction="none").sum(-1)
+        torch.testing.assert_close(values.double(), expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(found.top1, model.argmax(-1) == reference.argmax(-1))
+
+
+def test_top5_is_the_share_of_the_references_first_five() -> None:
+    model, reference = torch.randn(2, 3, 7, 50, generator=torch.Generator().manual_seed(0))
+    firsts = [[set(row.tolist()) for row in logits.flatten(0, 1).argsort(-1)[:, -5:]] for logits in (model, reference)]
+    expected = [len(ours & theirs) / 5 for ours, theirs in zip(*firsts, strict=True)]
+    assert divergence(model, reference).top5.flatten().tolist() == pytest.approx(expected)
+    assert len(set(expected)) > 1
+    assert divergence(model[..., :3], reference[..., :3]).top5.unique().tolist() == [1]
+
+
+def test_positions_are_the_windows_columns(llama: Path, make_model: MakeModel, text: Path) -> None:
+    other = make_model("llama", 1)
+    found = measure(other, What(text=str(text), context=21, windows=4, device="cpu"), reference=llama)
+    evaluation, scores = found.text, found.scores
+    assert evaluation is not None
+    assert scores is not None
+    assert scores.kl is not None
+    assert scores.reference_nll is not None
+    assert [(one.first, one.last) for one in evaluation.positions] == [(1, 1), (2, 3), (4, 7), (8, 15), (16, 20)]
+    last = evaluation.positions[-1]
+    assert last.kl == pytest.approx(scores.kl[:, 15:].mean(), rel=1e-6)
+    assert last.nll == pytest.approx(scores.nll[:, 15:].mean(), rel=1e-6)
+    assert last.reference_nll == pytest.approx(scores.reference_nll[:, 15:].mean(), rel=1e-6)
+    counts = [one.last - one.first + 1 for one in evaluation.positions]
+    mean = sum(count * one.nll for count, one in zip(counts, evaluation.positions, strict=True)) / 20
+    assert math.exp(mean) == pytest.approx(evaluation.perplexity)
+    turned = evaluate(llama, str(text), reference=other, context=21, windows=4, device="cpu")
+    assert (turned.kl, turned.reverse_kl) == pytest.approx((evaluation.reverse_kl, evaluation.kl))
+
+
+def test_parts_of_a_window_do_not_change_its_scores(
+    llama: Path, make_model: MakeModel, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    what = What(text=str(text), context=32, windows=2, device="cpu")
+    other = make_model("llama", 1)
+    whole = measure(other, what, reference=llama).scores
+    monkeypatch.setattr("swquant.evaluation.scores.POSITIONS_AT_ONCE", 7)
+    parts = measure(other, what, reference=llama).scores
+    for name, values in vars(whole).items():
+        np.testing.assert_allclose(values, vars(parts)[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("values", "part"), [({}, "--tasks"), ({"text": "x", "windows": 0}, "windows is 0")])
+def test_what_cannot_be_measured_is_refused(values: dict[str, Any], part: str) -> None:
+    with pytest.raises(SwquantError, match=part):
+        What(**values)
 
 
 def test_the_context_defaults_to_the_models_limit(llama: Path, text: Path) -> None:

@@ -1,58 +1,72 @@
-"""Measuring a model on text: perplexity, and how far it is from the model it was made of."""
+"""Measuring a model: perplexity, how far it is from the model it was made of, tasks, and what was recovered."""
 
 from __future__ import annotations
 
-import json
-import math
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from swquant.calibration import eval_windows, load_tokenizer, read_text, tokenize
+from swquant.calibration import load_tokenizer
 from swquant.device import resolve_device
 from swquant.errors import SwquantError
-from swquant.evaluation.divergence import divergence
+from swquant.evaluation.gain import recovered_by_metric
+from swquant.evaluation.harness import TaskScore, run_tasks
 from swquant.evaluation.models import load_model
-from swquant.evaluation.perplexity import window_nll
+from swquant.evaluation.recovered import Contrast, Recovered
+from swquant.evaluation.results import Evaluation, Gain, Measured
+from swquant.evaluation.scores import TokenScores, score_windows
+from swquant.evaluation.texts import measured_windows
 
-__all__ = ["Evaluation", "evaluate"]
+__all__ = [
+    "Contrast",
+    "Evaluation",
+    "Gain",
+    "Measured",
+    "Recovered",
+    "TaskScore",
+    "What",
+    "evaluate",
+    "measure",
+    "measure_gain",
+]
 
 LONGEST = 2048
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """What was measured.
+class What:
+    """What to measure, and how.
 
     Attributes:
-        model: The directory.
-        text: The text's source.
-        context: Tokens of a window.
-        windows: Number of windows.
-        tokens: Predicted tokens.
-        perplexity: ``exp`` of the mean negative log-likelihood over them.
-        reference_perplexity: The same of the reference.
-        kl: Mean of ``KL(reference || model)`` per token, in nats.
-        top1: Share of tokens for which both rank the same token first.
+        text: A name of a protocol (``wikitext2``, ``c4``, ``c4-new``, ``ptb``, ``ptb-new``), a text or jsonl file, or a
+            datasets name; ``None`` measures no text.
+        tasks: Names of lm-eval's tasks and paths of task files.
+        context: Tokens of a window; by default 2048, or the model's limit if that is less.
+        windows: Measure on the first so many windows only.
+        items: Ask only the first so many items of each task.
+        device: Where to compute.
+        packed: Keep the models' linears packed, as :func:`swquant.load` has them; never the original's.
     """
 
-    model: str
-    text: str
-    context: int
-    windows: int
-    tokens: int
-    perplexity: float
-    reference_perplexity: float | None = None
-    kl: float | None = None
-    top1: float | None = None
+    text: str | None = None
+    tasks: Sequence[str] = ()
+    context: int | None = None
+    windows: int | None = None
+    items: int | None = None
+    device: str = "auto"
+    packed: bool = False
 
-    def to_json(self) -> str:
-        """One JSON object."""
-        return json.dumps(asdict(self), indent=1)
+    def __post_init__(self) -> None:
+        if self.text is None and not self.tasks:
+            raise SwquantError("there is nothing to measure on: give a text (--text), tasks (--tasks), or both")
+        for name, value in (("windows", self.windows), ("items", self.items)):
+            if value is not None and value < 1:
+                raise SwquantError(f"{name} is {value}, expected 1 or more")
 
 
-@torch.no_grad()
 def evaluate(
     model: str | Path,
     text: str,
@@ -67,7 +81,7 @@ def evaluate(
 
     Args:
         model: A model directory, quantized or not.
-        text: A text or jsonl file, or a datasets name.
+        text: As :attr:`What.text`.
         reference: The original model's directory.
         context: Tokens of a window; by default 2048, or the model's limit if that is less.
         windows: Measure on the first so many windows only.
@@ -77,33 +91,72 @@ def evaluate(
     Raises:
         SwquantError: If a model does not load, the text is too short, or the two vocabularies differ.
     """
-    place = resolve_device(device)
-    directory = Path(model)
-    measured = load_model(directory, place, packed=packed)
-    other = None if reference is None else load_model(Path(reference), place)
-    limit = int(measured.config.max_position_embeddings)
-    context = context or min(LONGEST, limit)
+    what = What(text, (), context, windows, None, device, packed)
+    found = measure(model, what, reference=reference).text
+    assert found is not None
+    return found
+
+
+def measure(model: str | Path, what: What, *, reference: str | Path | None = None) -> Measured:
+    """Measure one model; against its original if that is given and there is a text.
+
+    Raises:
+        SwquantError: As :func:`evaluate`; or a task does not run.
+    """
+    original = None if reference is None or what.text is None else _load(reference, what)
+    return _measure(Path(model), what, original, packed=what.packed)
+
+
+def measure_gain(
+    models: Sequence[str | Path], baselines: Sequence[str | Path], reference: str | Path, what: What
+) -> Gain:
+    """Measure what was recovered; the original and one more model are in memory at a time.
+
+    Args:
+        models: Quantized with the thing in question: one, or one for each of several seeds.
+        baselines: Quantized without it: one, or one for each seed, in the same order.
+        reference: The original.
+        what: On what to measure.
+
+    Raises:
+        SwquantError: As :func:`measure`.
+    """
+    original = _load(reference, what)
+    runs = run_tasks(original, load_tokenizer(Path(reference)), what.tasks, items=what.items) if what.tasks else ()
+    full = Measured(str(reference), None, tuple(run.score for run in runs), runs=runs)
+    sides = [
+        tuple(_measure(Path(model), what, original, packed=what.packed) for model in side)
+        for side in (models, baselines)
+    ]
+    return Gain(sides[0], sides[1], full, recovered_by_metric(sides[0], sides[1], full))
+
+
+def _load(directory: str | Path, what: What) -> Any:
+    return load_model(Path(directory), resolve_device(what.device))
+
+
+def _measure(directory: Path, what: What, original: Any | None, *, packed: bool) -> Measured:
+    place = resolve_device(what.device)
+    model = load_model(directory, place, packed=packed)
+    tokenizer = load_tokenizer(directory)
+    scores = None if what.text is None else _scores(directory, model, tokenizer, original, what, place)
+    runs = run_tasks(model, tokenizer, what.tasks, items=what.items) if what.tasks else ()
+    text = None if scores is None else Evaluation.of(str(directory), str(what.text), scores)
+    return Measured(str(directory), text, tuple(run.score for run in runs), scores, runs)
+
+
+def _scores(
+    directory: Path, model: Any, tokenizer: Any, original: Any | None, what: What, place: torch.device
+) -> TokenScores:
+    limit = int(model.config.max_position_embeddings)
+    context = what.context or min(LONGEST, limit)
     if not 2 <= context <= limit:
         raise SwquantError(f"the context is {context} tokens, expected 2 to {limit}, the model's limit")
-    if other is not None and other.config.vocab_size != measured.config.vocab_size:
+    if original is not None and original.config.vocab_size != model.config.vocab_size:
         raise SwquantError(
-            f"{reference} has {other.config.vocab_size} tokens and {model} {measured.config.vocab_size}; "
+            f"the original has {original.config.vocab_size} tokens and {directory} {model.config.vocab_size}; "
             "give the model that it was made of"
         )
-    rows = eval_windows(tokenize(load_tokenizer(directory), read_text(text)), context, windows)
-    nll = reference_nll = kl = same = 0.0
-    for row in rows.split(1):
-        logits = measured(input_ids=row.to(place)).logits
-        nll += float(window_nll(logits, row).double().sum())
-        if other is not None:
-            expected = other(input_ids=row.to(place)).logits
-            reference_nll += float(window_nll(expected, row).double().sum())
-            gap, agreed = divergence(logits[:, :-1], expected[:, :-1])
-            kl += float(gap.double().sum())
-            same += float(agreed.sum())
-    tokens = rows.shape[0] * (context - 1)
-    result = Evaluation(str(model), text, context, rows.shape[0], tokens, math.exp(nll / tokens))
-    if other is None:
-        return result
-    expected_perplexity = math.exp(reference_nll / tokens)
-    return replace(result, reference_perplexity=expected_perplexity, kl=kl / tokens, top1=same / tokens)
+    assert what.text is not None
+    rows = measured_windows(what.text, tokenizer, context, what.windows)
+    return score_windows(model, original, rows, place)
