@@ -315,3 +315,14 @@ def test_config_beside_the_file_is_the_original(written: Path) -> None:
     config = json.loads((written / "config.json").read_text())
     assert "quantization_config" not in config
     assert config["architectures"] == ["LlamaForCausalLM"]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("num_attention_heads", 0), ("num_key_value_heads", -1), ("num_key_value_heads", 10**12), ("head_dim", 10**12)],
+)
+def test_sizes_that_no_model_has_are_refused(family: str, name: str, value: int, make_model: MakeModel) -> None:
+    config = json.loads((make_model(family) / "config.json").read_text())
+    with pytest.raises(SwquantError, match=r"config\.json"):
+        describe_model(config | {name: value})

@@ -61,9 +61,12 @@ class Gguf:
         import_gguf()
         kind = block_type(outline.spec)
         assert kind is not None
-        for name, (_, columns) in outline.linears.items():
-            kind.require_divides(name, columns)
         model = describe_model(outline.config)
+        for name, (rows, columns) in outline.linears.items():
+            kind.require_divides(name, columns)
+            order = model.row_order(name)
+            if order is not None and len(order) != rows:
+                raise SwquantError(f"{name} has {rows} outputs, where the heads of config.json have {len(order)}")
         notes = [*model.notes, *read_vocabulary(outline.directory, model.settings).notes]
         if kind.name == "Q2_0":
             notes.append(

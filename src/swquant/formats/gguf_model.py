@@ -22,6 +22,17 @@ from swquant.quant.qtensor import QTensor
 _ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 """llama.cpp's architectures by family."""
 
+_LARGEST = {
+    "hidden_size": 1 << 20,
+    "num_attention_heads": 1 << 16,
+    "num_key_value_heads": 1 << 16,
+    "head_dim": 1 << 12,
+    "intermediate_size": 1 << 24,
+    "num_hidden_layers": 1 << 16,
+    "max_position_embeddings": (1 << 32) - 1,
+}
+"""Sizes beyond which no model is: what a file says is bounded before anything is made of it."""
+
 _HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 ROPE_FREQS = "rope_freqs.weight"
 
@@ -114,6 +125,10 @@ def describe_model(config: Mapping[str, Any]) -> Model:
             f"{', '.join(_ARCHITECTURES)}: choose another format"
         )
     settings = _with_defaults(config)
+    for name, most in _LARGEST.items():
+        value = settings.get(name)
+        if value is not None and not 0 < value <= most:
+            raise _unknown(name, value, f"1 to {most}")
     hidden, heads = int(settings["hidden_size"]), int(settings["num_attention_heads"])
     head_dim = int(settings.get("head_dim") or hidden // heads)
     architecture = _ARCHITECTURES[family.name]
