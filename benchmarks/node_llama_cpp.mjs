@@ -56,5 +56,4 @@ if (job.speed) {
     for (let index = 0; index < repeats; index++)
         answer.tokensPerSecond.push(await tokensPerSecond(sequence, prompt, tokens));
 }
-console.log(JSON.stringify(answer));
-process.exit(0);
+process.stdout.write(JSON.stringify(answer), () => process.exit(0));
