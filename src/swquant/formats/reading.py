@@ -85,8 +85,8 @@ def require_whole(directory: Path, config: Mapping[str, Any], modules: Collectio
         )
     expected = {f"{family.blocks}.{index}.{linear}" for index in range(blocks) for linear in family.linears}
     for name in sorted(expected.symmetric_difference(modules)):
-        state = "not quantized" if name in expected else "quantized"
+        found = "no quantized" if name in expected else "a quantized"
         raise SwquantError(
-            f"{directory} has {name:.200} {state}, which swquant does not read, expected all linears of the blocks "
-            "and no others"
+            f"{directory} has {found} {name:.200}; swquant reads models of which all linears of the blocks are "
+            "quantized, and no others"
         )
