@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from swquant.engine.skeleton import Block, Skeleton
 from swquant.engine.streams import batches, create_stream
 from swquant.learnables.base import BlockFacts, ChannelRange
 from swquant.losses import Loss
+from swquant.losses.balancing import Balance
 from swquant.phases.base import Phase, PhaseReport, Problem
 from swquant.quant.draft import Committed, Draft, commit, open_draft
 from swquant.quant.ktensor import KTensor
@@ -45,6 +46,7 @@ class Job:
         samples: Calibration samples; the streams' further samples are for evaluation and train nothing.
         seed: Of everything random.
         device: Where to compute.
+        balance: How the terms of the loss share the gradient.
     """
 
     checkpoint: Source
@@ -55,6 +57,7 @@ class Job:
     samples: int
     seed: int
     device: torch.device
+    balance: Balance = field(default_factory=Balance)
 
 
 def quantize_block(job: Job, journal: Journal, kwargs: Mapping[str, Any], observer: Observer) -> None:
@@ -95,6 +98,7 @@ def quantize_block(job: Job, journal: Journal, kwargs: Mapping[str, Any], observ
         rng=partial(generator, job.seed, "block", index),
         device=job.device,
         step=observer.step,
+        balance=job.balance.at(index, len(job.skeleton.blocks)),
     )
     weights = tuple(f"{linear}.weight" for linear in job.skeleton.family.linears)
     draft = open_draft(params, weights, job.spec, bound.block.stored_dtypes(job.checkpoint))

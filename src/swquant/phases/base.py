@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from swquant.learnables.base import BlockFacts
+from swquant.losses.balancing import Balance
 from swquant.losses.base import Loss
 from swquant.quant.draft import Draft
 
@@ -33,6 +34,7 @@ class Problem:
         rng: Generator for a place in the block, e.g. ``rng("slices", 17)``.
         device: Where to compute.
         step: Called with (steps done, steps in all) of the phase.
+        balance: How the terms of ``loss`` share the gradient in this block.
     """
 
     forward: Callable[[Mapping[str, Tensor], Tensor], Tensor]
@@ -47,6 +49,7 @@ class Problem:
     rng: Callable[..., torch.Generator]
     device: torch.device
     step: Callable[[int, int], None]
+    balance: Balance = field(default_factory=Balance)
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,8 @@ class PhaseReport:
         curve: Held-out loss after each round; ``None`` where it was not finite.
         kept_epoch: The round whose state was kept, 0 for the start.
         events: What went wrong and what was done about it.
+        shares: Of the gradient with respect to the block's output, on the held-out samples, for each term of a loss
+            that has more than one: ``{"start": {label: share}, "end": {...}}``, with the weights in use there.
     """
 
     phase: str
@@ -68,6 +73,7 @@ class PhaseReport:
     curve: tuple[float | None, ...] = ()
     kept_epoch: int = 0
     events: tuple[str, ...] = ()
+    shares: Mapping[str, Mapping[str, float]] | None = None
 
 
 class Phase(Protocol):

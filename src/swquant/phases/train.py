@@ -11,12 +11,17 @@ from torch import Tensor
 
 from swquant.errors import SwquantError
 from swquant.learnables.base import Learnable, Theta
+from swquant.losses.balancing import Balancer, Slopes, shares_of, sum_terms
 from swquant.losses.base import Loss, LossContext
+from swquant.losses.expression import WeightedSum
 from swquant.losses.mse import Mse
 from swquant.phases.base import PhaseReport, Problem
 from swquant.phases.optimizers import Optimizer, trainable
 from swquant.phases.rounds import RETRIES, Trail, keep_best, run_round
 from swquant.quant.draft import Draft, detach, realize
+
+FIRST_BATCHES = 4
+"""Batches whose measures a balance begins with."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,9 @@ class Train:
 
     If a loss is not finite, the last good state comes back (without ``keep_best``: the start) and the learning rates
     halve, up to three times; then the phase ends where it started. Both are reported.
+
+    Where the problem balances the terms of its loss (:class:`swquant.losses.balancing.Balance`), weights follow from
+    the first batches and the steps; states are compared by the weights of the beginning, without the schedule.
 
     Attributes:
         learnables: What is trained.
@@ -71,26 +79,34 @@ class _Job:
         self.phase, self.draft, self.problem = phase, draft, problem
         self.loss = problem.loss if problem.loss is not None else phase.loss
         self.batch = min(phase.batch_size, len(problem.train))
+        self.balancer: Balancer | None = None
+        if isinstance(self.loss, WeightedSum) and len(self.loss.parts) > 1:
+            self.balancer = Balancer(self.loss, problem.balance)
+        self.balanced = self.balancer is not None and not problem.balance.plain
         self.constants: dict[str, Tensor] = {}
         self.thetas = self._init()
         self._fix_constants()
 
     def keep_best(self) -> tuple[Draft, PhaseReport]:
         phase = self.phase
-        before = self.held_loss()
+        self._begin_balance(self._apply())
+        before, shares = self.held_loss(), self._shares(0)
         trail = Trail.begin(self.thetas, before)
         keep_best(self, trail, self.open(1.0), phase.optimizer, phase.epochs, before, self.problem.step)
-        return detach(self._apply()), PhaseReport(
+        report = PhaseReport(
             self.name, before, trail.best_loss, tuple(trail.curve), trail.best_epoch, tuple(trail.events)
         )
+        return detach(self._apply()), self._with_shares(report, shares)
 
     def keep_last(self) -> tuple[Draft, PhaseReport]:
-        before = self._loss_of(self.draft)
+        self._begin_balance(self.draft)
+        before, shares = self._loss_of(self.draft), self._shares(0)
         events: list[str] = []
         curve: list[float | None] = []
         for failures in range(RETRIES + 1):
             if failures:
                 self.thetas = self._init()
+                self._begin_balance(self.draft)
             curve = self._all_rounds(0.5**failures)
             if None not in curve:
                 break
@@ -100,10 +116,12 @@ class _Job:
         after = curve[-1] if curve else None
         if after is not None and not after > before:
             final = detach(self._apply())
-            return final, PhaseReport(self.name, before, after, tuple(curve), len(curve), tuple(events))
+            report = PhaseReport(self.name, before, after, tuple(curve), len(curve), tuple(events))
+            return final, self._with_shares(report, shares)
         if after is not None:
             events.append(f"the trained state's loss {after:.4g} was above the starting point's; kept that")
-        return self.draft, PhaseReport(self.name, before, before, tuple(curve), 0, tuple(events))
+        report = PhaseReport(self.name, before, before, tuple(curve), 0, tuple(events))
+        return self.draft, self._with_shares(report, shares)
 
     @property
     def name(self) -> str:
@@ -137,9 +155,21 @@ class _Job:
 
     def descend(self, samples: Tensor, step: int) -> Tensor:
         params = realize(self._apply(), self.constants)
-        loss = self._against(params, samples, LossContext(self.problem.rng("slices", step)))
+        context = LossContext(self.problem.rng("slices", step))
+        if self.balanced:
+            return self._descend_balanced(self._outputs(params, samples), samples, step, context)
+        loss = self._against(params, samples, context)
         loss.backward()  # pyright: ignore[reportUnknownMemberType]
         return loss.detach()
+
+    def _descend_balanced(self, out: Tensor, samples: Tensor, step: int, context: LossContext) -> Tensor:
+        assert self.balancer is not None
+        slopes = Slopes.at(self.balancer.loss, out, self._targets(samples), context)
+        self.balancer.observe(slopes.measures(self.problem.balance.kind))
+        weights = self.balancer.weights(step, self._steps)
+        parts = [weights[label] * gradient for label, gradient in slopes.gradients.items()]
+        out.backward(torch.stack(parts).sum(0))  # pyright: ignore[reportUnknownMemberType]
+        return torch.stack([weights[label] * value for label, value in slopes.values.items()]).sum()
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -168,12 +198,60 @@ class _Job:
 
     def _against(self, params: dict[str, Tensor], samples: Tensor, context: LossContext) -> Tensor:
         """Loss of the block with ``params`` on ``samples``, against the target and the augmented target."""
+        out = self._outputs(params, samples)
+        if self.balancer is not None and self.balanced:
+            weights = self.balancer.comparing()
+            terms = sum_terms(self.balancer.loss, out, self._targets(samples), context)
+            return torch.stack([weights[label] * value for label, value in terms.items()]).sum()
+        first, *others = (self.loss(out, target, context) for target in self._targets(samples))
+        return sum(others, first)
+
+    def _outputs(self, params: dict[str, Tensor], samples: Tensor) -> Tensor:
+        return self.problem.forward(params, self.problem.inputs[samples].to(self.problem.device))
+
+    def _targets(self, samples: Tensor) -> list[Tensor]:
         problem = self.problem
-        out = problem.forward(params, problem.inputs[samples].to(problem.device))
-        loss = self.loss(out, problem.target[samples].to(problem.device), context)
-        if self.phase.augmented and problem.augmented is not None:
-            loss = loss + self.loss(out, problem.augmented[samples].to(problem.device), context)
-        return loss
+        augmented = problem.augmented if self.phase.augmented else None
+        return [part[samples].to(problem.device) for part in (problem.target, augmented) if part is not None]
+
+    @property
+    def _steps(self) -> int:
+        return self.phase.epochs * (self.phase.steps or -(-len(self.problem.train) // self.batch))
+
+    def _begin_balance(self, compared: Draft) -> None:
+        """Take the measures of the first batches, of the state to be trained and of the one to be compared with."""
+        if self.balancer is None or not self.balanced:
+            return
+        own = self._measures(self._apply())
+        self.balancer.begin(own, own if self.phase.keep_best else self._measures(compared))
+
+    @torch.no_grad()
+    def _measures(self, draft: Draft) -> list[dict[str, float]]:
+        assert self.balancer is not None
+        params, found = realize(draft, self.constants), list[dict[str, float]]()
+        for index, samples in enumerate(self.batches(0)[:FIRST_BATCHES]):
+            context = LossContext(self.problem.rng("balance", index))
+            slopes = Slopes.at(self.balancer.loss, self._outputs(params, samples), self._targets(samples), context)
+            found.append(slopes.measures(self.problem.balance.kind))
+        return found
+
+    @torch.no_grad()
+    def _shares(self, step: int) -> dict[str, float] | None:
+        """Each term's share of the gradient over the held-out samples, with the weights of a step."""
+        if self.balancer is None:
+            return None
+        params, context = realize(self._apply(), self.constants), LossContext(self.problem.rng("held"))
+        squares = dict.fromkeys((term.label for term in self.balancer.loss.parts), 0.0)
+        for samples in torch.tensor(self.problem.held).split(self.phase.batch_size):
+            slopes = Slopes.at(self.balancer.loss, self._outputs(params, samples), self._targets(samples), context)
+            for label, norm in slopes.measures("gradient").items():
+                squares[label] += (norm * len(samples)) ** 2
+        norms = {label: math.sqrt(square) for label, square in squares.items()}
+        return shares_of(self.balancer.weights(step, self._steps), norms)
+
+    def _with_shares(self, report: PhaseReport, start: dict[str, float] | None) -> PhaseReport:
+        end = self._shares(max(self._steps - 1, 0))
+        return report if start is None or end is None else replace(report, shares={"start": start, "end": end})
 
     def _init(self) -> list[Theta]:
         return [learnable.init(self.draft, self.problem.facts) for learnable in self.phase.learnables]
