@@ -66,6 +66,10 @@ def test_one_run_writes_several_formats_from_the_same_codes(llama: Path, recipe:
     first, *others = (codes(tmp_path / "out" / output.directory) for output in report.outputs)
     assert all(same(first, other) for other in others)
     assert quantize(replace(recipe, format="compressed-tensors, gptq,mlx"), llama, tmp_path / "out") == report
+    convert(tmp_path / "out" / "mlx", tmp_path / "plain", format="dequantized")
+    kept = json.loads((tmp_path / "plain" / "report.json").read_text())
+    assert (kept["recipe_hash"], kept["recipe"]["format"]) == (report.recipe_hash, "dequantized")
+    assert "As dequantized" in (tmp_path / "plain" / "README.md").read_text()
 
 
 def test_what_cannot_be_converted_is_refused_and_leaves_nothing(llama: Path, recipe: Recipe, tmp_path: Path) -> None:

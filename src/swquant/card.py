@@ -17,7 +17,7 @@ from swquant.validation import read_yaml
 CARD = "README.md"
 _FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*\n", re.DOTALL)
 _FRONT_MATTER_BYTES = 1 << 16
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _LICENCE_KEYS = ("license", "license_name", "license_link")
 
 
@@ -60,7 +60,7 @@ def _text(report: Report, licence: Mapping[str, Any]) -> Iterator[str]:
     recipe, name = report.recipe, Path(report.source).name
     bits = f"{report.bits_per_weight:.3f} bits per quantized weight, scales and zero points included"
     yield f"\n# {name}, {recipe['bits']} bits\n"
-    yield f"Made of `{name}` by [swquant](https://pypi.org/project/swquant/) {report.versions['swquant']}: {bits}."
+    yield f"Made of `{name}` by swquant {report.versions['swquant']}: {bits}."
     yield "\n## What was lost\n"
     yield from _losses(report)
     yield "\n## How to load it\n"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from swquant import registry
 from swquant.card import licence_of
+from swquant.checkpoint.quantized import Outline
 from swquant.checkpoint.reader import find_model, require_own
 from swquant.checkpoint.writer import publish, require_disk, require_unused
 from swquant.errors import SwquantError
@@ -20,6 +21,9 @@ from swquant.recipe import Recipe
 from swquant.report import Output, Report
 from swquant.targets import load_target
 from swquant.verification import verify
+
+PLAIN = "dequantized"
+"""The one format that keeps no codes."""
 
 
 def convert(
@@ -51,8 +55,9 @@ def convert(
     forms: tuple[Format, ...] = tuple(registry.load("swquant.formats", name)() for name in names)
     notes = [form.check(model.outline) for form in forms]
     require_unused(out)
-    require_disk(out, len(forms) * sum(file.stat().st_size for file in directory.iterdir() if file.is_file()))
-    model = replace(model, extra_files=_kept(directory))
+    require_disk(out, sum(_most_bytes(form, model.outline, directory) for form in forms))
+    run = _directory_of_the_run(directory)
+    model = replace(model, extra_files=_kept(run))
     out.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
@@ -62,11 +67,24 @@ def convert(
             written = form.write(staging / "output" / place, model)
             verified = verify(form, staging / "output" / place, model, None)
             outputs.append(output_of(form, place, written.tensor_bytes, said, model.outline.spec, target, verified))
-        _describe(directory, staging / "output", outputs)
+        _describe(run, staging / "output", outputs, ",".join(names), runtime)
         publish(staging / "output", out)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return outputs
+
+
+def _most_bytes(form: Format, outline: Outline, directory: Path) -> int:
+    """What the output takes at most: the source's files, and the linears as plain weights where codes are not kept."""
+    held = sum(file.stat().st_size for file in directory.iterdir() if file.is_file())
+    plain = sum(rows * columns for rows, columns in outline.linears.values()) * outline.dtype.itemsize
+    return held + plain if form.name == PLAIN else 2 * held
+
+
+def _directory_of_the_run(directory: Path) -> Path:
+    """Where the report is: above, if the model is one of several formats that one run has written."""
+    above = directory.resolve().parent
+    return above if not (directory / REPORT).is_file() and (above / REPORT).is_file() else directory
 
 
 def _kept(directory: Path) -> dict[str, bytes]:
@@ -77,11 +95,12 @@ def _kept(directory: Path) -> dict[str, bytes]:
     return {RECIPE: recipe.read_bytes()}
 
 
-def _describe(directory: Path, staging: Path, outputs: list[Output]) -> None:
+def _describe(directory: Path, staging: Path, outputs: list[Output], formats: str, runtime: str | None) -> None:
     """The report and the card of the run that made the codes, about the new outputs."""
     try:
         report = Report.from_json((directory / REPORT).read_text(encoding="utf-8"))
-        texts = described(replace(report, outputs=outputs, key={}), licence_of(directory))
+        recipe = {**report.recipe, "format": formats, "runtime": runtime}
+        texts = described(replace(report, outputs=outputs, recipe=recipe, key={}), licence_of(directory))
     except (OSError, ValueError, KeyError, TypeError):
         return
     for name, text in texts.items():

@@ -77,10 +77,16 @@ def quantize(recipe: Recipe, source: str | Path, out: str | Path, *, observer: O
             train_scales(job, finish, journal, to_device(arguments, plan.device), watching)
         quality = _quality(plan, journal, watching)
         watching.stage(f"Writing {out}")
-        report = write_output(plan, journal, quality, key, str(source))
+        report = write_output(plan, journal, quality, key, _named(source))
         publish(work / "output", out)
         journal.clear()
     return report
+
+
+def _named(source: str | Path) -> str:
+    """``source`` as the report calls it: a relative path must not look like a hub name."""
+    path = Path(source)
+    return f"./{path}" if path.is_dir() and not path.is_absolute() else str(source)
 
 
 def _finished(out: Path, key: Mapping[str, Any]) -> Report | None:
