@@ -189,6 +189,48 @@ def evaluate(
 
 
 @app.command()
+@click.argument("grid", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Where trials and the table go.")
+@click.option("--workers", type=int, help="Trials at a time in processes of this machine.  [1]")
+@click.option("--threads", type=int, help="CPU threads of a trial.  [cores over workers]")
+@click.option(
+    "--executor",
+    type=click.Choice(["auto", "local", "ray"]),
+    default="auto",
+    help="Where trials run.  [ray if it is installed and --workers is not given]",
+)
+@click.option("--gpus", type=float, help="GPUs of a trial on Ray.  [1 if the cluster has any]")
+@click.option("--retries", type=int, default=1, show_default=True, help="New starts of a trial whose process died.")
+@click.option("--keep", is_flag=True, help="Keep the quantized models.  [dropped]")
+@click.option("--dry-run", is_flag=True, help="Only list what would be run.")
+def sweep(
+    grid: Path,
+    out: Path,
+    workers: int | None,
+    threads: int | None,
+    executor: str,
+    gpus: float | None,
+    retries: int,
+    keep: bool,
+    dry_run: bool,
+) -> None:
+    """Quantize by every combination that GRID lists, a YAML file of models and of a recipe's keys.
+
+    The same command goes on where a killed one stopped; finished trials are never run again.
+    """
+    from swquant.sweep import plan_sweep, planned_lines, run_sweep
+    from swquant.sweep.executors import choose_executor
+
+    if dry_run:
+        click.echo("\n".join(planned_lines(plan_sweep(grid, out))))
+        return
+    chosen, each = choose_executor(executor, workers, threads, gpus, retries)
+    rows = run_sweep(grid, out, chosen, each, keep=keep, say=lambda line: click.echo(line, err=True))
+    failed = sum(row["status"] != "done" for row in rows)
+    click.echo(f"{len(rows)} trials, {failed} failed: {out / 'results.csv'}, {out / 'results.html'}")
+
+
+@app.command()
 @click.option("--out", type=click.Path(path_type=Path), help="Keep the quantized models here.  [dropped]")
 def demo(out: Path | None) -> None:
     """Quantize the small model that comes with swquant to 2 bits, four ways, and compare."""
