@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test slow lint build clean
+.PHONY: demo test slow runtimes lint build clean
 
 demo: $(STAMP)
 	$(BIN)/swquant demo
@@ -15,6 +15,10 @@ test: $(STAMP)
 
 slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+
+# Our outputs in the runtimes themselves, which this installs: llama.cpp, onnxruntime, gptqmodel, auto-round, mlx-lm.
+runtimes: $(STAMP)
+	$(BIN)/python -m pytest -m slow tests/runtimes
 
 lint: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
