@@ -14,7 +14,6 @@ from swquant.checkpoint.quantized import QuantizedModel
 from swquant.checkpoint.reader import find_model
 from swquant.formats import read_quantized
 from swquant.quant.codes import code_entropy, share_at_ends
-from swquant.quant.double import per_group
 from swquant.quant.ktensor import KTensor
 from swquant.quant.qtensor import QTensor
 
@@ -132,8 +131,8 @@ def _count(tally: _Tally, value: QTensor | KTensor) -> None:
     tally.shapes.append((rows, columns))
     tally.entropies.append(code_entropy(codes, bits))
     tally.ends.append(share_at_ends(codes, bits))
-    steps = value.scale if isinstance(value, QTensor) else per_group(value.d, value.sc)
-    tally.scales += [float(steps.abs().min()), float(steps.abs().max())]
+    steps = value.steps.abs()
+    tally.scales += [float(steps.min()), float(steps.max())]
 
 
 def _kind(name: str, tally: _Tally) -> Kind:

@@ -40,8 +40,9 @@ def write_output(plan: Plan, journal: Journal, quality: Quality | None, key: Map
     shutil.rmtree(staging, ignore_errors=True)
     extra = {RECIPE: plan.recipe.to_yaml()}
     model = QuantizedModel(plan.outline, lambda: _parts(plan, journal), plan.checkpoint.sidecars(), extra)
+    sample = _sample(plan, journal)
     outputs = [
-        _write_format(plan, form, notes, staging, model, _sample(plan, journal))
+        _write_format(plan, form, notes, staging, model, sample)
         for form, notes in zip(plan.formats, plan.notes, strict=True)
     ]
     finish = None if journal.final is None else journal.final["report"]

@@ -16,8 +16,10 @@ from rich.table import Table
 
 from swquant.engine.observer import Observer
 from swquant.evaluation import Evaluation, Gain, Measured
+from swquant.html.facts import opened
 from swquant.inspection import Inspection
 from swquant.report import Output, Report
+from swquant.units import size, span
 
 
 @contextmanager
@@ -66,7 +68,7 @@ class Lines:
         """Print the block's line."""
         spent = time.monotonic() - self.started
         left = spent / (index + 1 - self.first) * (self.blocks - index - 1)
-        line = f"{self.label}{_block_line(index, self.blocks, report)}, about {_span(left)} left"
+        line = f"{self.label}{_block_line(index, self.blocks, report)}, about {span(left)} left"
         self.console.print(line, soft_wrap=True)
 
 
@@ -144,7 +146,7 @@ def print_inspection(found: Inspection) -> None:
     symmetry = "symmetric" if found.symmetric else "asymmetric"
     console.print(f"{found.directory}: {found.format}, {found.model_type}, {found.grid} {symmetry}", soft_wrap=True)
     console.print(
-        f"{quantized:,} quantized weights and {plain:,} other values in {_size(found.file_bytes)}, "
+        f"{quantized:,} quantized weights and {plain:,} other values in {size(found.file_bytes)}, "
         f"{found.entropy:.3f} bits of entropy per code",
         soft_wrap=True,
     )
@@ -222,9 +224,9 @@ def _positions(result: Evaluation) -> Table:
 def _facts(report: Report, recipe: str | None) -> Iterator[tuple[str, str]]:
     for output in report.outputs:
         saved = report.bytes_source / max(1, output.bytes)
-        sizes = f"{_size(report.bytes_source)} -> {_size(output.bytes)} ({saved:.2f} times smaller)"
+        sizes = f"{size(report.bytes_source)} -> {size(output.bytes)} ({saved:.2f} times smaller)"
         yield "size", f"{sizes}, {output.format}"
-        yield "opened again", _opened(output)
+        yield "opened again", opened(output)
     yield "bits per quantized weight", f"{report.bits_per_weight:.3f}, scales and zero points included"
     if report.quality:
         quality = report.quality
@@ -236,9 +238,9 @@ def _facts(report: Report, recipe: str | None) -> Iterator[tuple[str, str]]:
     yield f"drift of the hidden states{when}", f"{report.blocks[-1]['drift']:.4f} at the end, most behind block {worst}"
     if report.finish is not None:
         finish = report.finish
-        kept = f"epoch {finish['kept_epoch']} of {len(finish['curve'])}, {_span(finish['seconds'])}"
+        kept = f"epoch {finish['kept_epoch']} of {len(finish['curve'])}, {span(finish['seconds'])}"
         yield "end to end, held-out KL", f"{finish['before']:.4g} -> {finish['after']:.4g} ({kept})"
-    yield "time", _span(report.seconds)
+    yield "time", span(report.seconds)
     named = f"{recipe}: " if recipe else ""
     yield "recipe", f"{named}{report.recipe['method']}; all of it in swquant.yaml ({report.recipe_hash})"
     notes = (note for output in report.outputs for note in output.notes)
@@ -246,36 +248,8 @@ def _facts(report: Report, recipe: str | None) -> Iterator[tuple[str, str]]:
         yield "note", text
 
 
-def _opened(output: Output) -> str:
-    """What was compared when the output was opened again, and what was not."""
-    found = output.verification
-    said = [f"{found['weights']} weights equal to the bit"] if found["weights"] else []
-    if found["reader"]:
-        said.append(f"the same by {found['reader']}")
-    if found["runtime"]:
-        same = 100 * found["top1"]
-        said.append(f"predictions of {found['runtime']} {found['kl']:.2g} nats away, same first choice {same:.1f} %")
-    return ", ".join(said) or "not by other code: its package is not installed"
-
-
 def _block_line(index: int, blocks: int, report: Mapping[str, Any]) -> str:
     losses = "".join(f", loss {phase['before']:.4g} -> {phase['after']:.4g}" for phase in report["phases"])
     events = sum(len(phase["events"]) for phase in report["phases"])
     trouble = f", {events} recoveries from a loss that was not finite" if events else ""
     return f"block {index + 1}/{blocks}{losses}, drift {report['drift']:.4f}, {report['seconds']:.1f} s{trouble}"
-
-
-def _span(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = seconds / 60
-    return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
-
-
-def _size(count: int) -> str:
-    value = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000 or unit == "GB":
-            break
-        value /= 1000
-    return f"{value:.2f} {unit}" if unit != "B" else f"{count} B"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -201,6 +202,20 @@ def _check_parameters(model: nn.Module, checkpoint: Source, *, tied: bool, head:
                 f"{name} in {checkpoint.directory} has the shape {list(found)}, "
                 f"config.json calls for {list(parameter.shape)}"
             )
+
+
+def empty_model(values: Mapping[str, Any], dtype: torch.dtype) -> Any:
+    """transformers' model for the content of a ``config.json``, on ``meta`` but for the buffers that it tells.
+
+    Raises:
+        Exception: Whatever the content makes transformers run into.
+    """
+    given = copy.deepcopy({key: value for key, value in values.items() if key != "model_type"})
+    config = AutoConfig.for_model(values["model_type"], **given)
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    rebuild_buffers(model, config)
+    return model
 
 
 def rebuild_buffers(model: nn.Module, config: Any) -> None:

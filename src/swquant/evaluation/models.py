@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, CompressedTensorsConfig
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from swquant.checkpoint.quantized import QUANTIZATION_CONFIG, QuantizedModel
 from swquant.checkpoint.reader import INDEX, SINGLE, read_config
-from swquant.engine.skeleton import rebuild_buffers
+from swquant.engine.skeleton import empty_model
 from swquant.errors import SwquantError
 from swquant.formats import read_quantized
 from swquant.runtime import load
@@ -79,11 +79,7 @@ def _assembled(quantized: QuantizedModel) -> Any:
     """The model with every weight dequantized to float32."""
     outline = quantized.outline
     try:
-        values = {key: value for key, value in outline.config.items() if key != "model_type"}
-        config = AutoConfig.for_model(outline.config["model_type"], **values)
-        with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
-        rebuild_buffers(model, config)
+        model = empty_model(outline.config, torch.float32)
         state = {
             name: value.float() if isinstance(value, Tensor) else value.dequantize()
             for part in quantized.parts()

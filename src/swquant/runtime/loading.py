@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import GenerationConfig
 
 from swquant.checkpoint.quantized import QUANTIZATION_CONFIG, Outline
 from swquant.checkpoint.reader import find_model
 from swquant.device import resolve_device
-from swquant.engine.skeleton import rebuild_buffers
+from swquant.engine.skeleton import empty_model
 from swquant.errors import SwquantError
 from swquant.families import family_for
 from swquant.formats import read_quantized
@@ -79,17 +79,11 @@ def _empty_model(outline: Outline, dtype: torch.dtype, kernel: str) -> Any:
     """The model with packed layers, on ``meta`` but for the buffers that its config tells."""
     family_for(outline.config)
     try:
-        values = {key: value for key, value in outline.config.items() if key != "model_type"}
-        config = AutoConfig.for_model(outline.config["model_type"], **values)
-        if not 0 < config.num_hidden_layers <= len(outline.linears):
-            raise ValueError(f"{config.num_hidden_layers} layers for {len(outline.linears)} quantized linears")
-        with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        model = empty_model(outline.config, dtype)
     except Exception as error:  # transformers raises whatever the file makes it run into
         reason = " ".join(str(error).split())[:200]
         raise SwquantError(f"config.json of {outline.directory} does not describe a model: {reason}") from error
     model.requires_grad_(False)
-    rebuild_buffers(model, config)
     for name, (rows, columns) in outline.linears.items():
         model.set_submodule(name, _packed(model, name, (rows, columns), outline, dtype, kernel))
     return model
