@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -61,9 +63,44 @@ def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_dataset_without_its_library_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(SwquantError, match=r"swquant\[datasets\]"):
         read_text("wikitext:wikitext-2-raw-v1:test")
+
+
+@pytest.mark.parametrize(
+    ("source", "path", "settings"),
+    [
+        ("wikitext2", "Salesforce/wikitext", {"name": "wikitext-2-raw-v1", "split": "train"}),
+        ("wikitext2:test", "Salesforce/wikitext", {"name": "wikitext-2-raw-v1", "split": "test"}),
+        (
+            "c4",
+            "allenai/c4",
+            {"data_files": {"train": "en/c4-train.00000-of-01024.json.gz"}, "split": "train[:10000]"},
+        ),
+        ("some/set", "some/set", {"name": None, "split": "train"}),
+        ("some/set:part:test", "some/set", {"name": "part", "split": "test"}),
+    ],
+)
+def test_what_the_datasets_library_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, source: str, path: str, settings: dict[str, object]
+) -> None:
+    asked: list[object] = []
+
+    def load_dataset(place: str, **given: object) -> dict[str, list[str]]:
+        asked.append((place, given))
+        return {"text": ["one", "two"]}
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    assert read_text(source) == "one\n\ntwo"
+    assert asked == [(path, settings)]
+
+
+@pytest.mark.parametrize("source", ["wikitext2:a:b", "c4:nothing", "set:a:b:c"])
+def test_datasets_that_are_asked_for_wrongly(monkeypatch: pytest.MonkeyPatch, source: str) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace())
+    with pytest.raises(SwquantError, match="expected"):
+        read_text(source)
 
 
 def test_the_text_is_tokenised_once_in_whole(llama: Path, text: Path) -> None:

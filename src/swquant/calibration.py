@@ -20,14 +20,17 @@ LEAST_SHARE = 4
 
 DRAWN_AT_ONCE = 16
 _FILES = (".txt", ".md", ".jsonl", ".json")
+_C4_DOCUMENTS = 10_000
+_C4_SHARDS = {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"}
 
 
 def read_text(source: str) -> str:
     """The text of a file, of a jsonl file's ``text`` fields, or of a dataset; documents are joined by two newlines.
 
     Args:
-        source: A path, or ``name[:config][:split]`` of a dataset, e.g. ``wikitext:wikitext-2-raw-v1:test``; the split
-            is ``train`` if none is given.
+        source: A path; ``wikitext2`` or ``c4``, the latter the first 10,000 documents of the first shard; or
+            ``name[:config][:split]`` of a dataset, e.g. ``wikitext:wikitext-2-raw-v1:test``. The split is ``train`` if
+            none is given (``wikitext2:test``).
 
     Raises:
         SwquantError: If there is no such thing, or it holds no text.
@@ -68,18 +71,31 @@ def _read_dataset(source: str) -> str:
         raise SwquantError(
             f"{source!r} is no file, and reading it as a dataset needs: pip install 'swquant[datasets]'"
         ) from error
-    name, *rest = source.split(":")
-    if len(rest) > 2:
-        raise SwquantError(f"the dataset {source!r} has too many parts, expected name[:config][:split]")
-    split = rest[-1] if len(rest) == 2 else "train"
-    config = rest[0] if rest else None
+    path, settings = _dataset(source)
     try:
-        rows: Any = datasets.load_dataset(name, config or None, split=split)
+        rows: Any = datasets.load_dataset(path, **settings)
         documents: list[str] = list(rows["text"])
     except Exception as error:  # the library raises whatever its loaders, file systems and the hub do
         reason = " ".join(str(error).split())[:200]
         raise SwquantError(f"the dataset {source!r} cannot be read: {reason}") from error
     return "\n\n".join(documents)
+
+
+def _dataset(source: str) -> tuple[str, dict[str, Any]]:
+    """The name on the hub and the settings of ``datasets.load_dataset``."""
+    name, *rest = source.split(":")
+    most = 1 if name in ("wikitext2", "c4") else 2
+    if len(rest) > most:
+        form = f"{name}[:split]" if most == 1 else "name[:config][:split]"
+        raise SwquantError(f"the dataset {source!r} has too many parts, expected {form}")
+    split = rest[-1] if len(rest) == most else "train"
+    if name == "wikitext2":
+        return "Salesforce/wikitext", {"name": "wikitext-2-raw-v1", "split": split}
+    if name == "c4":
+        if split not in _C4_SHARDS:
+            raise SwquantError(f"c4 has no split {split!r}, expected {' or '.join(_C4_SHARDS)}")
+        return "allenai/c4", {"data_files": {split: _C4_SHARDS[split]}, "split": f"{split}[:{_C4_DOCUMENTS}]"}
+    return name, {"name": (rest[0] if rest else None) or None, "split": split}
 
 
 def load_tokenizer(directory: Path) -> Any:
