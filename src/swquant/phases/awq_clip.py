@@ -7,8 +7,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from swquant.distributed.ranks import Ranks
 from swquant.phases.base import PhaseReport, Problem
-from swquant.phases.hessian import ErrorTally, best_range, diagonal_blocks, input_moments, input_sets, score_linears
+from swquant.phases.hessian import (
+    ErrorTally,
+    best_range,
+    by_rows,
+    diagonal_blocks,
+    input_moments,
+    input_sets,
+    score_linears,
+)
 from swquant.quant.draft import Draft, Slot, snap
 from swquant.quant.grid import Extent, extent_of
 from swquant.quant.spec import QuantSpec
@@ -52,17 +61,22 @@ class AwqClip:
             second = input_moments(problem, draft.params, linears[0]).second
             for name in (f"{linear}.weight" for linear in linears):
                 weight, slot = draft.params[name], draft.slots[name]
-                slots[name] = _clipped(weight, slot.spec, second)
+                slots[name] = _clipped(weight, slot.spec, second, problem.ranks)
                 tally.add(weight, snap(weight, slot), snap(weight, slots[name]), second)
         problem.step(len(sets), len(sets))
         return replace(draft, slots=slots), tally.report("AwqClip")
 
 
-def _clipped(weight: Tensor, spec: QuantSpec, second: Tensor) -> Slot:
-    extent = extent_of(weight, spec)
-    ends = [_ends(extent, factor, spec) for factor in FACTORS]
-    found = best_range(weight, extent, spec, diagonal_blocks(second, spec), ends)
-    return Slot(spec, lo=found.lo, hi=found.hi, sign=found.sign, extent=extent)
+def _clipped(weight: Tensor, spec: QuantSpec, second: Tensor, ranks: Ranks) -> Slot:
+    extent, blocks = extent_of(weight, spec), diagonal_blocks(second, spec)
+
+    def search(rows: slice) -> tuple[Tensor, ...]:
+        own = Extent(extent.low[rows], extent.high[rows])
+        found = best_range(weight[rows], own, spec, blocks, [_ends(own, factor, spec) for factor in FACTORS])
+        return found.lo, found.hi, *(() if found.sign is None else (found.sign,))
+
+    lo, hi, *sign = by_rows(ranks, len(weight), search)
+    return Slot(spec, lo=lo, hi=hi, sign=sign[0] if sign else None, extent=extent)
 
 
 def _ends(extent: Extent, factor: float, spec: QuantSpec) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from swquant.distributed.ranks import own_turns
 from swquant.families.base import Equivalence, QueryKey, ValueOutput
 from swquant.learnables.base import BlockFacts
 from swquant.learnables.moves import fed_by, move, per_key_head, per_query_head, source_of
@@ -54,7 +55,7 @@ class AwqScale:
         for done, pair in enumerate(pairs):
             problem.step(done, len(pairs))
             moments = input_moments(problem, draft.params, fed_by(pair)[0])
-            scale = _search(pair, moments, draft, facts)
+            scale = _search(pair, moments, draft, problem)
             scales[source_of(pair)] = scale
             for name in _weights(pair):
                 weight, slot = draft.params[name], draft.slots[name]
@@ -69,24 +70,29 @@ class AwqScale:
         return replace(moved, slots=slots), tally.report("AwqScale")
 
 
-def _search(pair: Equivalence, moments: Moments, draft: Draft, facts: BlockFacts) -> Tensor:
-    """The pair's scale per channel of the source's output."""
-    magnitude = moments.magnitude
+def _search(pair: Equivalence, moments: Moments, draft: Draft, problem: Problem) -> Tensor:
+    """The pair's scale per channel of the source's output; ranks try the ratios by turns."""
+    facts, magnitude = problem.facts, moments.magnitude
     if isinstance(pair, ValueOutput):
         magnitude = per_key_head(magnitude, facts).mean(1).flatten()
-    best, least = torch.ones_like(magnitude), math.inf
-    for ratio in RATIOS:
-        scale = magnitude.pow(ratio).clamp(min=LEAST_SCALE)
-        scale = scale / (scale.max() * scale.min()).sqrt()
-        wide = _wide(pair, scale, facts)
-        error = 0.0
+    errors = torch.zeros(len(RATIOS), dtype=torch.float64)
+    for index in own_turns(problem.ranks, range(len(RATIOS))):
+        wide = _wide(pair, _scale(magnitude, RATIOS[index]), facts)
         for name in _weights(pair):
             weight = draft.params[name]
             snapped = _scaled_and_snapped(weight, wide, draft.slots[name].spec)
-            error += output_error(snapped.sub_(weight), moments.second)
+            errors[index] += output_error(snapped.sub_(weight), moments.second)
+    problem.ranks.sum([errors])
+    best, least = torch.ones_like(magnitude), math.inf
+    for ratio, error in zip(RATIOS, errors.tolist(), strict=True):
         if error < least:
-            best, least = scale, error
+            best, least = _scale(magnitude, ratio), error
     return best
+
+
+def _scale(magnitude: Tensor, ratio: float) -> Tensor:
+    scale = magnitude.pow(ratio).clamp(min=LEAST_SCALE)
+    return scale / (scale.max() * scale.min()).sqrt()
 
 
 def _weights(pair: Equivalence) -> tuple[str, ...]:

@@ -9,9 +9,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from swquant.distributed.ranks import Alone, Ranks
 from swquant.learnables.base import BlockFacts
 from swquant.losses.balancing import Balance
 from swquant.losses.base import Loss
+from swquant.phases.portion import Portion
 from swquant.quant.draft import Draft
 
 
@@ -27,14 +29,16 @@ class Problem:
         augmented: What the full-precision block makes of ``inputs``; present if a phase asks for it.
         loss: Distance between the block's outputs and a target; ``None`` leaves it to the phase.
         watch: ``watch(parameters, linears, visit)`` runs the block with full-precision ``parameters`` over the inputs
-            of all calibration samples and calls ``visit(linear, x)`` with each batch's input ``[tokens, in_features]``
-            of each of the named linears.
+            of this rank's calibration samples and calls ``visit(linear, x)`` with each batch's input
+            ``[tokens, in_features]`` of each of the named linears.
         train: Samples to train on.
         held: Samples on which states are compared, disjoint from ``train`` where there is more than one sample.
         rng: Generator for a place in the block, e.g. ``rng("slices", 17)``.
         device: Where to compute.
         step: Called with (steps done, steps in all) of the phase.
         balance: How the terms of ``loss`` share the gradient in this block.
+        ranks: The processes that work on the block together; ``inputs`` and targets are the same for all of them.
+        portion: How much of a batch a rank takes at once.
     """
 
     forward: Callable[[Mapping[str, Tensor], Tensor], Tensor]
@@ -50,6 +54,8 @@ class Problem:
     device: torch.device
     step: Callable[[int, int], None]
     balance: Balance = field(default_factory=Balance)
+    ranks: Ranks = field(default_factory=Alone)
+    portion: Portion = field(default_factory=Portion)
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from swquant.distributed.ranks import Ranks
 from swquant.phases.base import PhaseReport, Problem
 from swquant.phases.column_grids import open_groups
-from swquant.phases.hessian import ErrorTally, diagonal_blocks, input_moments, input_sets
+from swquant.phases.hessian import ErrorTally, by_rows, diagonal_blocks, input_moments, input_sets
 from swquant.quant.draft import Draft, Slot, realize, snap
-from swquant.quant.grid import Grid
+from swquant.quant.grid import Grid, grid_from
 from swquant.quant.rounding import fake_quantize
 from swquant.quant.spec import QuantSpec
 from swquant.quant.through import widened
@@ -70,7 +71,7 @@ class Gptq:
             inputs = _factored(second, self.damping, self.act_order, linears[0], events)
             for name in (f"{linear}.weight" for linear in linears):
                 weight, slot = draft.params[name], draft.slots[name]
-                params[name], grid = _compensated(weight, slot, inputs, self.search)
+                params[name], grid = _by_rows(weight, slot, inputs, self.search, problem.ranks)
                 slots[name] = Slot(slot.spec, grid=grid)
                 tally.add(weight, snap(weight, slot), snap(params[name], slots[name]), second)
         problem.step(len(sets), len(sets))
@@ -128,6 +129,21 @@ def _inverse_factor(hessian: Tensor) -> Tensor | None:
             if torch.isfinite(upper).all():
                 return upper
     return None
+
+
+def _by_rows(weight: Tensor, slot: Slot, inputs: _Inputs, search: bool, ranks: Ranks) -> tuple[Tensor, Grid]:
+    """:func:`_compensated`, each rank on rows of its own: no row depends on another."""
+    names = list[str]()
+
+    def work(rows: slice) -> tuple[Tensor, ...]:
+        ends = {end: value[rows] for end, value in (("lo", slot.lo), ("hi", slot.hi)) if isinstance(value, Tensor)}
+        compensated, grid = _compensated(weight[rows], replace(slot, **ends), inputs, search)
+        parts = grid.tensors()
+        names.extend(parts)
+        return compensated, *parts.values()
+
+    compensated, *parts = by_rows(ranks, len(weight), work)
+    return compensated, grid_from(dict(zip(names, parts, strict=True)), slot.spec)
 
 
 def _compensated(weight: Tensor, slot: Slot, inputs: _Inputs, search: bool) -> tuple[Tensor, Grid]:

@@ -10,12 +10,13 @@ so one pass over the calibration samples serves any number of candidates.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from swquant.distributed.ranks import Ranks, own_rows
 from swquant.families.base import Family, NormLinears, ValueOutput
 from swquant.phases.base import PhaseReport, Problem
 from swquant.quant.grid import Extent, group, minmax_grid
@@ -89,22 +90,34 @@ def score_linears(family: Family) -> frozenset[str]:
 def input_moments(problem: Problem, params: Mapping[str, Tensor], linear: str) -> Moments:
     """Moments of the input that ``linear`` has in the block with ``params``, over all calibration samples.
 
-    Sums are kept in float32 (float64 for float64 inputs).
+    Sums are kept in float32 (float64 for float64 inputs), on each rank those over its own samples.
     """
-    sums: list[Moments] = []
-    tokens = 0
+    weight = widened(params[f"{linear}.weight"])
+    second, magnitude = weight.new_zeros(weight.shape[1], weight.shape[1]), weight.new_zeros(weight.shape[1])
+    tokens = torch.zeros((), dtype=torch.int64)
 
     def visit(_: str, inputs: Tensor) -> None:
-        nonlocal tokens
         x = widened(inputs)
-        if not sums:
-            sums.append(Moments(x.new_zeros(x.shape[1], x.shape[1]), x.new_zeros(x.shape[1])))
-        sums[0].second.addmm_(x.T, x)
-        sums[0].magnitude.add_(x.abs().sum(0))
-        tokens += x.shape[0]
+        second.addmm_(x.T, x)
+        magnitude.add_(x.abs().sum(0))
+        tokens.add_(x.shape[0])
 
     problem.watch(params, (linear,), visit)
-    return Moments(sums[0].second / tokens, sums[0].magnitude / tokens)
+    problem.ranks.sum([second, magnitude, tokens])
+    return Moments(second.div_(int(tokens)), magnitude.div_(int(tokens)))
+
+
+def by_rows(ranks: Ranks, rows: int, work: Callable[[slice], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """Do what treats each row of a weight by itself on each rank's own rows; returns all rows of the results.
+
+    Args:
+        ranks: The processes.
+        rows: Of the weight, at least one per rank or fewer rows than ranks.
+        work: From some rows to tensors with as many rows.
+    """
+    own = own_rows(ranks, rows)
+    found = work(own if own.stop > own.start else slice(0, 1))
+    return tuple(ranks.gather(part[: own.stop - own.start], rows) for part in found)
 
 
 def output_error(error: Tensor, second: Tensor) -> float:

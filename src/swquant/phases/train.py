@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from swquant.losses.expression import WeightedSum
 from swquant.losses.mse import Mse
 from swquant.phases.base import PhaseReport, Problem
 from swquant.phases.optimizers import Optimizer, trainable
+from swquant.phases.passes import outputs_by_batch, pull
 from swquant.phases.rounds import RETRIES, Trail, keep_best, run_round
 from swquant.quant.draft import Draft, detach, realize
 
@@ -83,6 +85,7 @@ class _Job:
         if isinstance(self.loss, WeightedSum) and len(self.loss.parts) > 1:
             self.balancer = Balancer(self.loss, problem.balance)
         self.balanced = self.balancer is not None and not problem.balance.plain
+        self.notes: list[str] = []
         self.constants: dict[str, Tensor] = {}
         self.thetas = self._init()
         self._fix_constants()
@@ -93,9 +96,8 @@ class _Job:
         before, shares = self.held_loss(), self._shares(0)
         trail = Trail.begin(self.thetas, before)
         keep_best(self, trail, self.open(1.0), phase.optimizer, phase.epochs, before, self.problem.step)
-        report = PhaseReport(
-            self.name, before, trail.best_loss, tuple(trail.curve), trail.best_epoch, tuple(trail.events)
-        )
+        events = (*trail.events, *self.notes)
+        report = PhaseReport(self.name, before, trail.best_loss, tuple(trail.curve), trail.best_epoch, events)
         return detach(self._apply()), self._with_shares(report, shares)
 
     def keep_last(self) -> tuple[Draft, PhaseReport]:
@@ -116,11 +118,11 @@ class _Job:
         after = curve[-1] if curve else None
         if after is not None and not after > before:
             final = detach(self._apply())
-            report = PhaseReport(self.name, before, after, tuple(curve), len(curve), tuple(events))
+            report = PhaseReport(self.name, before, after, tuple(curve), len(curve), (*events, *self.notes))
             return final, self._with_shares(report, shares)
         if after is not None:
             events.append(f"the trained state's loss {after:.4g} was above the starting point's; kept that")
-        report = PhaseReport(self.name, before, before, tuple(curve), 0, tuple(events))
+        report = PhaseReport(self.name, before, before, tuple(curve), 0, (*events, *self.notes))
         return self.draft, self._with_shares(report, shares)
 
     @property
@@ -154,22 +156,40 @@ class _Job:
             learnable.enter(theta, done, self.phase.epochs)
 
     def descend(self, samples: Tensor, step: int) -> Tensor:
-        params = realize(self._apply(), self.constants)
-        context = LossContext(self.problem.rng("slices", step))
-        if self.balanced:
-            return self._descend_balanced(self._outputs(params, samples), samples, step, context)
-        loss = self._against(params, samples, context)
-        loss.backward()  # pyright: ignore[reportUnknownMemberType]
-        return loss.detach()
+        ratios = dict(self.balancer.ratios) if self.balancer is not None else {}
 
-    def _descend_balanced(self, out: Tensor, samples: Tensor, step: int, context: LossContext) -> Tensor:
-        assert self.balancer is not None
-        slopes = Slopes.at(self.balancer.loss, out, self._targets(samples), context)
-        self.balancer.observe(slopes.measures(self.problem.balance.kind))
-        weights = self.balancer.weights(step, self._steps)
-        parts = [weights[label] * gradient for label, gradient in slopes.gradients.items()]
-        out.backward(torch.stack(parts).sum(0))  # pyright: ignore[reportUnknownMemberType]
-        return torch.stack([weights[label] * value for label, value in slopes.values.items()]).sum()
+        def attempt() -> Tensor:
+            for value in self.trained:
+                value.grad = None
+            if self.balancer is not None:
+                self.balancer.ratios = dict(ratios)
+            params = realize(self._apply(), self.constants)
+            separable = self.loss.separable and not self.balanced
+            return pull(self.problem, params, samples, partial(self._slope, step), separable, self.trained)
+
+        def note(event: str) -> None:
+            self.notes.append(f"step {step + 1}: {event}")
+
+        return self.problem.portion.fit(attempt, len(samples), self.problem.ranks, note)
+
+    @property
+    def trained(self) -> list[Tensor]:
+        return [value for theta in self.thetas for value in trainable(theta)]
+
+    def _slope(self, step: int, out: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of a step at the outputs ``out`` for ``samples``, and its gradient with respect to them."""
+        context, targets = LossContext(self.problem.rng("slices", step)), self._targets(samples)
+        if self.balancer is not None and self.balanced:
+            slopes = Slopes.at(self.balancer.loss, out, targets, context)
+            self.balancer.observe(slopes.measures(self.problem.balance.kind))
+            weights = self.balancer.weights(step, self._steps)
+            parts = [weights[label] * gradient for label, gradient in slopes.gradients.items()]
+            loss = torch.stack([weights[label] * value for label, value in slopes.values.items()]).sum()
+            return loss, torch.stack(parts).sum(0)
+        leaf = out.requires_grad_()
+        with torch.enable_grad():
+            loss = self._against(leaf, targets, context)
+        return loss.detach(), torch.autograd.grad(loss, leaf)[0]
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -190,24 +210,23 @@ class _Job:
 
     @torch.no_grad()
     def _loss_of(self, draft: Draft) -> float:
-        context = LossContext(self.problem.rng("held"))
-        params = realize(draft, self.constants)
-        batches = torch.tensor(self.problem.held).split(self.phase.batch_size)
-        losses = [float(self._against(params, samples, context)) * len(samples) for samples in batches]
-        return sum(losses) / len(self.problem.held)
+        context, total = LossContext(self.problem.rng("held")), 0.0
+        for samples, out in outputs_by_batch(self.problem, realize(draft, self.constants), self._held):
+            total += float(self._against(out, self._targets(samples), context)) * len(samples)
+        return total / len(self.problem.held)
 
-    def _against(self, params: dict[str, Tensor], samples: Tensor, context: LossContext) -> Tensor:
-        """Loss of the block with ``params`` on ``samples``, against the target and the augmented target."""
-        out = self._outputs(params, samples)
+    @property
+    def _held(self) -> tuple[Tensor, ...]:
+        return torch.tensor(self.problem.held).split(self.phase.batch_size)
+
+    def _against(self, out: Tensor, targets: list[Tensor], context: LossContext) -> Tensor:
+        """Loss of the outputs ``out`` against the target and the augmented target."""
         if self.balancer is not None and self.balanced:
             weights = self.balancer.comparing()
-            terms = sum_terms(self.balancer.loss, out, self._targets(samples), context)
+            terms = sum_terms(self.balancer.loss, out, targets, context)
             return torch.stack([weights[label] * value for label, value in terms.items()]).sum()
-        first, *others = (self.loss(out, target, context) for target in self._targets(samples))
+        first, *others = (self.loss(out, target, context) for target in targets)
         return sum(others, first)
-
-    def _outputs(self, params: dict[str, Tensor], samples: Tensor) -> Tensor:
-        return self.problem.forward(params, self.problem.inputs[samples].to(self.problem.device))
 
     def _targets(self, samples: Tensor) -> list[Tensor]:
         problem = self.problem
@@ -229,9 +248,10 @@ class _Job:
     def _measures(self, draft: Draft) -> list[dict[str, float]]:
         assert self.balancer is not None
         params, found = realize(draft, self.constants), list[dict[str, float]]()
-        for index, samples in enumerate(self.batches(0)[:FIRST_BATCHES]):
+        first = self.batches(0)[:FIRST_BATCHES]
+        for index, (samples, out) in enumerate(outputs_by_batch(self.problem, params, first)):
             context = LossContext(self.problem.rng("balance", index))
-            slopes = Slopes.at(self.balancer.loss, self._outputs(params, samples), self._targets(samples), context)
+            slopes = Slopes.at(self.balancer.loss, out, self._targets(samples), context)
             found.append(slopes.measures(self.problem.balance.kind))
         return found
 
@@ -242,8 +262,8 @@ class _Job:
             return None
         params, context = realize(self._apply(), self.constants), LossContext(self.problem.rng("held"))
         squares = dict.fromkeys((term.label for term in self.balancer.loss.parts), 0.0)
-        for samples in torch.tensor(self.problem.held).split(self.phase.batch_size):
-            slopes = Slopes.at(self.balancer.loss, self._outputs(params, samples), self._targets(samples), context)
+        for samples, out in outputs_by_batch(self.problem, params, self._held):
+            slopes = Slopes.at(self.balancer.loss, out, self._targets(samples), context)
             for label, norm in slopes.measures("gradient").items():
                 squares[label] += (norm * len(samples)) ** 2
         norms = {label: math.sqrt(square) for label, square in squares.items()}
