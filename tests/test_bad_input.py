@@ -381,7 +381,7 @@ def test_weights_are_looked_at_once_for_a_run_however_often_it_stops(
     llama: Path, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looked: list[int] = []
-    monkeypatch.setattr("swquant.checkpoint.reader.Checkpoint.require_finite", lambda _: looked.append(1))
+    monkeypatch.setattr("swquant.checkpoint.reader.Checkpoint.require_finite", lambda *_: looked.append(1))
     command = ["quantize", str(llama), "--out", str(tmp_path / "out"), *flags]
 
     def stop(*_: object) -> None:

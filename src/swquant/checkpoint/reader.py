@@ -64,6 +64,7 @@ _NEVER_COPIED = (".py", ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _JSON_LIMIT = 100 << 20
 _CHUNK = 1 << 22
+_MOST = torch.finfo(torch.float16).max
 _CONVERT = (
     "convert pickled weights where you trust them: load the model with transformers and call "
     "save_pretrained(path, safe_serialization=True)"
@@ -148,15 +149,20 @@ class Checkpoint:
                 done += stop - start
         return _finite(found, stored)[places]
 
-    def require_finite(self) -> None:
+    def require_finite(self, quantized: Iterable[str] = ()) -> None:
         """Look at every value once; the files are mapped, so memory holds no more than a chunk of them.
 
+        Args:
+            quantized: Names of weights that are to be quantized, whose scales have to fit in 16 bits.
+
         Raises:
-            SwquantError: A file cannot be read, or a value is NaN or infinite; the tensor is named.
+            SwquantError: A file cannot be read, a value is NaN or infinite, or one of a weight to be quantized is
+                greater than any float16; the tensor is named.
         """
-        for stored in self.tensors.values():
+        limited = frozenset(quantized)
+        for name, stored in self.tensors.items():
             with _opened(stored.file) as shard:
-                _finite(shard.get_tensor(stored.key), stored)
+                _finite(shard.get_tensor(stored.key), stored, _MOST if name in limited else math.inf)
 
     def prefixed(self, prefix: str, expected: str, kept: str) -> Checkpoint:
         """This checkpoint under full names, if it is the save of a base model, whose names lack ``prefix``.
@@ -370,14 +376,20 @@ def _stored(file: Path, name: str, header: Any) -> Stored:
     return Stored(file, name, dtype, shape, math.prod(shape) * dtype.itemsize)
 
 
-def _finite(tensor: Tensor, stored: Stored) -> Tensor:
+def _finite(tensor: Tensor, stored: Stored, most: float = math.inf) -> Tensor:
     """``tensor`` itself; chunks keep the check's memory small, and extremes, which NaN passes into, its time."""
     if tensor.is_floating_point() and tensor.numel():
         for chunk in tensor.view(-1).split(_CHUNK):
-            if not bool(torch.stack(torch.aminmax(chunk)).isfinite().all()):
+            ends = torch.stack(torch.aminmax(chunk))
+            if not bool(ends.isfinite().all()):
                 raise SwquantError(
                     f"{_shown(stored.key)} in {stored.file} holds NaN or infinite values; "
                     "download the file again or ask its author"
+                )
+            for value in ends[ends.abs() > most].tolist()[:1]:
+                raise SwquantError(
+                    f"{_shown(stored.key)} in {stored.file} holds {value:g}, and weights beyond {most:.0f} have no "
+                    "scale in 16 bits; ask the model's author"
                 )
     return tensor
 

@@ -10,7 +10,7 @@ become ``v H``: rows of the value projection ``H' W_v``, columns of the output p
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -123,13 +123,13 @@ class RotatedCheckpoint:
             return self.read(name)[indices]
         return self._apply(change, self.inner.rows(change.source, indices)).float()
 
-    def require_finite(self) -> None:
+    def require_finite(self, quantized: Iterable[str] = ()) -> None:
         """Look at every value of the original once.
 
         Raises:
             SwquantError: As :meth:`Checkpoint.require_finite`.
         """
-        self.inner.require_finite()
+        self.inner.require_finite(quantized)
 
     def sidecars(self) -> tuple[Path, ...]:
         """The original's files that belong beside the weights.

@@ -105,7 +105,7 @@ class _Moments:
 
 def _moments(outputs: Tensor) -> _Moments:
     variance, mean = torch.var_mean(outputs, 0, correction=0)
-    return _Moments(outputs, outputs.square().sum(1).double(), mean, variance)
+    return _Moments(outputs, outputs.square().sum(1).double(), mean.double(), variance.double())
 
 
 def _shift(original: _Moments, outputs: Tensor, distance: float) -> Shift:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from swquant.learnables.base import BlockFacts, Theta
 from swquant.quant.draft import Draft, grid_of
-from swquant.quant.grid import MIN_SCALE, Grid
+from swquant.quant.grid import MAX_SCALE, MIN_SCALE, Grid
 from swquant.quant.spec import QuantSpec
 from swquant.quant.through import stored_as
 
@@ -33,8 +33,8 @@ class GridParams:
     ``r`` stays positive, so scales keep their sign; on symmetric grids the zero point is fixed.
 
     Departures from the authors' code: it has no symmetric grids; it trains the scale itself, so that a rate fits scales
-    of one magnitude; its scales have a floor of 1e-4, passed straight through, where ours have that of files,
-    :data:`swquant.quant.grid.MIN_SCALE`, to which ``r`` is brought back after a step.
+    of one magnitude; its scales have a floor of 1e-4, passed straight through, where ours have the bounds of files,
+    :data:`swquant.quant.grid.MIN_SCALE` and ``MAX_SCALE``, to which ``r`` is brought back after a step.
 
     Attributes:
         learning_rate: Of ratios and zero points.
@@ -66,10 +66,11 @@ class GridParams:
         """Nothing changes from round to round."""
 
     def project(self, theta: Theta) -> None:
-        """Keep scales at what files can hold or more."""
+        """Keep scales within what files can hold."""
         for key, value in theta.items():
             if key.endswith(_RATIO):
-                value.clamp_(min=MIN_SCALE / theta[key.removesuffix(_RATIO) + _START].abs())
+                start = theta[key.removesuffix(_RATIO) + _START].abs()
+                value.clamp_(MIN_SCALE / start, MAX_SCALE / start)
 
 
 def _grid(theta: Theta, name: str, spec: QuantSpec) -> Grid:

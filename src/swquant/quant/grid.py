@@ -15,6 +15,9 @@ from swquant.quant.through import stored_as, widened
 MIN_SCALE = 2.0**-17
 """Least magnitude of a scale: the least power of two at which all bfloat16 values are float16 values too."""
 
+MAX_SCALE = 65280.0
+"""The greatest: the last bfloat16 value within float16's range."""
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -69,14 +72,14 @@ def extent_of(weight: Tensor, spec: QuantSpec) -> Extent:
     return Extent(widened(low).clamp(max=0), widened(high).clamp(min=0))
 
 
-def at_least(scale: Tensor) -> Tensor:
-    """``scale`` with a magnitude of :data:`MIN_SCALE` or more and its sign kept; zero counts as positive."""
-    return torch.where(scale < 0, scale.clamp(max=-MIN_SCALE), scale.clamp(min=MIN_SCALE))
+def within(scale: Tensor) -> Tensor:
+    """``scale`` with a magnitude of :data:`MIN_SCALE` to :data:`MAX_SCALE`, its sign kept; zero counts as positive."""
+    return torch.where(scale < 0, scale.clamp(-MAX_SCALE, -MIN_SCALE), scale.clamp(MIN_SCALE, MAX_SCALE))
 
 
 def stored_step(scale: Tensor, gain: Tensor | float) -> Tensor:
-    """What a code is worth: ``scale * gain`` as files hold it, in bfloat16 and of the least magnitude or more."""
-    return stored_as(at_least(scale * gain), torch.bfloat16)
+    """What a code is worth: ``scale * gain`` as files hold it, in bfloat16 and of a magnitude that files can hold."""
+    return stored_as(within(scale * gain), torch.bfloat16)
 
 
 def minmax_grid(extent: Extent, spec: QuantSpec, lo: Tensor | float, hi: Tensor | float, sign: Tensor | None) -> Grid:
@@ -94,8 +97,8 @@ def minmax_grid(extent: Extent, spec: QuantSpec, lo: Tensor | float, hi: Tensor 
     code: its symmetric grid divides by ``2**(bits-1) - 1`` and takes positive scales alone, which at 2 bits leaves one
     level on the side that has the larger weights half of the time; its asymmetric zero point may leave the range of
     codes, which no file format can hold, ours covers zero instead. Scales are rounded to bfloat16 inside of the
-    differentiable path (straight-through), because that is what files store, and are at least :data:`MIN_SCALE` in
-    magnitude. The zero point has no gradient, as in OmniQuant's code.
+    differentiable path (straight-through), because that is what files store, and are :data:`MIN_SCALE` to
+    :data:`MAX_SCALE` in magnitude. The zero point has no gradient, as in OmniQuant's code.
 
     K grids are made of the same ends by :func:`swquant.quant.double.covering`.
 
@@ -111,8 +114,8 @@ def minmax_grid(extent: Extent, spec: QuantSpec, lo: Tensor | float, hi: Tensor 
         return k_grid(covering(low, high, spec.k_grid, sign), spec)
     if spec.symmetric:
         magnitude = torch.maximum(high, -low) / spec.mid_code
-        scale = stored_as(magnitude.clamp(min=MIN_SCALE), torch.bfloat16)
+        scale = stored_as(magnitude.clamp(MIN_SCALE, MAX_SCALE), torch.bfloat16)
         return Grid(scale if sign is None else scale * sign, torch.full_like(scale, spec.mid_code))
-    scale = stored_as(((high - low) / spec.max_code).clamp(min=MIN_SCALE), torch.bfloat16)
+    scale = stored_as(((high - low) / spec.max_code).clamp(MIN_SCALE, MAX_SCALE), torch.bfloat16)
     zero = (-low / scale).detach().round().clamp(0, spec.max_code)
     return Grid(scale, zero)
