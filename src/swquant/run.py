@@ -67,6 +67,8 @@ def quantize(recipe: Recipe, source: str | Path, out: str | Path, *, observer: O
         journal = open_journal(work, key)
         if journal.shape is None:
             _start(plan, journal, out, watching)
+        else:
+            journal.verify()
         job = plan.job()
         watching.begin(len(plan.skeleton.blocks), journal.done)
         arguments = capture(plan.skeleton, plan.checkpoint, journal.tokens()["tokens"][:1])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import zlib
 from collections.abc import Mapping
@@ -14,10 +13,11 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from swquant.engine.streams import open_stream, sync_stream
+from swquant.engine.durable import checksum_of, flush, replace_file, save_tensors
+from swquant.engine.streams import open_stream
 from swquant.errors import SwquantError
 from swquant.quant.bits import pack, unpack
 from swquant.quant.draft import Committed
@@ -26,6 +26,7 @@ from swquant.quant.qtensor import QTensor
 from swquant.quant.spec import QuantSpec
 
 MANIFEST = "manifest.json"
+TOKENS = "tokens.safetensors"
 STREAMS = ("reference", "quantized")
 TRAINED = "trained"
 """The stream that takes the place of the quantized one when the whole model has been trained."""
@@ -37,16 +38,16 @@ _PART_DTYPES = {"scale": torch.bfloat16, "d": torch.float16, "dmin": torch.float
 class Journal:
     """A run's working directory.
 
-    ``manifest.json`` alone says what counts. A block's tensors and the streams behind it are written beside the old
-    ones and flushed; replacing the manifest commits them in one step; then the old streams go. Whatever a killed run
-    leaves that the manifest does not name is overwritten or ignored.
+    ``manifest.json`` alone says what counts, with a checksum of each file and of itself. A block's tensors and the
+    streams behind it are written beside the old ones and flushed; replacing the manifest commits them in one step; then
+    the old streams go. Whatever a killed run leaves that the manifest does not name is overwritten or ignored.
 
     Attributes:
         root: The working directory.
         key: Everything that the result depends on: recipe, source, versions.
         shape: Of the streams, ``(samples, tokens, dim)``; ``None`` until the first streams are in.
         reports: A report per finished block.
-        checksums: CRC-32 of each finished block's file.
+        files: The checksum of each file that counts, by name.
         notes: What else the start has noted.
         training: Where the training behind the last block stands; ``None`` before its first epoch.
         final: What came out of it; ``None`` until then.
@@ -56,7 +57,7 @@ class Journal:
     key: Mapping[str, Any]
     shape: tuple[int, int, int] | None = None
     reports: list[Mapping[str, Any]] = field(default_factory=list[Mapping[str, Any]])
-    checksums: list[int] = field(default_factory=list[int])
+    files: dict[str, int] = field(default_factory=dict[str, int])
     notes: dict[str, Any] = field(default_factory=dict[str, Any])
     training: Mapping[str, Any] | None = None
     final: Mapping[str, Any] | None = None
@@ -77,15 +78,30 @@ class Journal:
 
     def begin(self, tokens: Mapping[str, Tensor], shape: tuple[int, int, int], notes: Mapping[str, Any]) -> None:
         """Commit the start: the samples' tokens and the streams in front of block 0, which the caller has written."""
-        _save(self.root / "tokens.safetensors", dict(tokens))
-        self._sync_streams(0)
+        self._keep(self.root / TOKENS, tokens)
+        for name in STREAMS:
+            self._keep_stream(self.stream_path(name, 0))
         self.shape = shape
         self.notes = dict(notes)
         self._commit()
 
     def tokens(self) -> dict[str, Tensor]:
         """The samples' tokens by name."""
-        return load_file(self.root / "tokens.safetensors")
+        return load_file(self.root / TOKENS)
+
+    def verify(self) -> None:
+        """Look at every file that counts before a run goes on; a damaged state of the last training is let go of.
+
+        Raises:
+            SwquantError: Another file is missing or damaged.
+        """
+        spare = None if self.training is None else self.training["file"]
+        for name in self.files:
+            if name != spare:
+                self._verify(name)
+        if spare is not None and self._fault(spare) is not None:
+            self.training = None
+            self._commit(spare)
 
     def open_streams(self) -> tuple[Tensor, Tensor]:
         """The reference stream and the quantized stream in front of the next block.
@@ -103,16 +119,15 @@ class Journal:
     def finish_block(self, committed: Committed, report: Mapping[str, Any]) -> None:
         """Commit a block; the streams behind it have been written by the caller."""
         index = self.done
-        self.checksums.append(_save(self.block_path(index), _to_tensors(committed)))
-        self._sync_streams(index + 1)
-        self.reports.append(report)
-        self._commit()
+        self._keep(self.block_path(index), _to_tensors(committed))
         for name in STREAMS:
-            self.stream_path(name, index).unlink(missing_ok=True)
+            self._keep_stream(self.stream_path(name, index + 1))
+        self.reports.append(report)
+        self._commit(*(self.stream_path(name, index).name for name in STREAMS))
 
     def block(self, index: int, spec: QuantSpec) -> Committed:
         """A finished block, with the final scales where there are such."""
-        tensors = self._checked(self.block_path(index), self.checksums[index])
+        tensors = self._checked(self.block_path(index).name)
         if self.final is not None:
             tensors |= self._final_tensors(index)
         return _from_tensors(tensors, spec)
@@ -121,8 +136,7 @@ class Journal:
         """What the training of the whole model put in the place of a block's tensors; no other block's are read."""
         prefix, path = f"{index}/", self.root / FINAL
         if not self._final_is_intact:
-            assert self.final is not None
-            self._verify(path, self.final["checksum"])
+            self._verify(FINAL)
             self._final_is_intact = True
         with safe_open(path, "pt") as file:
             names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
@@ -136,16 +150,14 @@ class Journal:
     def save_training(self, epoch: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Commit the state of the training behind the last block after another epoch."""
         before, path = self.training, self.root / f"training-{epoch:05d}.safetensors"
-        checksum = _save(path, dict(tensors))
-        self.training = {**facts, "epoch": epoch, "file": path.name, "checksum": checksum}
-        self._commit()
-        if before is not None:
-            (self.root / before["file"]).unlink(missing_ok=True)
+        self._keep(path, tensors)
+        self.training = {**facts, "epoch": epoch, "file": path.name}
+        self._commit(*([] if before is None else [before["file"]]))
 
     def training_state(self) -> dict[str, Tensor]:
         """The tensors that were last saved."""
         assert self.training is not None
-        return self._checked(self.root / self.training["file"], self.training["checksum"])
+        return self._checked(self.training["file"])
 
     def finish_training(self, tensors: Mapping[str, Tensor], report: Mapping[str, Any]) -> None:
         """Commit the trained model; the caller has written the stream :data:`TRAINED`.
@@ -154,13 +166,11 @@ class Journal:
             tensors: What takes the place of a block's tensors, by the block's number, a slash and its name there.
             report: What the training did.
         """
-        checksum, before = _save(self.root / FINAL, dict(tensors)), self.training
-        sync_stream(self.stream_path(TRAINED, self.done))
-        self.final, self.training = {"checksum": checksum, "report": report}, None
-        self._commit()
-        self.stream_path(STREAMS[1], self.done).unlink(missing_ok=True)
-        if before is not None:
-            (self.root / before["file"]).unlink(missing_ok=True)
+        before = self.training
+        self._keep(self.root / FINAL, tensors)
+        self._keep_stream(self.stream_path(TRAINED, self.done))
+        self.final, self.training = {"report": report}, None
+        self._commit(self.stream_path(STREAMS[1], self.done).name, *([] if before is None else [before["file"]]))
 
     def clear(self) -> None:
         """Remove the working directory, the manifest last: what is killed here is known for ours and cleared again."""
@@ -171,34 +181,47 @@ class Journal:
                 path.unlink(missing_ok=True)
         shutil.rmtree(self.root, ignore_errors=True)
 
-    def _checked(self, path: Path, checksum: int) -> dict[str, Tensor]:
+    def _checked(self, name: str) -> dict[str, Tensor]:
         """The tensors in a file that has the checksum that was noted for it."""
-        self._verify(path, checksum)
-        return load_file(path)
+        self._verify(name)
+        return load_file(self.root / name)
 
-    def _verify(self, path: Path, checksum: int) -> None:
+    def _verify(self, name: str) -> None:
+        fault = self._fault(name)
+        if fault is not None:
+            raise self._damaged(fault)
+
+    def _fault(self, name: str) -> str | None:
+        """What is wrong with a file that counts."""
         try:
-            intact = zlib.crc32(path.read_bytes()) == checksum
+            intact = checksum_of(self.root / name) == self.files[name]
         except OSError as error:
-            raise self._damaged(str(error)) from error
-        if not intact:
-            raise self._damaged(f"the checksum of {path.name} is not the one that was noted")
+            return str(error)
+        return None if intact else f"the checksum of {name} is not the one that was noted"
 
-    def _sync_streams(self, blocks_behind: int) -> None:
-        for name in STREAMS:
-            sync_stream(self.stream_path(name, blocks_behind))
+    def _keep(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
+        self.files[path.name] = save_tensors(path, tensors)
 
-    def _commit(self) -> None:
+    def _keep_stream(self, path: Path) -> None:
+        flush(path)
+        self.files[path.name] = checksum_of(path)
+
+    def _commit(self, *dropped: str) -> None:
+        """Write the manifest without the files ``dropped``, and remove these."""
+        for name in dropped:
+            self.files.pop(name, None)
         state = {
             "key": self.key,
             "shape": self.shape,
             "reports": self.reports,
-            "checksums": self.checksums,
+            "files": self.files,
             "notes": self.notes,
             "training": self.training,
             "final": self.final,
         }
-        _replace(self.root / MANIFEST, json.dumps(state).encode())
+        replace_file(self.root / MANIFEST, _sealed(state).encode())
+        for name in dropped:
+            (self.root / name).unlink(missing_ok=True)
 
     def _damaged(self, what: str) -> SwquantError:
         return SwquantError(f"the working directory {self.root} is damaged: {what}; delete it to start over")
@@ -215,19 +238,19 @@ def open_journal(root: Path, key: Mapping[str, Any]) -> Journal:
     if not manifest.exists():
         return Journal(root, key)
     try:
-        state = json.loads(manifest.read_bytes())
+        state = _unsealed(manifest.read_bytes())
         theirs, shape = state["key"], tuple(state["shape"])
         journal = Journal(
             root,
             key,
             (shape[0], shape[1], shape[2]),
             state["reports"],
-            state["checksums"],
+            state["files"],
             state["notes"],
             state["training"],
             state["final"],
         )
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise SwquantError(f"{manifest} is damaged ({error}); delete {root} to start over") from error
     if theirs != key:
         changed = sorted(name for name in {*theirs, *key} if theirs.get(name) != key.get(name))
@@ -292,25 +315,15 @@ def _quantized(part: Mapping[str, Tensor], spec: QuantSpec) -> QTensor | KTensor
     return QTensor(codes, part["scale"].float(), part["zero"], spec)
 
 
-def _save(path: Path, tensors: dict[str, Tensor]) -> int:
-    """Write tensors so that ``path`` is whole or absent; returns the file's CRC-32."""
-    part = path.with_suffix(".part")
-    save_file(tensors, part)
-    checksum = zlib.crc32(part.read_bytes())
-    sync_stream(part)
-    part.replace(path)
-    return checksum
+def _sealed(state: Mapping[str, Any]) -> str:
+    """``state`` as JSON with a checksum of its text."""
+    return json.dumps({**state, "checksum": zlib.crc32(json.dumps(state).encode())})
 
 
-def _replace(path: Path, content: bytes) -> None:
-    part = path.with_suffix(".part")
-    with part.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _unsealed(content: bytes) -> dict[str, Any]:
+    """Undo :func:`_sealed`; raises ``ValueError``, ``KeyError`` or ``TypeError`` on anything else."""
+    state = json.loads(content)
+    noted = state.pop("checksum")
+    if zlib.crc32(json.dumps(state).encode()) != noted:
+        raise ValueError("its checksum is not the one that was noted")
+    return state

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from swquant.engine.durable import allocate
 
 BYTES = 4
 """Bytes of an element; streams are float32, so that a resumed run continues with the very numbers it had."""
@@ -17,8 +18,13 @@ FORWARD_BYTES = 2**21
 
 
 def create_stream(path: Path, shape: tuple[int, int, int]) -> Tensor:
-    """A new memory-mapped float32 tensor ``[samples, tokens, dim]`` at ``path``; what it holds is undefined."""
+    """A new memory-mapped float32 tensor ``[samples, tokens, dim]`` at ``path``; what it holds is undefined.
+
+    Raises:
+        OSError: The disk has no room for it.
+    """
     path.unlink(missing_ok=True)
+    allocate(path, stream_bytes(shape))
     return _map(path, shape)
 
 
@@ -32,15 +38,6 @@ def open_stream(path: Path, shape: tuple[int, int, int]) -> Tensor:
     if size != stream_bytes(shape):
         raise OSError(f"{path} has {size} bytes, expected {stream_bytes(shape)}")
     return _map(path, shape)
-
-
-def sync_stream(path: Path) -> None:
-    """Wait until what was written to a stream is on the disk."""
-    descriptor = os.open(path, os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def stream_bytes(shape: tuple[int, int, int]) -> int:
