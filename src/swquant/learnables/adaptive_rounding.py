@@ -12,6 +12,7 @@ from torch import Tensor
 from swquant.errors import SwquantError
 from swquant.learnables.base import BlockFacts, Theta
 from swquant.learnables.rectified import rectified_logit, rectified_sigmoid
+from swquant.quant.deferred import defer
 from swquant.quant.draft import Draft, grid_of
 from swquant.quant.grid import Grid, grid_from, group
 from swquant.quant.rounding import Rounding
@@ -138,4 +139,6 @@ def _own_logits(weight: Tensor, grid: Grid, spec: QuantSpec) -> Tensor:
 
 
 def _decisions(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.bool else rectified_sigmoid(logits)
+    if logits.dtype == torch.bool:
+        return logits
+    return defer(rectified_sigmoid, logits, shape=logits.shape, dtype=logits.dtype)

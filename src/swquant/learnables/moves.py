@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -10,8 +10,9 @@ from torch import Tensor
 
 from swquant.families.base import Equivalence, NormLinears, QueryKey, UpDown
 from swquant.learnables.base import BlockFacts
+from swquant.quant.deferred import defer
 from swquant.quant.draft import Draft
-from swquant.quant.through import widened
+from swquant.quant.through import wide_dtype, widened
 
 
 def source_of(pair: Equivalence) -> str:
@@ -89,14 +90,26 @@ def per_query_head(channels: Tensor, facts: BlockFacts) -> Tensor:
 def _divide_output(params: dict[str, Tensor], module: str, scale: Tensor, shift: Tensor | None) -> None:
     """``(output - shift) / scale`` of a norm or a linear, merged into its parameters."""
     weight, bias = params[f"{module}.weight"], params.get(f"{module}.bias")
-    params[f"{module}.weight"] = widened(weight) / (scale if weight.dim() == 1 else scale.unsqueeze(1))
+    params[f"{module}.weight"] = widened(weight) / scale if weight.dim() == 1 else _later(_over_rows, weight, scale)
     if bias is not None:
         params[f"{module}.bias"] = (widened(bias) if shift is None else widened(bias) - shift) / scale
 
 
 def _multiply_input(params: dict[str, Tensor], linear: str, scale: Tensor, shift: Tensor | None) -> None:
     """Undo ``(input - shift) / scale`` within the linear that receives it."""
-    weight = widened(params[f"{linear}.weight"])
+    weight = params[f"{linear}.weight"]
     if shift is not None:
-        params[f"{linear}.bias"] = widened(params[f"{linear}.bias"]) + weight @ shift
-    params[f"{linear}.weight"] = weight * scale
+        params[f"{linear}.bias"] = widened(params[f"{linear}.bias"]) + widened(weight) @ shift
+    params[f"{linear}.weight"] = _later(_times_columns, weight, scale)
+
+
+def _later(change: Callable[[Tensor, Tensor], Tensor], weight: Tensor, scale: Tensor) -> Tensor:
+    return defer(change, weight, scale, shape=weight.shape, dtype=wide_dtype(weight))
+
+
+def _over_rows(weight: Tensor, scale: Tensor) -> Tensor:
+    return widened(weight) / scale.unsqueeze(1)
+
+
+def _times_columns(weight: Tensor, scale: Tensor) -> Tensor:
+    return widened(weight) * scale

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from swquant.learnables.base import BlockFacts, Theta
+from swquant.quant.deferred import defer
 from swquant.quant.draft import Draft, grid_of
 from swquant.quant.grid import group
+from swquant.quant.spec import QuantSpec
 from swquant.quant.through import widened
 
 _UNIT = ".unit"
@@ -51,9 +55,9 @@ class Weights:
         """Move the weights; their extents become unknown."""
         params, slots = dict(draft.params), dict(draft.slots)
         for name, slot in draft.slots.items():
-            weight = group(widened(draft.params[name]), slot.spec)
-            moved = torch.addcmul(weight, group(theta[name], slot.spec), theta[name + _UNIT])
-            params[name] = moved.view_as(theta[name])
+            state, like = (theta[name], theta[name + _UNIT]), theta[name]
+            make = partial(_moved, slot.spec)
+            params[name] = defer(make, draft.params[name], *state, shape=like.shape, dtype=like.dtype)
             slots[name] = replace(slot, extent=None)
         return replace(draft, params=params, slots=slots)
 
@@ -62,3 +66,7 @@ class Weights:
 
     def project(self, theta: Theta) -> None:
         """Weights are unconstrained."""
+
+
+def _moved(spec: QuantSpec, weight: Tensor, moves: Tensor, unit: Tensor) -> Tensor:
+    return torch.addcmul(group(widened(weight), spec), group(moves, spec), unit).view_as(moves)

@@ -16,6 +16,7 @@ from torch import Tensor
 from swquant.distributed.ranks import own_rows
 from swquant.phases.base import Problem
 from swquant.phases.portion import together
+from swquant.quant.deferred import on_leaves
 
 Objective = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """``(outputs [samples, tokens, dim], samples) -> (loss, its gradient with respect to the outputs)``, both detached."""
@@ -58,19 +59,16 @@ def pull(
     Raises:
         NoRoomError: Memory ran out on some rank; gradients are then undefined.
     """
-    roots = {name: value for name, value in params.items() if value.requires_grad}
-    leaves = {name: value.detach().requires_grad_() for name, value in roots.items()}
+    cut, pairs = on_leaves(params)
     run = _mean_of_portions if separable else _whole
-    loss = run(problem, {**params, **leaves}, samples, objective)
+    loss = run(problem, cut, samples, objective)
 
     def back() -> None:
-        reached = {name: leaf.grad for name, leaf in leaves.items()}
         if problem.ranks.size > 1:
-            reached = {
-                name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in leaves.items()
-            }
-        gradients = {name: gradient for name, gradient in reached.items() if gradient is not None}
-        torch.autograd.backward([roots[name] for name in gradients], list(gradients.values()))
+            for _, leaf in pairs:
+                leaf.grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+        reached = [(root, leaf.grad) for root, leaf in pairs if root is not leaf and leaf.grad is not None]
+        torch.autograd.backward([root for root, _ in reached], [gradient for _, gradient in reached])
 
     together(problem.ranks, back)
     problem.ranks.sum([value.grad for value in trained if value.grad is not None])

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from swquant.quant.deferred import defer, in_float, solid
 from swquant.quant.double import stored_factor
 from swquant.quant.grid import Extent, Grid, extent_of, grid_from, group, k_grid, minmax_grid, stored_step
 from swquant.quant.ktensor import KTensor, ktensor
 from swquant.quant.qtensor import QTensor
 from swquant.quant.rounding import Rounding, codes_of, fake_quantize
 from swquant.quant.spec import QuantSpec
-from swquant.quant.through import stored_as, widened
+from swquant.quant.through import stored_as, wide_dtype, widened
 
 
 @dataclass(frozen=True)
@@ -66,10 +67,21 @@ class Committed:
     params: Mapping[str, Tensor]
 
     def floats(self) -> dict[str, Tensor]:
-        """Every parameter in float32, quantized ones dequantized: what the block computes with from now on."""
-        return {name: value.float() for name, value in self.params.items()} | {
-            name: quantized.dequantize() for name, quantized in self.quantized.items()
-        }
+        """Every parameter in float32, quantized ones dequantized: what the block computes with from now on.
+
+        Those are deferred, see :mod:`swquant.quant.deferred`.
+        """
+        return in_float(self.params) | {name: _dequantized_later(value) for name, value in self.quantized.items()}
+
+
+def _dequantized_later(quantized: QTensor | KTensor) -> Tensor:
+    names = tuple(quantized.parts)
+
+    def make(codes: Tensor, *values: Tensor) -> Tensor:
+        return replace(quantized, codes=codes, **dict(zip(names, values, strict=True))).dequantize()
+
+    codes = quantized.codes
+    return defer(make, codes, *quantized.parts.values(), shape=codes.shape, dtype=torch.float32)
 
 
 def open_draft(
@@ -135,6 +147,8 @@ def snap(weight: Tensor, slot: Slot) -> Tensor:
 def realize(draft: Draft, constants: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """Differentiable parameters in float32: slots through the grid, the others as they will be stored.
 
+    Those of slots are deferred, see :mod:`swquant.quant.deferred`: one exists at a time.
+
     Args:
         draft: What to realize.
         constants: Results for names whose part of the draft has not changed; they are taken as they are.
@@ -145,8 +159,25 @@ def realize(draft: Draft, constants: Mapping[str, Tensor] | None = None) -> dict
     }
     for name, slot in draft.slots.items():
         if name not in known:
-            out[name] = snap(draft.params[name], slot)
+            out[name] = _snapped_later(draft.params[name], slot)
     return {**known, **out}
+
+
+def _snapped_later(weight: Tensor, slot: Slot) -> Tensor:
+    """:func:`snap`, deferred."""
+    sources: list[Tensor] = []
+
+    def note(value: Tensor) -> Tensor:
+        sources.append(value)
+        return value
+
+    _mapped(slot, note)
+
+    def make(weight: Tensor, *values: Tensor) -> Tensor:
+        given = iter(values)
+        return snap(weight, _mapped(slot, lambda _: next(given)))
+
+    return defer(make, weight, *sources, shape=weight.shape, dtype=wide_dtype(weight))
 
 
 @torch.no_grad()
@@ -158,9 +189,9 @@ def commit(draft: Draft) -> Committed:
     """
     quantized: dict[str, QTensor | KTensor] = {}
     for name, slot in draft.slots.items():
-        weight = draft.params[name]
+        weight = solid(draft.params[name])
         grid = grid_of(weight, slot)
-        rounding = slot.rounding and Rounding(group(slot.rounding.values, slot.spec), slot.rounding.up)
+        rounding = slot.rounding and Rounding(group(solid(slot.rounding.values), slot.spec), slot.rounding.up)
         levels = codes_of(group(weight, slot.spec), grid, slot.spec, rounding)
         codes = levels.to(torch.uint8)
         if not torch.equal(codes.to(levels.dtype), levels):
@@ -177,15 +208,17 @@ def _with_codes(codes: Tensor, grid: Grid, spec: QuantSpec) -> QTensor | KTensor
     return ktensor({name: value.squeeze(-1) for name, value in grid.factors.tensors().items()}, codes, spec)
 
 
+@torch.no_grad()
 def detach(draft: Draft) -> Draft:
-    """The draft without its graph: the starting point of a next phase."""
-    slots = {name: _detached(slot) for name, slot in draft.slots.items()}
-    return replace(draft, params={name: value.detach() for name, value in draft.params.items()}, slots=slots)
+    """The draft without its graph, and nothing in it deferred: the starting point of a next phase."""
+    slots = {name: _mapped(slot, lambda value: solid(value).detach()) for name, slot in draft.slots.items()}
+    return replace(draft, params={name: solid(value).detach() for name, value in draft.params.items()}, slots=slots)
 
 
-def _detached(slot: Slot) -> Slot:
-    tensors = {key: value.detach() for key, value in vars(slot).items() if isinstance(value, Tensor)}
-    extent = slot.extent and Extent(slot.extent.low.detach(), slot.extent.high.detach())
-    grid = slot.grid and grid_from({name: value.detach() for name, value in slot.grid.tensors().items()}, slot.spec)
-    rounding = slot.rounding and Rounding(slot.rounding.values.detach(), slot.rounding.up)
+def _mapped(slot: Slot, change: Callable[[Tensor], Tensor]) -> Slot:
+    """The slot with every tensor in it changed, always in the same order."""
+    tensors = {key: change(value) for key, value in vars(slot).items() if isinstance(value, Tensor)}
+    extent = slot.extent and Extent(change(slot.extent.low), change(slot.extent.high))
+    grid = slot.grid and grid_from({name: change(value) for name, value in slot.grid.tensors().items()}, slot.spec)
+    rounding = slot.rounding and Rounding(change(slot.rounding.values), slot.rounding.up)
     return replace(slot, extent=extent, grid=grid, rounding=rounding, **tensors)

@@ -45,7 +45,7 @@ class QTensor:
         """The weight ``(codes - zero) * scale`` as ``float32 [out, in]``."""
         out_features, in_features = self.codes.shape
         grouped = self.codes.view(out_features, self.spec.groups(in_features), -1).to(torch.float32)
-        values = (grouped - self.zero.unsqueeze(-1)) * self.scale.unsqueeze(-1)
+        values = grouped.sub_(self.zero.float().unsqueeze(-1)) * self.scale.unsqueeze(-1)
         return values.view(out_features, in_features)
 
     @property

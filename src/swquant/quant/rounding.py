@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from swquant.quant.deferred import solid
 from swquant.quant.grid import Grid, group
 from swquant.quant.spec import QuantSpec
 from swquant.quant.through import widened
@@ -76,11 +77,12 @@ def fake_quantize(
         :class:`swquant.quant.qtensor.QTensor` or :class:`swquant.quant.ktensor.KTensor` gives for the codes of
         :func:`codes_of` and ``step``.
     """
+    weight = solid(weight)
     if grid.shift is not None:
         shifted = (group(widened(weight), spec) + grid.shift).view(weight.shape)
         snapped = fake_quantize(shifted, Grid(grid.scale, grid.zero), spec, step, rounding)
         return (group(snapped, spec) - grid.shift).view(weight.shape)
-    values, up = (None, False) if rounding is None else (rounding.values, rounding.up)
+    values, up = (None, False) if rounding is None else (solid(rounding.values), rounding.up)
     step = grid.scale if step is None else step
     return _FakeQuantize.apply(weight, grid.scale, step, grid.zero, values, up, spec)  # pyright: ignore[reportReturnType]
 

@@ -28,6 +28,11 @@ class _Code(torch.autograd.Function):
         return grad_outputs[0], None, None
 
 
+def wide_dtype(values: Tensor) -> torch.dtype:
+    """The dtype of :func:`widened`."""
+    return torch.float64 if values.dtype == torch.float64 else torch.float32
+
+
 def widened(values: Tensor) -> Tensor:
     """``values`` in float32, or as they are where they are float64."""
     return values if values.dtype == torch.float64 else values.float()
