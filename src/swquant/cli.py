@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import click
 
 from swquant import __version__
-from swquant.errors import SwquantError, did_you_mean
+from swquant.errors import LeaderStoppedError, RankLostError, SwquantError, did_you_mean
 
 KINDS = ("methods", "losses", "families", "formats", "targets", "recipes")
 USER_ERROR = 2
@@ -73,11 +75,14 @@ def quantize(
 
     Without --recipe and --method, the recipe for the bits, the group size and the preset is taken; the summary names
     it.
-    The same command goes on where a killed run stopped, and ends in the same bits.
+    The same command goes on where a killed run stopped, and ends in the same bits. Started by torchrun, its processes
+    share the work: torchrun --nproc-per-node 4 -m swquant quantize ...
     """
     from swquant.checkpoint.hub import push, require_push
+    from swquant.distributed.group import joined
+    from swquant.engine.observer import Silent
     from swquant.recipe import Recipe
-    from swquant.run import quantize as run
+    from swquant.run import quantize_together
     from swquant.ui import observer, print_report
 
     if push_to_hub is not None:
@@ -94,8 +99,14 @@ def quantize(
         recipe = Recipe()
     else:
         recipe_name, recipe = Recipe.recommended(values)
-    with observer() as watching:
-        report = run(recipe.override(values), source, out, observer=watching)
+    recipe = recipe.override(values)
+    with (
+        joined(os.environ, recipe.device) as ranks,
+        observer() if ranks.rank == 0 else nullcontext(Silent()) as watching,
+    ):
+        report = quantize_together(recipe, source, out, ranks, watching)
+    if report is None:
+        return
     print_report(report, out, recipe_name)
     if push_to_hub is not None:
         click.echo(f"\nPushed to {push(out, push_to_hub, private=private)}")
@@ -277,6 +288,10 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line; a user's mistake prints one sentence and exits with code 2."""
     try:
         app.main(arguments, prog_name="swquant", standalone_mode=False)
+    except LeaderStoppedError:
+        sys.exit(FAILURE)
+    except RankLostError as error:
+        _fail(str(error), FAILURE)
     except SwquantError as error:
         _fail(str(error), USER_ERROR)
     except click.ClickException as error:

@@ -14,6 +14,14 @@ class SwquantError(Exception):
     """
 
 
+class RankLostError(SwquantError):
+    """Another process of the run was killed, failed or fell silent."""
+
+
+class LeaderStoppedError(RankLostError):
+    """Rank 0 has stopped, and has said why."""
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the known word nearest to ``word``, or all known words if none is near."""
     words = sorted(known)

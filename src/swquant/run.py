@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,8 @@ from torch import Tensor
 
 from swquant.calibration import draw_from_model, eval_windows, load_tokenizer, sample_windows, tokenize
 from swquant.checkpoint.writer import publish, require_disk, require_unused
-from swquant.engine.block import quantize_block
+from swquant.distributed.ranks import Alone, Ranks
+from swquant.engine.block import Job, quantize_block
 from swquant.engine.capture import capture, to_device
 from swquant.engine.end_to_end import train_scales
 from swquant.engine.head import measure
@@ -20,6 +23,7 @@ from swquant.engine.observer import Observer, Silent
 from swquant.engine.skeleton import try_block
 from swquant.engine.streams import create_stream, stream_bytes
 from swquant.output import REPORT, write_output
+from swquant.phases.train import Train
 from swquant.plan import Plan, make_plan
 from swquant.recipe import Recipe
 from swquant.report import Quality, Report
@@ -51,38 +55,97 @@ def quantize(recipe: Recipe, source: str | Path, out: str | Path, *, observer: O
     Raises:
         SwquantError: For anything a user can mend, in one sentence.
     """
-    out, watching = Path(out), observer or Silent()
-    plan = make_plan(recipe, source)
+    report = quantize_together(recipe, source, out, Alone(), observer or Silent())
+    assert report is not None
+    return report
+
+
+def quantize_together(
+    recipe: Recipe, source: str | Path, out: str | Path, ranks: Ranks, observer: Observer
+) -> Report | None:
+    """:func:`quantize` by several processes that share the directories of ``source`` and ``out``.
+
+    Args:
+        recipe: As there; so are ``source`` and ``out``.
+        source: Its first reader is rank 0, which downloads what has to be.
+        out: Written by rank 0; the others write activations of their samples into the working directory beside it.
+        ranks: The processes.
+        observer: Hears of the progress on rank 0.
+
+    Returns:
+        On rank 0 the report; the others are done before it is written.
+    """
+    out, watching = Path(out), observer if ranks.rank == 0 else Silent()
+    plans: list[Plan] = []
+    ranks.lead(lambda: plans.append(make_plan(recipe, source)))
+    plan = plans[0] if plans else make_plan(recipe, source)
     watching.stage(f"Reading {plan.checkpoint.directory.name}: {plan.recipe.summary}")
-    key = plan.key()
+    key = ranks.lead(plan.key)
     work = out.with_name(f"{out.name}.swquant-work")
-    finished = _finished(out, key)
-    if finished is not None:
-        if (work / MANIFEST).exists():
-            with lock_directory(work):
-                open_journal(work, key).clear()
-        return finished
-    require_unused(out)
-    with lock_directory(work):
-        journal = open_journal(work, key)
-        if journal.shape is None:
-            _start(plan, journal, out, watching)
-        else:
-            journal.verify()
-        job = plan.job()
-        watching.begin(len(plan.skeleton.blocks), journal.done)
-        arguments = capture(plan.skeleton, plan.checkpoint, journal.tokens()["tokens"][:1])
-        for index in range(journal.done, len(plan.skeleton.blocks)):
-            quantize_block(job, journal, to_device(arguments[index], plan.device), watching)
-        finish = plan.pipeline.finish
-        if finish is not None and journal.final is None:
-            train_scales(job, finish, journal, to_device(arguments, plan.device), watching)
+    with ExitStack() as held:
+        before: list[Report] = []
+
+        def is_finished() -> bool:
+            before.extend(_ready(plan, key, out, work, held, watching))
+            return bool(before)
+
+        if ranks.lead(is_finished):
+            return before[0] if before else None
+        journal = _train(plan, work, key, ranks, watching)
+        if ranks.rank > 0:
+            return None
         quality = _quality(plan, journal, watching)
         watching.stage(f"Writing {out}")
         report = write_output(plan, journal, quality, key, _named(source))
         publish(work / "output", out)
         journal.clear()
     return report
+
+
+def _ready(
+    plan: Plan, key: Mapping[str, Any], out: Path, work: Path, held: ExitStack, watching: Observer
+) -> list[Report]:
+    """Make ready for the blocks and hold ``work``; there is a report where everything has been done before."""
+    finished = _finished(out, key)
+    if finished is not None:
+        if (work / MANIFEST).exists():
+            with lock_directory(work):
+                open_journal(work, key).clear()
+        return [finished]
+    require_unused(out)
+    held.enter_context(lock_directory(work))
+    journal = open_journal(work, key)
+    if journal.shape is None:
+        _start(plan, journal, out, watching)
+    else:
+        journal.verify()
+    return []
+
+
+def _train(plan: Plan, work: Path, key: Mapping[str, Any], ranks: Ranks, watching: Observer) -> Journal:
+    """All that is left of the blocks and of the end-to-end stage; rank 0 writes it to the journal that is returned."""
+    journal, job = open_journal(work, key), replace(plan.job(), ranks=ranks)
+    _say_who_rests(job, watching)
+    watching.begin(len(plan.skeleton.blocks), journal.done)
+    arguments = capture(plan.skeleton, plan.checkpoint, journal.tokens()["tokens"][:1])
+    for index in range(journal.done, len(plan.skeleton.blocks)):
+        left = quantize_block(job, journal, to_device(arguments[index], plan.device), watching)
+        job = replace(job, micro_batch=left)
+        journal = journal if ranks.rank == 0 else open_journal(work, key)
+    finish = plan.pipeline.finish
+    if finish is not None and journal.final is None:
+        train_scales(job, finish, journal, to_device(arguments, plan.device), watching)
+    return journal
+
+
+def _say_who_rests(job: Job, watching: Observer) -> None:
+    """Batches of fewer samples than there are ranks leave some of them without a share of a step."""
+    small = [phase.batch_size for phase in job.phases if isinstance(phase, Train) and phase.batch_size < job.ranks.size]
+    if small:
+        watching.stage(
+            f"Batches of {min(small)} give work to {min(small)} of {job.ranks.size} ranks in a training step: "
+            f"the method's option batch_size={job.ranks.size} would give it to all, and is another recipe"
+        )
 
 
 def _named(source: str | Path) -> str:

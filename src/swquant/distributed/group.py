@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from swquant.distributed.ranks import Alone, LeaderStoppedError, RankLostError, Ranks
-from swquant.errors import SwquantError
+from swquant.distributed.ranks import Alone, Ranks
+from swquant.errors import LeaderStoppedError, RankLostError, SwquantError
 
 Result = TypeVar("Result")
 
@@ -27,8 +27,8 @@ PATIENCE = timedelta(minutes=30)
 LEADER_PATIENCE = timedelta(days=2)
 """Longest wait for what rank 0 does alone."""
 
-GLANCE = timedelta(seconds=1)
-"""How often a rank that waits for rank 0 looks up, so that signals reach it."""
+GLANCE = 0.02
+"""Seconds between two looks of a rank that waits for rank 0; a wait within torch would keep signals from it."""
 
 BUCKET = 1 << 18
 """Tensors with fewer elements are summed together."""
@@ -109,17 +109,9 @@ class Group:
     def _awaited(self, key: str) -> bytes:
         deadline = time.monotonic() + LEADER_PATIENCE.total_seconds()
         with self._connected():
-            while not self._is_there(key) and time.monotonic() < deadline:
-                pass
+            while not self.store.check([key]) and time.monotonic() < deadline:
+                time.sleep(GLANCE)
             return self.store.get(key)
-
-    def _is_there(self, key: str) -> bool:
-        """Whether rank 0 has left something, after a :data:`GLANCE` at most."""
-        try:
-            self.store.wait([key], GLANCE)
-        except dist.DistStoreError:
-            return False
-        return True
 
     @contextmanager
     def _connected(self) -> Generator[None]:

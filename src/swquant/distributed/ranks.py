@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -13,14 +14,6 @@ from swquant.errors import SwquantError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-
-class RankLostError(SwquantError):
-    """Another process of the run was killed, failed or fell silent."""
-
-
-class LeaderStoppedError(RankLostError):
-    """Rank 0 has stopped, and has said why."""
 
 
 class Ranks(Protocol):
@@ -101,17 +94,22 @@ def on_any(ranks: Ranks, here: bool) -> bool:
     return bool(flag > 0)
 
 
-def require_same(ranks: Ranks, checksum: int, what: str) -> None:
+def require_same(ranks: Ranks, tensors: Iterable[Tensor], what: str) -> None:
     """Refuse to go on where the ranks came to different results.
 
     Args:
         ranks: The processes.
-        checksum: Of this rank's result, less than 2**53.
-        what: The result's name.
+        tensors: This rank's results.
+        what: What they are called.
 
     Raises:
         SwquantError: On every rank.
     """
+    if ranks.size == 1:
+        return
+    checksum = 0
+    for tensor in tensors:
+        checksum = zlib.crc32(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data, checksum)
     found = ranks.gather(torch.tensor([checksum]), ranks.size)
     if bool((found != found[0]).any()):
         raise SwquantError(

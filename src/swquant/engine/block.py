@@ -2,35 +2,38 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from swquant.checkpoint.rotation import Source
+from swquant.distributed.ranks import Alone, Ranks, own_turns, require_same
 from swquant.engine.drift import measure_block, measured_samples
 from swquant.engine.journal import STREAMS, Journal
 from swquant.engine.memory import peak_bytes
 from swquant.engine.observer import Observer
 from swquant.engine.skeleton import Block, Skeleton
-from swquant.engine.streams import batches, create_stream
+from swquant.engine.streams import batches, create_stream, open_stream
 from swquant.learnables.base import BlockFacts, ChannelRange
 from swquant.losses import Loss
 from swquant.losses.balancing import Balance
 from swquant.phases.base import Phase, PhaseReport, Problem
+from swquant.phases.portion import Portion
 from swquant.quant.draft import Committed, Draft, commit, open_draft
-from swquant.quant.ktensor import KTensor
-from swquant.quant.qtensor import QTensor
 from swquant.quant.spec import QuantSpec
-from swquant.report import BlockReport
+from swquant.report import BlockReport, Measured
 from swquant.seeds import generator
 
 HELD_SHARE = 8
+AUGMENTED = "augmented.stream"
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,9 @@ class Job:
         seed: Of everything random.
         device: Where to compute.
         balance: How the terms of the loss share the gradient.
+        ranks: The processes that do the job together.
+        micro_batch: Samples of a batch that each rank takes through a block at once; ``None`` is all that are its own.
+            It changes no result but for rounding.
     """
 
     checkpoint: Source
@@ -58,66 +64,126 @@ class Job:
     seed: int
     device: torch.device
     balance: Balance = field(default_factory=Balance)
+    ranks: Ranks = field(default_factory=Alone)
+    micro_batch: int | None = None
 
 
-def quantize_block(job: Job, journal: Journal, kwargs: Mapping[str, Any], observer: Observer) -> None:
+def quantize_block(job: Job, journal: Journal, kwargs: Mapping[str, Any], observer: Observer) -> int | None:
     """Quantize the journal's next block and commit it together with both streams behind it.
 
     Args:
         job: The run.
-        journal: Where the run stands; it is one block further on return.
+        journal: Where the run stands; it is one block further on return, on rank 0's disk and there alone.
         kwargs: The block's keyword arguments beside the hidden states.
         observer: Hears of the steps.
+
+    Returns:
+        The job's ``micro_batch``, or what was left of it where memory ran out.
     """
     started = time.monotonic()
-    index = journal.done
-    reference, quantized = journal.open_streams()
-    shape = (reference.shape[0], reference.shape[1], reference.shape[2])
-    next_reference, next_quantized = (create_stream(journal.stream_path(name, index + 1), shape) for name in STREAMS)
-    scratch = journal.root / "augmented.stream"
-    augmented = create_stream(scratch, shape) if any(phase.augmented for phase in job.phases) else None
-
-    bound = _Bound(job.skeleton.block(index), kwargs, job.device)
+    index, ranks, streams = journal.done, job.ranks, _open_streams(job, journal)
+    bound = _Bound(job.skeleton.block(index), kwargs, job.device, ranks)
     params = bound.block.load(job.checkpoint)
     params = {name: value.to(job.device) for name, value in params.items()}
-    bound.advance(params, reference, next_reference)
-    if augmented is not None:
-        bound.advance(params, quantized[: job.samples], augmented[: job.samples])
+    bound.advance(params, streams.reference, streams.next_reference)
+    if streams.augmented is not None:
+        bound.advance(params, streams.quantized[: job.samples], streams.augmented[: job.samples])
+    ranks.barrier()
 
+    problem = _problem(job, index, bound, params, streams, observer)
+    weights = tuple(f"{linear}.weight" for linear in job.skeleton.family.linears)
+    draft = open_draft(params, weights, job.spec, bound.block.stored_dtypes(job.checkpoint))
+    committed, reports = _fold(draft, job.phases, problem)
+    require_same(ranks, _tensors(committed), f"block {index}")
+    bound.advance(committed.floats(), streams.quantized, streams.next_quantized)
+    drifted = drift(streams.next_reference, streams.next_quantized, ranks)
+
+    def finish() -> None:
+        report = BlockReport(
+            phases=tuple(reports),
+            drift=drifted,
+            seconds=round(time.monotonic() - started, 3),
+            measured=_measured(job, bound, streams, commit(draft), committed),
+            peak_bytes=peak_bytes(),
+        )
+        values = report.to_mapping()
+        journal.finish_block(committed, values)
+        (journal.root / AUGMENTED).unlink(missing_ok=True)
+        observer.block(index, values)
+
+    ranks.lead(finish)
+    return problem.portion.samples
+
+
+@dataclass(frozen=True)
+class _Streams:
+    """In front of a block and behind it, ``[samples, tokens, dim]`` each.
+
+    Attributes:
+        reference: Of the full-precision model.
+        quantized: Of the quantized model so far.
+        next_reference: Of the full-precision model, behind the block; the rest is likewise.
+        next_quantized: To be written at the end.
+        augmented: What the full-precision block makes of ``quantized``, where a phase asks for it.
+    """
+
+    reference: Tensor
+    quantized: Tensor
+    next_reference: Tensor
+    next_quantized: Tensor
+    augmented: Tensor | None
+
+
+def _open_streams(job: Job, journal: Journal) -> _Streams:
+    before = journal.open_streams()
+    paths = [journal.stream_path(name, journal.done + 1) for name in STREAMS]
+    if any(phase.augmented for phase in job.phases):
+        paths.append(journal.root / AUGMENTED)
+    samples, tokens, dim = before[0].shape
+    next_reference, next_quantized, *others = create_together(job.ranks, paths, (samples, tokens, dim))
+    return _Streams(*before, next_reference, next_quantized, others[0] if others else None)
+
+
+def _problem(
+    job: Job, index: int, bound: _Bound, params: Mapping[str, Tensor], streams: _Streams, observer: Observer
+) -> Problem:
+    inputs = streams.quantized[: job.samples]
     train, held = split_held(job.samples)
-    problem = Problem(
+    return Problem(
         forward=bound.forward,
-        facts=_facts(job.skeleton, bound, params, quantized[: job.samples]),
-        inputs=quantized,
-        target=next_reference,
-        augmented=augmented,
+        facts=_facts(job.skeleton, bound, params, inputs),
+        inputs=streams.quantized,
+        target=streams.next_reference,
+        augmented=streams.augmented,
         loss=job.loss,
-        watch=partial(bound.watch, quantized[: job.samples]),
+        watch=partial(bound.watch, inputs),
         train=train,
         held=held,
         rng=partial(generator, job.seed, "block", index),
         device=job.device,
         step=observer.step,
         balance=job.balance.at(index, len(job.skeleton.blocks)),
+        ranks=job.ranks,
+        portion=Portion(job.micro_batch),
     )
-    weights = tuple(f"{linear}.weight" for linear in job.skeleton.family.linears)
-    draft = open_draft(params, weights, job.spec, bound.block.stored_dtypes(job.checkpoint))
-    shown = measured_samples(held, range(job.samples, shape[0]), shape[1])
-    rounded, plain = _rounded(bound, draft, quantized[shown])
-    committed, reports = _fold(draft, job.phases, problem)
-    bound.advance(committed.floats(), quantized, next_quantized)
-    measured = measure_block((next_reference[shown], plain, next_quantized[shown]), (rounded, committed.quantized))
-    report = BlockReport(
-        phases=tuple(reports),
-        drift=drift(next_reference, next_quantized),
-        seconds=round(time.monotonic() - started, 3),
-        measured=measured,
-        peak_bytes=peak_bytes(),
-    )
-    values = report.to_mapping()
-    journal.finish_block(committed, values)
-    scratch.unlink(missing_ok=True)
-    observer.block(index, values)
+
+
+def _measured(job: Job, bound: _Bound, streams: _Streams, rounded: Committed, committed: Committed) -> Measured:
+    """What the block lost, on this rank alone."""
+    samples, tokens, _ = streams.quantized.shape
+    shown = measured_samples(split_held(job.samples)[1], range(job.samples, samples), tokens)
+    inputs = streams.quantized[shown]
+    plain = torch.empty_like(inputs)
+    replace(bound, ranks=Alone()).advance(rounded.floats(), inputs, plain)
+    outputs = (streams.next_reference[shown], plain, streams.next_quantized[shown])
+    return measure_block(outputs, (rounded.quantized, committed.quantized))
+
+
+def create_together(ranks: Ranks, paths: Sequence[Path], shape: tuple[int, int, int]) -> list[Tensor]:
+    """New streams at ``paths``, made by rank 0 and open on every rank; each then writes samples of its own."""
+    made: list[Tensor] = []
+    ranks.lead(lambda: made.extend(create_stream(path, shape) for path in paths))
+    return made or [open_stream(path, shape) for path in paths]
 
 
 def split_held(samples: int) -> tuple[list[int], list[int]]:
@@ -128,31 +194,37 @@ def split_held(samples: int) -> tuple[list[int], list[int]]:
     return list(range(samples - held)), list(range(samples - held, samples))
 
 
-def drift(reference: Tensor, quantized: Tensor) -> float:
-    """How far the quantized stream is off: ``sum (q - r)**2 / sum r**2`` over all samples, tokens and channels."""
-    error = energy = 0.0
-    for batch in batches(reference):
-        error += float((quantized[batch] - reference[batch]).double().square().sum())
-        energy += float(reference[batch].double().square().sum())
+def drift(reference: Tensor, quantized: Tensor, ranks: Ranks) -> float:
+    """How far the quantized stream is off: ``sum (q - r)**2 / sum r**2`` over all samples, tokens and channels.
+
+    Each rank adds up the samples that it has put into the streams itself; behind it, all are there.
+    """
+    sums = torch.zeros(2, dtype=torch.float64)
+    for batch in own_turns(ranks, list(batches(reference))):
+        sums[0] += (quantized[batch] - reference[batch]).double().square().sum()
+        sums[1] += reference[batch].double().square().sum()
+    ranks.sum([sums])
+    error, energy = sums.tolist()
     return error / energy if energy else 0.0
 
 
 @dataclass(frozen=True)
 class _Bound:
-    """A block with its keyword arguments and a device: a function of parameters and hidden states alone."""
+    """A block with its keyword arguments and where it runs: a function of parameters and hidden states alone."""
 
     block: Block
     kwargs: Mapping[str, Any]
     device: torch.device
+    ranks: Ranks
 
     def forward(self, params: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
         return self.block.forward(params, hidden, self.kwargs)
 
     @torch.no_grad()
     def advance(self, params: Mapping[str, Tensor], source: Tensor, destination: Tensor) -> None:
-        """Write the block's output for every sample of ``source`` to ``destination``."""
+        """Write the block's output for samples of ``source`` to ``destination``; ranks take batches by turns."""
         floats = {name: value.float() for name, value in params.items()}
-        for batch in batches(source):
+        for batch in own_turns(self.ranks, list(batches(source))):
             destination[batch] = self.forward(floats, source[batch].to(self.device)).cpu()
 
     @torch.no_grad()
@@ -163,7 +235,7 @@ class _Bound:
         linears: Sequence[str],
         visit: Callable[[str, Tensor], None],
     ) -> None:
-        """Run over the samples of ``source`` and show ``visit`` each batch's inputs of the named linears."""
+        """Run over this rank's samples of ``source`` and show ``visit`` each batch's inputs of the named linears."""
         floats = {name: value.float() for name, value in params.items()}
 
         def seen(linear: str, _: torch.nn.Module, arguments: tuple[Tensor, ...]) -> None:
@@ -173,24 +245,25 @@ class _Bound:
             for linear in linears:
                 module = self.block.module.get_submodule(linear)
                 hooks.callback(module.register_forward_pre_hook(partial(seen, linear)).remove)
-            for batch in batches(source):
+            for batch in own_turns(self.ranks, list(batches(source))):
                 self.forward(floats, source[batch].to(self.device))
 
     def input_ranges(
         self, params: Mapping[str, Tensor], source: Tensor, linears: Sequence[str]
     ) -> dict[str, ChannelRange]:
         """Channel ranges of the named linears' inputs over the samples of ``source``."""
-        ranges: dict[str, ChannelRange] = {}
+        ends = {
+            linear: torch.full((2, params[f"{linear}.weight"].shape[1]), math.inf, device=self.device)
+            for linear in linears
+        }
 
         def note(linear: str, inputs: Tensor) -> None:
             low, high = inputs.aminmax(dim=0)
-            before = ranges.get(linear)
-            if before is not None:
-                low, high = torch.minimum(low, before.low), torch.maximum(high, before.high)
-            ranges[linear] = ChannelRange(low, high)
+            ends[linear] = torch.minimum(torch.stack((low, -high)), ends[linear])
 
         self.watch(source, params, linears, note)
-        return ranges
+        least = {linear: self.ranks.gather(end[None], self.ranks.size).amin(0) for linear, end in ends.items()}
+        return {linear: ChannelRange(low, -high) for linear, (low, high) in least.items()}
 
 
 def _facts(skeleton: Skeleton, bound: _Bound, params: Mapping[str, Tensor], inputs: Tensor) -> BlockFacts:
@@ -199,11 +272,12 @@ def _facts(skeleton: Skeleton, bound: _Bound, params: Mapping[str, Tensor], inpu
     )
 
 
-def _rounded(bound: _Bound, draft: Draft, inputs: Tensor) -> tuple[Mapping[str, QTensor | KTensor], Tensor]:
-    """The codes of ``draft``, and what the block puts out with them."""
-    committed, outputs = commit(draft), torch.empty_like(inputs)
-    bound.advance(committed.floats(), inputs, outputs)
-    return committed.quantized, outputs
+def _tensors(committed: Committed) -> Iterator[Tensor]:
+    """Codes and scales, and what is not quantized."""
+    for quantized in committed.quantized.values():
+        yield quantized.codes
+        yield from quantized.scales.values()
+    yield from committed.params.values()
 
 
 def _fold(draft: Draft, phases: Sequence[Phase], problem: Problem) -> tuple[Committed, list[PhaseReport]]:

@@ -21,20 +21,23 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from swquant.engine.block import Job, split_held
+from swquant.distributed.ranks import own_rows, own_turns, require_same
+from swquant.engine.block import Job, create_together, split_held
 from swquant.engine.capture import capture
 from swquant.engine.head import Heads
 from swquant.engine.journal import TRAINED, Journal, stored_part
 from swquant.engine.observer import Observer
-from swquant.engine.streams import batches, create_stream
+from swquant.engine.streams import batches
 from swquant.learnables.base import Theta
 from swquant.phases.base import PhaseReport
 from swquant.phases.optimizers import Optimizer, trainable
+from swquant.phases.portion import Portion, together
 from swquant.phases.rounds import Trail, keep_best, snapshot
 from swquant.phases.scale_training import ScaleTraining
 from swquant.quant.draft import Committed
@@ -60,13 +63,23 @@ def train_scales(
     """
     observer.stage("Training the scales of all blocks end to end")
     assert journal.shape is not None
-    stream = create_stream(journal.stream_path(TRAINED, journal.done), journal.shape)
-    capture(job.skeleton, job.checkpoint, journal.tokens()["tokens"], write_stored=stream.__setitem__)
+    stream = create_together(job.ranks, [journal.stream_path(TRAINED, journal.done)], journal.shape)[0]
+
+    def begin() -> None:
+        capture(job.skeleton, job.checkpoint, journal.tokens()["tokens"], write_stored=stream.__setitem__)
+
+    job.ranks.lead(begin)
     stage = _Stage(job, work, TrainedModel(job, journal, arguments, work.norms), journal, stream, observer)
     report = stage.run()
     stage.model.advance(stream[job.samples :])
-    observer.stage(f"End to end: held-out KL {report['before']:.4g} -> {report['after']:.4g}")
-    journal.finish_training(stage.model.final(), report)
+    job.ranks.barrier()
+    require_same(job.ranks, (gain for theta in stage.thetas for gain in theta.values()), "the trained scales")
+
+    def finish() -> None:
+        observer.stage(f"End to end: held-out KL {report['before']:.4g} -> {report['after']:.4g}")
+        journal.finish_training(stage.model.final(), report)
+
+    job.ranks.lead(finish)
 
 
 class TrainedModel:
@@ -137,10 +150,14 @@ class TrainedModel:
 
     @torch.no_grad()
     def advance(self, stream: Tensor) -> None:
-        """Replace the hidden states in front of the first block by those behind the last, in place."""
+        """Replace the hidden states in front of the first block by those behind the last, in place.
+
+        Ranks take batches by turns.
+        """
+        own = own_turns(self._job.ranks, list(batches(stream)))
         for index in range(len(self.gains)):
             floats = self._block(index).floats()
-            for part in batches(stream):
+            for part in own:
                 hidden = stream[part].to(self._job.device)
                 stream[part] = self._job.skeleton.block(index).forward(floats, hidden, self._arguments[index]).cpu()
 
@@ -175,6 +192,8 @@ class _Stage:
         self.reference = self.journal.open_streams()[0]
         self.heads = Heads.load(self.job.skeleton, self.job.checkpoint, self.job.device)
         self.train, self.held = split_held(self.job.samples)
+        self.portion = Portion(self.job.micro_batch)
+        self.notes = list[str]()
 
     def run(self) -> dict[str, Any]:
         """Train from where the journal stands, to the best state; returns the report."""
@@ -193,7 +212,8 @@ class _Stage:
         keep_best(self, trail, optimizer, COSINE, self.work.epochs, before, self.observer.step, behind)
         if trail.curve and trail.best_epoch == 0 and not trail.ended:
             trail.events.append("no epoch had a smaller held-out KL than the start, which was kept")
-        report = PhaseReport(NAME, before, trail.best_loss, tuple(trail.curve), trail.best_epoch, tuple(trail.events))
+        events = (*trail.events, *self.notes)
+        report = PhaseReport(NAME, before, trail.best_loss, tuple(trail.curve), trail.best_epoch, events)
         return {**asdict(report), "seconds": round(spent + time.monotonic() - began, 3)}
 
     def open(self, rate: float) -> torch.optim.Optimizer:
@@ -209,30 +229,57 @@ class _Stage:
         return list(train[order].split(self.work.batch_size))
 
     def descend(self, samples: Tensor, step: int) -> Tensor:
-        states = self.model.forward(self.inputs[samples].to(self.job.device))
-        loss, slope = self.heads.gradient(self.reference[samples].to(self.job.device), states.pop())
-        self.model.backward(states, slope)
-        return loss
+        ranks, gains = self.job.ranks, [gain for theta in self.thetas for gain in trainable(theta)]
+
+        def attempt() -> Tensor:
+            for gain in gains:
+                gain.grad = None
+            loss = together(ranks, partial(self._pull, samples))
+            for gain in gains if ranks.size > 1 else ():
+                gain.grad = torch.zeros_like(gain) if gain.grad is None else gain.grad
+            ranks.sum([loss, *(gain.grad for gain in gains if gain.grad is not None)])
+            return loss
+
+        def note(event: str) -> None:
+            self.notes.append(f"step {step + 1}: {event}")
+
+        return self.portion.fit(attempt, len(samples), ranks, note)
+
+    def _pull(self, samples: Tensor) -> Tensor:
+        """Add this rank's share of the gradient, a portion at a time; returns its share of the loss."""
+        total = torch.zeros(())
+        for part in self.portion.cut(samples[own_rows(self.job.ranks, len(samples))]):
+            share = len(part) / len(samples)
+            states = self.model.forward(self.inputs[part].to(self.job.device))
+            loss, slope = self.heads.gradient(self.reference[part].to(self.job.device), states.pop())
+            self.model.backward(states, slope if share == 1 else slope * share)
+            total += loss * share
+        return total
 
     def settle(self) -> None:
         """Every state is in the domain."""
 
     def held_loss(self) -> float:
-        total = 0.0
-        for samples in torch.tensor(self.held).split(self.work.batch_size):
-            hidden = self.model.forward(self.inputs[samples].to(self.job.device), keep=False)[-1]
-            reference = self.reference[samples].to(self.job.device)
-            total += float(self.heads.divergence(reference, hidden)) * len(samples)
-        return total / len(self.held)
+        total = torch.zeros((), dtype=torch.float64)
+        for samples in own_turns(self.job.ranks, torch.tensor(self.held).split(self.work.batch_size)):
+            for part in self.portion.cut(samples):
+                hidden = self.model.forward(self.inputs[part].to(self.job.device), keep=False)[-1]
+                reference = self.reference[part].to(self.job.device)
+                total += float(self.heads.divergence(reference, hidden)) * len(part)
+        self.job.ranks.sum([total])
+        return float(total) / len(self.held)
 
     def _save(self, trail: Trail, optimizer: torch.optim.Optimizer, facts: Mapping[str, Any]) -> None:
+        self.job.ranks.lead(partial(self._write, trail, optimizer, facts))
+
+    def _write(self, trail: Trail, optimizer: torch.optim.Optimizer, facts: Mapping[str, Any]) -> None:
         tensors: dict[str, Tensor] = {}
         moments = optimizer.state_dict()["state"]
         for index, (key, gain, best) in enumerate(self._named(trail.best)):
             tensors |= {f"{key}:last": gain, f"{key}:best": best}
             tensors |= {f"{key}:{part}": value for part, value in moments.get(index, {}).items()}
         tensors = {key: value.detach().cpu().clone() for key, value in tensors.items()}
-        stand = {"curve": trail.curve, "events": trail.events, "rate": trail.rate}
+        stand = {"curve": trail.curve, "events": trail.events, "notes": self.notes, "rate": trail.rate}
         best = {"best_loss": trail.best_loss, "best_epoch": trail.best_epoch}
         self.journal.save_training(len(trail.curve), tensors, {**stand, **best, **facts})
         held = trail.curve[-1]
@@ -243,6 +290,7 @@ class _Stage:
     def _resume(self, stand: Mapping[str, Any]) -> tuple[Trail, torch.optim.Optimizer]:
         """The trail and the optimizer that :meth:`_save` saved."""
         tensors, start, optimizer = self.journal.training_state(), snapshot(self.thetas), self.open(stand["rate"])
+        self.notes = list(stand["notes"])
         best, state = snapshot(self.thetas), optimizer.state_dict()
         for index, (key, gain, kept) in enumerate(self._named(best)):
             gain.copy_(tensors[f"{key}:last"])
