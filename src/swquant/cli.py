@@ -12,6 +12,7 @@ import click
 
 from swquant import __version__
 from swquant.errors import LeaderStoppedError, RankLostError, SwquantError, did_you_mean
+from swquant.observers.stopping import handled, interrupt
 
 KINDS = ("methods", "losses", "families", "formats", "targets", "recipes")
 USER_ERROR = 2
@@ -81,9 +82,10 @@ def quantize(
     from swquant.checkpoint.hub import push, require_push
     from swquant.distributed.group import joined
     from swquant.engine.observer import Silent
+    from swquant.observers.watch import watching as everyone
     from swquant.recipe import Recipe
     from swquant.run import quantize_together
-    from swquant.ui import observer, print_report
+    from swquant.ui import print_report
 
     if push_to_hub is not None:
         require_push(push_to_hub)
@@ -102,7 +104,7 @@ def quantize(
     recipe = recipe.override(values)
     with (
         joined(os.environ, recipe.device) as ranks,
-        observer() if ranks.rank == 0 else nullcontext(Silent()) as watching,
+        everyone() if ranks.rank == 0 else nullcontext(Silent()) as watching,
     ):
         report = quantize_together(recipe, source, out, ranks, watching)
     if report is None:
@@ -287,7 +289,8 @@ def _option(text: str) -> tuple[str, Any]:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; a user's mistake prints one sentence and exits with code 2."""
     try:
-        app.main(arguments, prog_name="swquant", standalone_mode=False)
+        with handled(interrupt):
+            app.main(arguments, prog_name="swquant", standalone_mode=False)
     except LeaderStoppedError:
         sys.exit(FAILURE)
     except RankLostError as error:

@@ -13,7 +13,7 @@ import os
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,6 +25,7 @@ from torch import Tensor
 from swquant.checkpoint.hub import download
 from swquant.errors import SwquantError
 
+CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
@@ -98,11 +99,13 @@ class Checkpoint:
         directory: Where it is.
         config: The content of ``config.json``.
         tensors: What the shards hold, by full name in sorted order, as their headers say.
+        stamps: Size and time of the last change of each file when it was opened; one that differs later is refused.
     """
 
     directory: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, Stored]
+    stamps: Mapping[Path, tuple[int, int]] = field(default_factory=dict[Path, "tuple[int, int]"])
 
     def has(self, name: str) -> bool:
         """Whether there is a tensor ``name``."""
@@ -115,6 +118,7 @@ class Checkpoint:
             SwquantError: There is none, its file cannot be read, or a value is NaN or infinite.
         """
         stored = self._stored(name)
+        self._require_unchanged(stored.file)
         with _opened(stored.file) as shard:
             tensor: Tensor = shard.get_tensor(stored.key).clone()
         return _finite(tensor, stored)
@@ -141,6 +145,7 @@ class Checkpoint:
                 "check that the tokenizer belongs to this model"
             )
         found = torch.empty(len(wanted), width, dtype=stored.dtype)
+        self._require_unchanged(stored.file)
         with _opened(stored.file) as shard:
             matrix = shard.get_slice(stored.key)
             done = 0
@@ -207,15 +212,27 @@ class Checkpoint:
         return found
 
     def fingerprint(self) -> str:
-        """SHA-256 over ``config.json`` and every shard, name and content; where the directory lies does not matter."""
+        """SHA-256 over ``config.json`` and every shard, name and content; where the directory lies does not matter.
+
+        Raises:
+            SwquantError: A file cannot be read, or has changed since it was opened.
+        """
         digest = hashlib.sha256()
         files = {stored.file for stored in self.tensors.values()}
-        for path in (self.directory / "config.json", *sorted(files)):
+        for path in (self.directory / CONFIG, *sorted(files)):
             with _read_errors(path), path.open("rb") as file:
                 digest.update(json.dumps([path.name, os.fstat(file.fileno()).st_size]).encode())
                 while chunk := file.read(_CHUNK):
                     digest.update(chunk)
+            self._require_unchanged(path)
         return digest.hexdigest()
+
+    def _require_unchanged(self, file: Path) -> None:
+        with _read_errors(file):
+            if self.stamps.get(file, now := _stamp(file)) != now:
+                raise SwquantError(
+                    f"{file} has changed since it was opened; put the original back and give the same command again"
+                )
 
     def _stored(self, name: str) -> Stored:
         if name not in self.tensors:
@@ -238,10 +255,17 @@ def open_checkpoint(source: str | Path, *, quantized: bool = False) -> Checkpoin
         config = read_config(directory)
         if not quantized:
             _refuse_quantized(directory, config)
-        tensors = _read_headers(_shards(directory))
+        shards = _shards(directory)
+        stamps = {file: _stamp(file) for file in (directory / CONFIG, *shards)}
+        tensors = _read_headers(shards)
     if not any(stored.dtype.is_floating_point for stored in tensors.values()):
         raise SwquantError(f"{directory} holds no floating-point tensor, expected a model's weights; download it again")
-    return Checkpoint(directory, config, dict(sorted(tensors.items())))
+    return Checkpoint(directory, config, dict(sorted(tensors.items())), stamps)
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns
 
 
 def find_model(source: str | Path) -> Path:
@@ -284,7 +308,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     Raises:
         SwquantError: There is none, or it is not a mapping.
     """
-    path = directory / "config.json"
+    path = directory / CONFIG
     if not path.is_file():
         inside = sorted(str(found.parent) for found in directory.glob("*/config.json"))[:8]
         hint = f"give one of {', '.join(inside)}" if inside else "give the directory that save_pretrained wrote"

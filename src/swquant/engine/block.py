@@ -22,6 +22,7 @@ from swquant.engine.memory import peak_bytes
 from swquant.engine.observer import Observer
 from swquant.engine.skeleton import Block, Skeleton
 from swquant.engine.streams import batches, create_stream, open_stream
+from swquant.errors import SwquantError
 from swquant.learnables.base import BlockFacts, ChannelRange
 from swquant.losses import Loss
 from swquant.losses.balancing import Balance
@@ -79,6 +80,9 @@ def quantize_block(job: Job, journal: Journal, kwargs: Mapping[str, Any], observ
 
     Returns:
         The job's ``micro_batch``, or what was left of it where memory ran out.
+
+    Raises:
+        SwquantError: The block puts out NaN or infinite values, as it is or quantized; nothing is committed.
     """
     started = time.monotonic()
     index, ranks, streams = journal.done, job.ranks, _open_streams(job, journal)
@@ -89,6 +93,7 @@ def quantize_block(job: Job, journal: Journal, kwargs: Mapping[str, Any], observ
     if streams.augmented is not None:
         bound.advance(params, streams.quantized[: job.samples], streams.augmented[: job.samples])
     ranks.barrier()
+    _require_finite(streams.next_reference, ranks, f"the original model's block {index} puts out")
 
     problem = _problem(job, index, bound, params, streams, observer)
     weights = tuple(f"{linear}.weight" for linear in job.skeleton.family.linears)
@@ -96,6 +101,7 @@ def quantize_block(job: Job, journal: Journal, kwargs: Mapping[str, Any], observ
     committed, reports = _fold(draft, job.phases, problem)
     require_same(ranks, _tensors(committed), f"block {index}")
     bound.advance(committed.floats(), streams.quantized, streams.next_quantized)
+    _require_finite(streams.next_quantized, ranks, f"block {index} puts out, quantized by this recipe,")
     drifted = drift(streams.next_reference, streams.next_quantized, ranks)
 
     def finish() -> None:
@@ -184,6 +190,19 @@ def create_together(ranks: Ranks, paths: Sequence[Path], shape: tuple[int, int, 
     made: list[Tensor] = []
     ranks.lead(lambda: made.extend(create_stream(path, shape) for path in paths))
     return made or [open_stream(path, shape) for path in paths]
+
+
+def _require_finite(stream: Tensor, ranks: Ranks, whose: str) -> None:
+    """Refuse NaN and infinite values; each rank looks at what it has put into the stream, and all of them hear."""
+    bad = torch.zeros(1, dtype=torch.float64)
+    for batch in own_turns(ranks, list(batches(stream))):
+        bad += not bool(torch.stack(torch.aminmax(stream[batch])).isfinite().all())
+    ranks.sum([bad])
+    if bad:
+        raise SwquantError(
+            f"{whose} NaN or infinite values on the calibration samples; "
+            "check the model and the samples, or choose another method"
+        )
 
 
 def split_held(samples: int) -> tuple[list[int], list[int]]:

@@ -1,0 +1,92 @@
+"""A stop at SIGINT or SIGTERM: behind the step at hand, and at once when asked for again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+from swquant.engine.observer import Observer
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+NOTICE = "\nswquant: stopping behind this step; the same signal again stops at once\n"
+
+
+@dataclass
+class Stop:
+    """A signal handler that remembers the first signal and raises ``KeyboardInterrupt`` at the second."""
+
+    asked: bool = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """Hear of a signal."""
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, NOTICE.encode())
+
+    def check(self) -> None:
+        """Raise ``KeyboardInterrupt`` if a signal has come."""
+        if self.asked:
+            raise KeyboardInterrupt
+
+
+@dataclass(frozen=True)
+class Stoppable:
+    """Passes everything on, and stops behind it if that has been asked for."""
+
+    inner: Observer
+    stop: Stop
+
+    def stage(self, what: str) -> None:
+        """Pass it on."""
+        self.inner.stage(what)
+        self.stop.check()
+
+    def begin(self, blocks: int, done: int) -> None:
+        """Pass it on."""
+        self.inner.begin(blocks, done)
+        self.stop.check()
+
+    def step(self, done: int, total: int) -> None:
+        """Pass it on."""
+        self.inner.step(done, total)
+        self.stop.check()
+
+    def block(self, index: int, report: Mapping[str, Any]) -> None:
+        """Pass it on; the block is safe."""
+        self.inner.block(index, report)
+        self.stop.check()
+
+
+@contextmanager
+def stoppable(observer: Observer) -> Generator[Observer]:
+    """``observer``, and within the block both signals stop the run at its next event."""
+    stop = Stop()
+    with handled(stop):
+        yield Stoppable(observer, stop)
+
+
+@contextmanager
+def handled(handler: Callable[[int, FrameType | None], None]) -> Generator[None]:
+    """Both signals go to ``handler`` within the block; threads but the main one cannot do that, and do not."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, signal.SIG_DFL if old is None else old)
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """What SIGINT does, for SIGTERM too: everything is cleaned up on the way out."""
+    raise KeyboardInterrupt
