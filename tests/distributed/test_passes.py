@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -17,9 +17,7 @@ from torch import Tensor
 from swquant import SwquantError, parse_loss, registry
 from swquant.distributed.ranks import Alone, Ranks, on_any, own_rows, own_turns, require_same
 from swquant.families.llama import LLAMA
-from swquant.learnables.base import BlockFacts
-from swquant.learnables.weight_clipping import WeightClipping
-from swquant.learnables.weights import Weights
+from swquant.learnables.base import BlockFacts, Theta
 from swquant.losses.balancing import Balance
 from swquant.losses.base import LossContext
 from swquant.phases.base import Problem
@@ -28,7 +26,7 @@ from swquant.phases.optimizers import Optimizer
 from swquant.phases.passes import outputs_by_batch, pull
 from swquant.phases.portion import Portion, ran_out
 from swquant.phases.train import Train
-from swquant.quant.draft import open_draft, realize
+from swquant.quant.draft import Draft, open_draft, realize
 from swquant.quant.spec import QuantSpec
 from swquant.seeds import generator
 
@@ -70,8 +68,29 @@ def problem_of(loss: Any, balance: Balance | None = None, samples: int = SAMPLES
     )
 
 
-def draft_of() -> Any:
-    return open_draft({"w": TRUTH}, ("w",), QuantSpec(2, 32, False))
+@dataclass(frozen=True)
+class Shift:
+    """Adds a trained matrix to the weight: every change of a gradient is seen, with no rounding in between."""
+
+    learning_rate: float = 0.02
+    weight_decay: float = 0.0
+    writes: ClassVar[frozenset[str]] = frozenset({"params"})
+
+    def init(self, draft: Draft, facts: BlockFacts) -> Theta:
+        return {"shift": torch.zeros_like(draft.params["w"]).requires_grad_()}
+
+    def apply(self, theta: Theta, draft: Draft, facts: BlockFacts) -> Draft:
+        return replace(draft, params={"w": draft.params["w"] + theta["shift"]})
+
+    def enter(self, theta: Theta, done: int, rounds: int) -> None:
+        pass
+
+    def project(self, theta: Theta) -> None:
+        pass
+
+
+def draft_of() -> Draft:
+    return open_draft({"w": TRUTH + 0.2 * normal(4, WIDTH, WIDTH)}, (), QuantSpec(2, 32, False))
 
 
 def pulled(problem: Problem, samples: Tensor, loss: Any) -> tuple[Tensor, Tensor]:
@@ -159,10 +178,8 @@ def test_rows_and_turns_are_dealt_out_once(count: int, size: int) -> None:
     assert [row for rank in range(size) for row in rows[own_rows(Alone(rank, size), count)]] == rows
 
 
-def phase_of(keep_best: bool, batch_size: int, kind: Any = "adamw") -> Train:
-    learnables = (WeightClipping(0.05),) if keep_best else (Weights(1e-3),)
-    optimizer = Optimizer(kind, restart=True)
-    return Train(learnables, 3, batch_size, augmented=True, optimizer=optimizer, keep_best=keep_best)
+def phase_of(keep_best: bool, batch_size: int) -> Train:
+    return Train((Shift(),), 3, batch_size, augmented=True, optimizer=Optimizer("adamw"), keep_best=keep_best)
 
 
 @pytest.mark.parametrize("keep_best", [True, False])
@@ -190,7 +207,7 @@ def test_a_phase_is_the_same_however_its_batches_are_cut(
     for draft, found in reports:
         assert found.curve == pytest.approx(report.curve, rel=1e-9)
         assert (found.before, found.kept_epoch) == (pytest.approx(report.before, rel=1e-12), report.kept_epoch)
-        torch.testing.assert_close(realize(draft)["w"], realize(expected)["w"], rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(realize(draft)["w"], realize(expected)["w"], rtol=1e-7, atol=1e-9)
         assert found == reports[0][1]
         for label, share in (report.shares or {}).get("end", {}).items():
             assert found.shares["end"][label] == pytest.approx(share, rel=1e-6)
@@ -259,7 +276,7 @@ def test_where_memory_runs_out_the_portion_halves_once_and_nothing_else_changes(
             f"step 1: memory ran out with {at_once} samples at once; went on with 2, which changes no result",
         )
         assert report.curve == pytest.approx(plain.curve, rel=1e-9)
-        torch.testing.assert_close(realize(draft)["w"], realize(expected)["w"], rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(realize(draft)["w"], realize(expected)["w"], rtol=1e-7, atol=1e-9)
 
 
 def test_all_ranks_halve_where_memory_runs_out_on_one(crew: RunCrew) -> None:
@@ -275,7 +292,7 @@ def test_all_ranks_halve_where_memory_runs_out_on_one(crew: RunCrew) -> None:
         assert (failures, portion) == ([4, 2] if rank == 1 else [], 1)
         assert len(report.events) == 2
         assert report.curve == pytest.approx(plain.curve, rel=1e-9)
-        torch.testing.assert_close(realize(draft)["w"], realize(expected)["w"], rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(realize(draft)["w"], realize(expected)["w"], rtol=1e-7, atol=1e-9)
 
 
 def test_a_single_sample_too_large_ends_the_run_in_one_sentence(crew: RunCrew) -> None:
