@@ -1,0 +1,109 @@
+"""What a loss recovers over each method's own, from the tables that `swquant sweep` writes.
+
+    swquant sweep benchmarks/sweeps/NAME.yaml --out NAME --workers 1
+    python benchmarks/alignment.py NAME/results.csv ...
+
+For each model, grid and method a line per loss: nats lost (the logarithm of the perplexity over the original's), KL,
+and the share recovered of what the method's own loss lost, paired by seed: (own - with) / own. Means, with Student's 95 %
+interval where there are two seeds or more. A row's own loss is the one with an empty `loss`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from scipy.stats import t
+
+Row = dict[str, str]
+
+
+class Group(NamedTuple):
+    """What is compared within."""
+
+    model: str
+    grid: str
+    method: str
+
+
+class Setting(NamedTuple):
+    """What is compared."""
+
+    loss: str
+    options: str
+
+    @property
+    def own(self) -> bool:
+        """Whether the loss is the method's own."""
+        return not self.loss
+
+
+def table(rows: Sequence[Row]) -> Iterator[str]:
+    """The lines of a Markdown table, best setting first within each group."""
+    yield "| model | grid | method | loss | nats lost | KL | recovered of nats (%) | of KL (%) | seeds |"
+    yield "|---|---|---|---|---:|---:|---:|---:|---:|"
+    groups: dict[Group, dict[Setting, dict[str, Row]]] = {}
+    for row in rows:
+        groups.setdefault(_group(row), {}).setdefault(_setting(row), {})[row["seed"]] = row
+    for group, settings in groups.items():
+        own = next((found for setting, found in settings.items() if setting.own), {})
+        for setting, found in sorted(settings.items(), key=lambda item: _mean(item[1], "nats_lost")):
+            pairs = [(own[seed], row) for seed, row in found.items() if seed in own and not setting.own]
+            shares = [_recovered(pairs, metric) for metric in ("nats_lost", "kl")]
+            values = (interval([float(row[name]) for row in found.values()], 4) for name in ("nats_lost", "kl"))
+            yield "| " + " | ".join((*group, _name(setting), *values, *shares, str(len(found)))) + " |"
+
+
+def interval(values: Sequence[float], digits: int) -> str:
+    """Mean and half-width of the 95 % interval as text; the mean alone of one value."""
+    if len(values) < 2:
+        return f"{values[0]:.{digits}f}"
+    half = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+    return f"{statistics.mean(values):.{digits}f} ± {half:.{digits}f}"
+
+
+def _recovered(pairs: Sequence[tuple[Row, Row]], metric: str) -> str:
+    if not pairs:
+        return ""
+    return interval([100 * (1 - float(row[metric]) / float(own[metric])) for own, row in pairs], 1)
+
+
+def _group(row: Row) -> Group:
+    groups = f"g{row['group_size']}" if row["group_size"].isdigit() else "per channel"
+    model = Path(row["model"])
+    name = model.parent.name if model.name == "model" else model.name
+    return Group(name, f"W{row['bits']} {groups}", row["method"].partition("(")[0])
+
+
+def _setting(row: Row) -> Setting:
+    balance = row.get("balance", "")
+    loss = row["loss"] if balance in ("", "fixed") or not row["loss"] else f"{row['loss']}, by {balance}"
+    return Setting(loss, row["method"].partition("(")[2].removesuffix(")"))
+
+
+def _name(setting: Setting) -> str:
+    return f"{setting.loss or 'own'} ({setting.options})" if setting.options else setting.loss or "own"
+
+
+def _mean(found: dict[str, Row], metric: str) -> float:
+    return statistics.mean(float(row[metric]) for row in found.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tables", type=Path, nargs="+")
+    args = parser.parse_args()
+    rows: list[Row] = []
+    for path in args.tables:
+        with path.open(newline="") as file:
+            rows += [row for row in csv.DictReader(file) if row["status"] == "done"]
+    print("\n".join(table(rows)))
+
+
+if __name__ == "__main__":
+    main()
