@@ -4,8 +4,8 @@
     python benchmarks/alignment.py NAME/results.csv ...
 
 For each model, grid and method a line per loss: nats lost (the logarithm of the perplexity over the original's), KL,
-and the share recovered of what the method's own loss lost, paired by seed: (own - with) / own. Means, with Student's 95 %
-interval where there are two seeds or more. A row's own loss is the one with an empty `loss`.
+and the share recovered of what the method's own loss lost, paired by seed: (own - with) / own. Means, with Student's
+95 % interval where there are two seeds or more. A row's own loss is the one with an empty `loss`.
 """
 
 from __future__ import annotations
