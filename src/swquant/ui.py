@@ -251,5 +251,5 @@ def _facts(report: Report, recipe: str | None) -> Iterator[tuple[str, str]]:
 def _block_line(index: int, blocks: int, report: Mapping[str, Any]) -> str:
     losses = "".join(f", loss {phase['before']:.4g} -> {phase['after']:.4g}" for phase in report["phases"])
     events = sum(len(phase["events"]) for phase in report["phases"])
-    trouble = f", {events} recoveries from a loss that was not finite" if events else ""
+    trouble = f", {events} recoveries, told in the report" if events else ""
     return f"block {index + 1}/{blocks}{losses}, drift {report['drift']:.4f}, {report['seconds']:.1f} s{trouble}"
