@@ -14,11 +14,8 @@ from rich.text import Text
 
 from swquant.errors import SwquantError
 from swquant.html.comparison import Run, cautions_of, comparison_page, rows_of
-from swquant.output import REPORT
+from swquant.output import REPORT, load_report
 from swquant.report import Report
-
-LARGEST = 1 << 26
-"""Bytes of a report beyond which it is not read."""
 
 
 @dataclass(frozen=True)
@@ -86,9 +83,7 @@ def read_report(place: Path) -> Report:
     """
     path = place / REPORT if place.is_dir() else place
     try:
-        if path.stat().st_size > LARGEST:
-            raise ValueError(f"it is larger than {LARGEST} bytes")
-        report = Report.from_json(path.read_text(encoding="utf-8"))
+        report = load_report(path)
         rows_of([Run("", report)])
     except OSError as error:
         raise SwquantError(f"{place} holds no {REPORT}; name the output directory of a swquant run") from error

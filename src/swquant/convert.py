@@ -15,10 +15,10 @@ from swquant.checkpoint.writer import publish, require_disk, require_unused
 from swquant.errors import SwquantError
 from swquant.formats import read_quantized
 from swquant.formats.base import Format
-from swquant.output import RECIPE, REPORT, described, output_of, place_of
+from swquant.output import RECIPE, REPORT, described, load_report, output_of, place_of
 from swquant.plan import choose_formats
 from swquant.recipe import Recipe
-from swquant.report import Output, Report
+from swquant.report import Output
 from swquant.targets import load_target
 from swquant.verification import verify
 
@@ -98,10 +98,11 @@ def _kept(directory: Path) -> dict[str, bytes]:
 def _describe(directory: Path, staging: Path, outputs: list[Output], formats: str, runtime: str | None) -> None:
     """The report and the card of the run that made the codes, about the new outputs."""
     try:
-        report = Report.from_json((directory / REPORT).read_text(encoding="utf-8"))
+        require_own(directory / REPORT, directory)
+        report = load_report(directory / REPORT)
         recipe = {**report.recipe, "format": formats, "runtime": runtime}
         texts = described(replace(report, outputs=outputs, recipe=recipe, key={}), licence_of(directory))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return
     for name, text in texts.items():
         (staging / name).write_text(text, encoding="utf-8")

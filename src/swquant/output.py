@@ -31,6 +31,9 @@ from swquant.verification import Verification, verify
 PLACE = "PATH"
 """Stands for the output's directory in a serving command."""
 
+LARGEST = 1 << 26
+"""Bytes of a report beyond which it is not read."""
+
 REPORT, PAGE, RECIPE = "report.json", "report.html", "swquant.yaml"
 
 
@@ -64,6 +67,18 @@ def write_output(plan: Plan, journal: Journal, quality: Quality | None, key: Map
     for name, text in described(report, licence_of(plan.checkpoint.directory)).items():
         (staging / name).write_text(text, encoding="utf-8")
     return report
+
+
+def load_report(path: Path) -> Report:
+    """The report in a file that anyone may have written.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is larger than any report, or is none.
+    """
+    if path.stat().st_size > LARGEST:
+        raise ValueError(f"it is larger than {LARGEST} bytes")
+    return Report.from_json(path.read_text(encoding="utf-8"))
 
 
 def described(report: Report, licence: Mapping[str, Any]) -> dict[str, str]:

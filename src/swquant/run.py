@@ -22,7 +22,7 @@ from swquant.engine.journal import MANIFEST, STREAMS, Journal, lock_directory, o
 from swquant.engine.observer import Observer, Silent
 from swquant.engine.skeleton import try_block
 from swquant.engine.streams import create_stream, stream_bytes
-from swquant.output import REPORT, write_output
+from swquant.output import REPORT, load_report, write_output
 from swquant.phases.train import Train
 from swquant.plan import Plan, make_plan
 from swquant.recipe import Recipe
@@ -157,7 +157,7 @@ def _named(source: str | Path) -> str:
 def _finished(out: Path, key: Mapping[str, Any]) -> Report | None:
     """The report in ``out`` if it is the result of a run with this key."""
     try:
-        report = Report.from_json((out / REPORT).read_text(encoding="utf-8"))
+        report = load_report(out / REPORT)
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return report if report.key == key else None

@@ -22,6 +22,7 @@ from swquant.quant.qtensor import QTensor
 _ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 """llama.cpp's architectures by family."""
 
+_LARGEST_NUMBER = 2.0**31
 _LARGEST = {
     "hidden_size": 1 << 20,
     "num_attention_heads": 1 << 16,
@@ -132,6 +133,8 @@ def describe_model(config: Mapping[str, Any]) -> Model:
     hidden, heads = int(settings["hidden_size"]), int(settings["num_attention_heads"])
     head_dim = int(settings.get("head_dim") or hidden // heads)
     architecture = _ARCHITECTURES[family.name]
+    if not 0 < float(settings["rms_norm_eps"]) < 1:
+        raise _unknown("rms_norm_eps", settings["rms_norm_eps"], "a number from 0 to 1")
     if settings.get("hidden_act") != "silu":
         raise _unknown("hidden_act", settings.get("hidden_act"), "silu")
     if architecture == "qwen2" and heads * head_dim != hidden:
@@ -154,7 +157,8 @@ def _with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
     try:
         settings = AutoConfig.for_model(**deepcopy(dict(config))).to_dict()
     except Exception as error:  # transformers checks settings in as many ways as there are settings
-        raise SwquantError(f"config.json is not accepted by transformers: {error!s:.200}") from error
+        reason = " ".join(str(error).split())[:200]
+        raise SwquantError(f"config.json is not accepted by transformers: {reason}") from error
     if settings.get("num_key_value_heads") is None:
         settings["num_key_value_heads"] = settings["num_attention_heads"]
     return settings
@@ -177,7 +181,7 @@ def _rope(settings: Mapping[str, Any], head_dim: int, architecture: str) -> Rope
         raise _unknown("rope_parameters", given, "one set of parameters for all layers")
     if float(given.get("partial_rotary_factor") or 1) != 1:
         raise _unknown("partial_rotary_factor", given["partial_rotary_factor"], 1)
-    base = float(given.get("rope_theta") or settings.get("rope_theta") or 10000.0)
+    base = _number({"rope_theta": given.get("rope_theta") or settings.get("rope_theta") or 10000.0}, "rope_theta")
     kind = given.get("rope_type") or given.get("type") or "default"
     if kind == "default":
         return Rope(base)
@@ -197,17 +201,17 @@ def _yarn(given: Mapping[str, Any], base: float) -> Rope:
             raise _unknown(f"rope_parameters.{name}", given[name], "none")
     if given.get("truncate") is False:
         raise _unknown("rope_parameters.truncate", False, "true")
+    told = {"beta_fast": 32, "beta_slow": 1} | {name: value for name, value in given.items() if value}
     factor = _number(given, "factor")
     usual = 1 + 0.1 * math.log(factor) if factor > 1 else 1.0
-    attention = given.get("attention_factor")
     return Rope(
         base,
         "yarn",
         factor,
         int(_number(given, "original_max_position_embeddings")),
-        1.0 if attention is None else float(attention) / usual,
-        float(given.get("beta_fast") or 32),
-        float(given.get("beta_slow") or 1),
+        1.0 if given.get("attention_factor") is None else _number(given, "attention_factor") / usual,
+        _number(told, "beta_fast"),
+        _number(told, "beta_slow"),
     )
 
 
@@ -228,7 +232,7 @@ def _llama3(given: Mapping[str, Any], base: float, head_dim: int) -> Tensor:
 
 def _number(given: Mapping[str, Any], name: str) -> float:
     value = given.get(name)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < _LARGEST_NUMBER:
         raise _unknown(f"rope_parameters.{name}", value, "a positive number")
     return float(value)
 
