@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from swquant.checkpoint.rotation import Source
-from swquant.distributed.ranks import Alone, Ranks, own_turns, require_same
+from swquant.distributed.ranks import Alone, Ranks, own_rows, require_same
 from swquant.engine.drift import measure_block, measured_samples
 from swquant.engine.journal import STREAMS, Journal
-from swquant.engine.memory import peak_bytes
+from swquant.engine.memory import peak_bytes, release
 from swquant.engine.observer import Observer
 from swquant.engine.skeleton import Block, Skeleton
 from swquant.engine.streams import batches, create_stream, open_stream
@@ -28,6 +28,7 @@ from swquant.losses import Loss
 from swquant.losses.balancing import Balance
 from swquant.phases.base import Phase, PhaseReport, Problem
 from swquant.phases.portion import Portion
+from swquant.quant.deferred import in_float
 from swquant.quant.draft import Committed, Draft, commit, open_draft
 from swquant.quant.spec import QuantSpec
 from swquant.report import BlockReport, Measured
@@ -89,7 +90,9 @@ def quantize_block(job: Job, journal: Journal, kwargs: Mapping[str, Any], observ
     bound = _Bound(job.skeleton.block(index), kwargs, job.device, ranks)
     params = bound.block.load(job.checkpoint)
     params = {name: value.to(job.device) for name, value in params.items()}
+    forward = time.monotonic()
     bound.advance(params, streams.reference, streams.next_reference)
+    forward = (time.monotonic() - forward) / len(streams.reference)
     if streams.augmented is not None:
         bound.advance(params, streams.quantized[: job.samples], streams.augmented[: job.samples])
     ranks.barrier()
@@ -111,6 +114,7 @@ def quantize_block(job: Job, journal: Journal, kwargs: Mapping[str, Any], observ
             seconds=round(time.monotonic() - started, 3),
             measured=_measured(job, bound, streams, commit(draft), committed),
             peak_bytes=peak_bytes(),
+            forward_seconds=forward,
         )
         values = report.to_mapping()
         journal.finish_block(committed, values)
@@ -118,6 +122,7 @@ def quantize_block(job: Job, journal: Journal, kwargs: Mapping[str, Any], observ
         observer.block(index, values)
 
     ranks.lead(finish)
+    release()
     return problem.portion.samples
 
 
@@ -195,7 +200,7 @@ def create_together(ranks: Ranks, paths: Sequence[Path], shape: tuple[int, int, 
 def _require_finite(stream: Tensor, ranks: Ranks, whose: str) -> None:
     """Refuse NaN and infinite values; each rank looks at what it has put into the stream, and all of them hear."""
     bad = torch.zeros(1, dtype=torch.float64)
-    for batch in own_turns(ranks, list(batches(stream))):
+    for batch in own_batches(ranks, stream):
         bad += not bool(torch.stack(torch.aminmax(stream[batch])).isfinite().all())
     ranks.sum([bad])
     if bad:
@@ -203,6 +208,13 @@ def _require_finite(stream: Tensor, ranks: Ranks, whose: str) -> None:
             f"{whose} NaN or infinite values on the calibration samples; "
             "check the model and the samples, or choose another method"
         )
+
+
+def own_batches(ranks: Ranks, stream: Tensor) -> Iterator[slice]:
+    """This rank's samples of a stream, in ranges that go through a block at once."""
+    own = own_rows(ranks, len(stream))
+    for batch in batches(stream[own]):
+        yield slice(own.start + batch.start, own.start + batch.stop)
 
 
 def split_held(samples: int) -> tuple[list[int], list[int]]:
@@ -219,7 +231,7 @@ def drift(reference: Tensor, quantized: Tensor, ranks: Ranks) -> float:
     Each rank adds up the samples that it has put into the streams itself; behind it, all are there.
     """
     sums = torch.zeros(2, dtype=torch.float64)
-    for batch in own_turns(ranks, list(batches(reference))):
+    for batch in own_batches(ranks, reference):
         sums[0] += (quantized[batch] - reference[batch]).double().square().sum()
         sums[1] += reference[batch].double().square().sum()
     ranks.sum([sums])
@@ -241,9 +253,9 @@ class _Bound:
 
     @torch.no_grad()
     def advance(self, params: Mapping[str, Tensor], source: Tensor, destination: Tensor) -> None:
-        """Write the block's output for samples of ``source`` to ``destination``; ranks take batches by turns."""
-        floats = {name: value.float() for name, value in params.items()}
-        for batch in own_turns(self.ranks, list(batches(source))):
+        """Write the block's output for this rank's samples of ``source`` to ``destination``."""
+        floats = in_float(params)
+        for batch in own_batches(self.ranks, source):
             destination[batch] = self.forward(floats, source[batch].to(self.device)).cpu()
 
     @torch.no_grad()
@@ -255,7 +267,7 @@ class _Bound:
         visit: Callable[[str, Tensor], None],
     ) -> None:
         """Run over this rank's samples of ``source`` and show ``visit`` each batch's inputs of the named linears."""
-        floats = {name: value.float() for name, value in params.items()}
+        floats = in_float(params)
 
         def seen(linear: str, _: torch.nn.Module, arguments: tuple[Tensor, ...]) -> None:
             visit(linear, arguments[0].flatten(0, -2))
@@ -264,7 +276,7 @@ class _Bound:
             for linear in linears:
                 module = self.block.module.get_submodule(linear)
                 hooks.callback(module.register_forward_pre_hook(partial(seen, linear)).remove)
-            for batch in own_turns(self.ranks, list(batches(source))):
+            for batch in own_batches(self.ranks, source):
                 self.forward(floats, source[batch].to(self.device))
 
     def input_ranges(

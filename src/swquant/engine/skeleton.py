@@ -16,6 +16,7 @@ from swquant.checkpoint.reader import Checkpoint
 from swquant.checkpoint.rotation import Source
 from swquant.errors import SwquantError
 from swquant.families import Family, family_for
+from swquant.quant.deferred import in_float
 from swquant.quant.spec import QuantSpec
 
 
@@ -169,7 +170,7 @@ def try_block(skeleton: Skeleton, checkpoint: Source, hidden: Tensor, kwargs: Ma
         SwquantError: It does not run.
     """
     block = skeleton.blocks[0]
-    params = {name: value.float() for name, value in block.load(checkpoint).items()}
+    params = in_float(block.load(checkpoint))
     try:
         block.forward(params, hidden, kwargs)
     except torch.OutOfMemoryError:
