@@ -61,7 +61,14 @@ def small_model(folder: Path) -> Path:
     """A LLaMA of random weights with the demo's tokenizer; its blocks take so little that kills meet every stage."""
     assets = Path(str(ASSETS / "model"))
     vocabulary = json.loads((assets / "config.json").read_text())["vocab_size"]
-    config = LlamaConfig(vocabulary, 64, 128, num_hidden_layers=4, num_attention_heads=4, max_position_embeddings=64)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+    )
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(folder)
     for path in assets.glob("tokenizer*"):

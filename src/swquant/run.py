@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -14,12 +15,13 @@ from torch import Tensor
 from swquant.calibration import draw_from_model, eval_windows, load_tokenizer, sample_windows, tokenize
 from swquant.checkpoint.writer import publish, require_disk, require_unused
 from swquant.distributed.ranks import Alone, Ranks
-from swquant.engine.block import Job, quantize_block
+from swquant.engine.block import Job, quantize_block, split_held
 from swquant.engine.capture import capture, to_device
 from swquant.engine.end_to_end import train_scales
 from swquant.engine.head import measure
 from swquant.engine.journal import MANIFEST, STREAMS, Journal, lock_directory, open_journal
 from swquant.engine.observer import Observer, Silent
+from swquant.engine.pace import tail_of
 from swquant.engine.skeleton import try_block
 from swquant.engine.streams import create_stream, stream_bytes
 from swquant.output import REPORT, load_report, write_output
@@ -90,6 +92,8 @@ def quantize_together(
             return bool(before)
 
         if ranks.lead(is_finished):
+            for report in before:
+                watching.done(report)
             return before[0] if before else None
         journal = _train(plan, work, key, ranks, watching)
         if ranks.rank > 0:
@@ -99,6 +103,7 @@ def quantize_together(
         report = write_output(plan, journal, quality, key, _named(source))
         publish(work / "output", out)
         journal.clear()
+    watching.done(report)
     return report
 
 
@@ -126,7 +131,7 @@ def _train(plan: Plan, work: Path, key: Mapping[str, Any], ranks: Ranks, watchin
     """All that is left of the blocks and of the end-to-end stage; rank 0 writes it to the journal that is returned."""
     journal, job = open_journal(work, key), replace(plan.job(), ranks=ranks)
     _say_who_rests(job, watching)
-    watching.begin(len(plan.skeleton.blocks), journal.done)
+    watching.begin(len(plan.skeleton.blocks), journal.done, _tail(plan, job))
     arguments = capture(plan.skeleton, plan.checkpoint, journal.tokens()["tokens"][:1])
     for index in range(journal.done, len(plan.skeleton.blocks)):
         left = quantize_block(job, journal, to_device(arguments[index], plan.device), watching)
@@ -136,6 +141,17 @@ def _train(plan: Plan, work: Path, key: Mapping[str, Any], ranks: Ranks, watchin
     if finish is not None and journal.final is None:
         train_scales(job, finish, journal, to_device(arguments, plan.device), watching)
     return journal
+
+
+def _tail(plan: Plan, job: Job) -> float:
+    """Work behind the last block, for who tells the time left."""
+    finish, skeleton = plan.pipeline.finish, plan.skeleton
+    if finish is None:
+        return 0.0
+    train, held = map(len, split_held(job.samples))
+    block = sum(parameter.numel() for parameter in skeleton.blocks[0].module.parameters())
+    head = math.prod(plan.checkpoint.tensors[skeleton.head_weight].shape) / block
+    return tail_of(finish.epochs, train, held, len(skeleton.blocks), head)
 
 
 def _say_who_rests(job: Job, watching: Observer) -> None:

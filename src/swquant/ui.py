@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from swquant.engine.observer import Observer
+from swquant.engine.pace import Pace
 from swquant.evaluation import Evaluation, Gain, Measured
 from swquant.html.facts import opened
 from swquant.inspection import Inspection
@@ -29,16 +30,29 @@ def observer(label: str = "") -> Generator[Observer]:
     if not console.is_terminal:
         yield Lines(console, label)
         return
+    pace = Pace()
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         TextColumn("{task.percentage:3.0f}%"),
         TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
+        TimeLeft(pace),
     )
-    with Progress(*columns, console=console, speed_estimate_period=600) as progress:
-        yield Bar(progress, label)
+    with Progress(*columns, console=console) as progress:
+        yield Bar(progress, label, pace)
+
+
+class TimeLeft(ProgressColumn):
+    """How long a run still takes, by its own pace."""
+
+    def __init__(self, pace: Pace) -> None:
+        super().__init__()
+        self._pace = pace
+
+    def render(self, task: Task) -> Text:
+        """The time, once it can be told."""
+        left = self._pace.left()
+        return Text("" if left is None else f"{span(left)} left")
 
 
 @dataclass
@@ -47,29 +61,34 @@ class Lines:
 
     console: Console
     label: str = ""
-    blocks: int = 0
-    first: int = 0
-    started: float = 0.0
+    pace: Pace = field(default_factory=Pace)
 
     def stage(self, what: str) -> None:
         """Print the stage."""
-        self.console.print(f"{self.label}{what}", soft_wrap=True)
+        told = self._left() if what.startswith("End to end, epoch") else ""
+        self.console.print(f"{self.label}{what}{told}", soft_wrap=True)
 
-    def begin(self, blocks: int, done: int) -> None:
+    def begin(self, blocks: int, done: int, tail: float = 0.0) -> None:
         """Start the clock; say what an interrupted run left."""
-        self.blocks, self.first, self.started = blocks, done, time.monotonic()
+        self.pace.begin(blocks, done, tail)
         if done:
             self.console.print(f"{self.label}{done} of {blocks} blocks were finished before; going on")
 
     def step(self, done: int, total: int) -> None:
-        """Steps are too many for lines."""
+        """Steps are too many for lines; the clock hears of them."""
+        self.pace.step(done, total)
 
     def block(self, index: int, report: Mapping[str, Any]) -> None:
         """Print the block's line."""
-        spent = time.monotonic() - self.started
-        left = spent / (index + 1 - self.first) * (self.blocks - index - 1)
-        line = f"{self.label}{_block_line(index, self.blocks, report)}, about {span(left)} left"
-        self.console.print(line, soft_wrap=True)
+        self.pace.block(index, report)
+        self.console.print(f"{self.label}{_block_line(index, self.pace.blocks, report)}{self._left()}", soft_wrap=True)
+
+    def done(self, report: Report) -> None:
+        """The summary is printed behind it."""
+
+    def _left(self) -> str:
+        left = self.pace.left()
+        return "" if left is None else f", about {span(left)} left"
 
 
 @dataclass
@@ -78,40 +97,42 @@ class Bar:
 
     progress: Progress
     label: str = ""
-    blocks: int = 0
+    pace: Pace = field(default_factory=Pace)
     task: TaskID | None = None
-    done: int = field(default=0)
 
     def stage(self, what: str) -> None:
         """Print the stage above the bar."""
         self.progress.console.print(f"{self.label}{what}")
 
-    def begin(self, blocks: int, done: int) -> None:
+    def begin(self, blocks: int, done: int, tail: float = 0.0) -> None:
         """Show the bar."""
-        self.blocks, self.done = blocks, done
+        self.pace.begin(blocks, done, tail)
         self.task = self.progress.add_task(self._description(), total=blocks, completed=done)
 
     def step(self, done: int, total: int) -> None:
         """Move the bar by a part of a block."""
+        self.pace.step(done, total)
         if self.task is not None:
             self.progress.update(
                 self.task,
-                total=max(self.blocks, self.done + 1),
-                completed=self.done + done / total,
+                total=max(self.pace.blocks, self.pace.done + 1),
+                completed=self.pace.done + done / total,
                 description=f"{self._description()}, step {done}/{total}",
             )
 
     def block(self, index: int, report: Mapping[str, Any]) -> None:
         """Print the block's line above the bar."""
-        self.done = index + 1
-        self.progress.console.print(f"{self.label}{_block_line(index, self.blocks, report)}")
+        self.pace.block(index, report)
+        self.progress.console.print(f"{self.label}{_block_line(index, self.pace.blocks, report)}")
         if self.task is not None:
-            self.progress.update(self.task, completed=self.done, description=self._description())
+            self.progress.update(self.task, completed=self.pace.done, description=self._description())
+
+    def done(self, report: Report) -> None:
+        """The summary is printed behind it."""
 
     def _description(self) -> str:
-        return (
-            f"{self.label}block {self.done + 1}/{self.blocks}" if self.done < self.blocks else f"{self.label}all blocks"
-        )
+        block, blocks = self.pace.done + 1, self.pace.blocks
+        return f"{self.label}block {block}/{blocks}" if block <= blocks else f"{self.label}all blocks"
 
 
 def print_report(report: Report, out: Path, recipe: str | None = None) -> None:

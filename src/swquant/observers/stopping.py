@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any
 
 from swquant.engine.observer import Observer
+from swquant.report import Report
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 NOTICE = "\nswquant: stopping behind this step; the same signal again stops at once\n"
@@ -49,9 +50,9 @@ class Stoppable:
         self.inner.stage(what)
         self.stop.check()
 
-    def begin(self, blocks: int, done: int) -> None:
+    def begin(self, blocks: int, done: int, tail: float = 0.0) -> None:
         """Pass it on."""
-        self.inner.begin(blocks, done)
+        self.inner.begin(blocks, done, tail)
         self.stop.check()
 
     def step(self, done: int, total: int) -> None:
@@ -63,6 +64,10 @@ class Stoppable:
         """Pass it on; the block is safe."""
         self.inner.block(index, report)
         self.stop.check()
+
+    def done(self, report: Report) -> None:
+        """Pass it on; there is nothing left to stop."""
+        self.inner.done(report)
 
 
 @contextmanager
