@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,10 +15,62 @@ from swquant import __version__
 from swquant.errors import LeaderStoppedError, RankLostError, SwquantError, did_you_mean
 from swquant.observers.stopping import handled, interrupt
 
+if TYPE_CHECKING:
+    from swquant.recipe import Recipe
+
 KINDS = ("methods", "losses", "families", "formats", "targets", "recipes")
 USER_ERROR = 2
 FAILURE = 1
 INTERRUPTED = 130
+
+
+RECIPE_OPTIONS = (
+    click.option(
+        "--recipe", "recipe_name", help="A named recipe (swquant list recipes) or a YAML file; flags override it."
+    ),
+    click.option("--preset", type=click.Choice(["fast", "default", "best"]), help="How much data and training to use."),
+    click.option("--bits", type=int, help="Bits per weight: 2, 3, 4 or 8.  [2]"),
+    click.option("--group-size", help="Weights that share a scale: 32, 64, 128, or 'channel'.  [64]"),
+    click.option("--symmetric/--asymmetric", default=None, help="Fixed zero point, or one per group.  [symmetric]"),
+    click.option(
+        "--grid", help="uniform, or one that llama.cpp has: q2_k, q3_k, q4_k; sets the three above.  [uniform]"
+    ),
+    click.option("--method", help="One of swquant list methods, or several: 'awq + tesseraq'.  [by recipe]"),
+    click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help="An option of a method; repeatable."),
+    click.option("--loss", help="Training loss, e.g. '0.9*mse + 0.1*sliced_wasserstein(slices=256)'."),
+    click.option("--balance", help="What the loss's weights are: fixed, or shares of its value or gradient.  [fixed]"),
+    click.option("--loss-schedule", help="Its lesser terms over a phase: constant, rising, falling, early, late."),
+    click.option("--loss-depth", help="The same over the blocks."),
+    click.option("--calibration", help="Text or jsonl file, datasets name, or 'self': drawn from the model.  [self]"),
+    click.option("--samples", type=int, help="Calibration samples.  [128, by preset]"),
+    click.option("--seq-len", type=int, help="Tokens per sample.  [2048, or the model's limit]"),
+    click.option(
+        "--epochs", type=int, help="Passes over the samples, for all methods that have them.  [by method, preset]"
+    ),
+    click.option("--evaluation", help="Text or datasets name to measure the result on.  [held out of --calibration]"),
+    click.option("--evaluation-samples", type=int, help="Windows of --seq-len tokens to measure on; 0 for none.  [16]"),
+    click.option("--seed", type=int, help="Seed of everything random.  [0]"),
+    click.option("--device", help="cpu, an accelerator's name, or auto.  [auto]"),
+    click.option("--for", "runtime", help="What is to serve the output (swquant list targets); picks the format."),
+    click.option(
+        "--format",
+        "format_name",
+        help="Output format, or several: 'gguf,mlx' (swquant list formats).  [compressed-tensors]",
+    ),
+    click.option("--log-json", metavar="FILE", help="Append progress to FILE as JSON lines; - is standard error."),
+    click.option(
+        "--tensorboard", "tensorboard_directory", metavar="DIR", type=click.Path(path_type=Path), help="Curves in DIR."
+    ),
+    click.option("--wandb", "wandb_project", metavar="PROJECT", help="Curves in a project of W&B."),
+)
+"""What decides a recipe."""
+
+
+def recipe_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command :data:`RECIPE_OPTIONS`."""
+    for option in reversed(RECIPE_OPTIONS):
+        command = option(command)
+    return command
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -31,36 +84,7 @@ def app() -> None:
 @click.option(
     "--out", type=click.Path(path_type=Path), required=True, help="Where the quantized model goes; a new directory."
 )
-@click.option(
-    "--recipe", "recipe_name", help="A named recipe (swquant list recipes) or a YAML file; flags override it."
-)
-@click.option("--preset", type=click.Choice(["fast", "default", "best"]), help="How much data and training to use.")
-@click.option("--bits", type=int, help="Bits per weight: 2, 3, 4 or 8.  [2]")
-@click.option("--group-size", help="Weights that share a scale: 32, 64, 128, or 'channel'.  [64]")
-@click.option("--symmetric/--asymmetric", default=None, help="Fixed zero point, or one per group.  [symmetric]")
-@click.option("--grid", help="uniform, or one that llama.cpp has: q2_k, q3_k, q4_k; sets the three above.  [uniform]")
-@click.option("--method", help="One of swquant list methods, or several: 'awq + tesseraq'.  [by recipe]")
-@click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help="An option of a method; repeatable.")
-@click.option("--loss", help="Training loss, e.g. '0.9*mse + 0.1*sliced_wasserstein(slices=256)'.")
-@click.option("--balance", help="What the loss's weights are: fixed, or shares of its value or gradient.  [fixed]")
-@click.option("--loss-schedule", help="Its lesser terms over a phase: constant, rising, falling, early, late.")
-@click.option("--loss-depth", help="The same over the blocks.")
-@click.option("--calibration", help="Text or jsonl file, datasets name, or 'self': drawn from the model.  [self]")
-@click.option("--samples", type=int, help="Calibration samples.  [128, by preset]")
-@click.option("--seq-len", type=int, help="Tokens per sample.  [2048, or the model's limit]")
-@click.option(
-    "--epochs", type=int, help="Passes over the samples, for all methods that have them.  [by method, preset]"
-)
-@click.option("--evaluation", help="Text or datasets name to measure the result on.  [held out of --calibration]")
-@click.option("--evaluation-samples", type=int, help="Windows of --seq-len tokens to measure on; 0 for none.  [16]")
-@click.option("--seed", type=int, help="Seed of everything random.  [0]")
-@click.option("--device", help="cpu, an accelerator's name, or auto.  [auto]")
-@click.option("--for", "runtime", help="What is to serve the output (swquant list targets); picks the format.")
-@click.option(
-    "--format",
-    "format_name",
-    help="Output format, or several: 'gguf,mlx' (swquant list formats).  [compressed-tensors]",
-)
+@recipe_options
 @click.option("--push-to-hub", metavar="OWNER/NAME", help="Send the finished output and its card to the hub.")
 @click.option("--private", is_flag=True, help="Make the hub repository private, if it is made here.")
 def quantize(
@@ -83,28 +107,15 @@ def quantize(
     from swquant.distributed.group import joined
     from swquant.engine.observer import Silent
     from swquant.observers.watch import watching as everyone
-    from swquant.recipe import Recipe
     from swquant.run import quantize_together
     from swquant.ui import print_report
 
     if push_to_hub is not None:
         require_push(push_to_hub)
-    flags["format"] = flags.pop("format_name")
-    values = {name: value for name, value in flags.items() if value is not None}
-    if "group_size" in values:
-        values["group_size"] = _group_size(values["group_size"])
-    if options:
-        values["options"] = dict(_option(text) for text in options)
-    if recipe_name:
-        recipe = Recipe.load(recipe_name)
-    elif "method" in values:
-        recipe = Recipe()
-    else:
-        recipe_name, recipe = Recipe.recommended(values)
-    recipe = recipe.override(values)
+    recipe_name, recipe = _recipe(recipe_name, options, flags)
     with (
         joined(os.environ, recipe.device) as ranks,
-        everyone() if ranks.rank == 0 else nullcontext(Silent()) as watching,
+        everyone(out.name, **asked) if ranks.rank == 0 else nullcontext(Silent()) as watching,
     ):
         report = quantize_together(recipe, source, out, ranks, watching)
     if report is None:
@@ -112,6 +123,43 @@ def quantize(
     print_report(report, out, recipe_name)
     if push_to_hub is not None:
         click.echo(f"\nPushed to {push(out, push_to_hub, private=private)}")
+
+
+@app.command()
+@click.argument("source")
+@click.option("--out", type=click.Path(path_type=Path), default=Path(), help="Where the quantized model would go.")
+@recipe_options
+@click.option(
+    "--device-memory", metavar="SIZE", help="What the run may take on the device, e.g. 20GiB.  [what is free]"
+)
+@click.option("--host-memory", metavar="SIZE", help="What it may take on the host.  [what is free]")
+@click.option("--no-time", is_flag=True, help="Leave out the time, for which a block of random weights is run here.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def plan(
+    source: str,
+    out: Path,
+    recipe_name: str | None,
+    options: tuple[str, ...],
+    device_memory: str | None,
+    host_memory: str | None,
+    no_time: bool,
+    as_json: bool,
+    **flags: Any,
+) -> None:
+    """Say what quantizing SOURCE would take: memory, disk, time, and what does not fit; no weight is read.
+
+    Options are those of quantize. The exit code is 1 if something does not fit.
+    """
+    from swquant.estimate import Budget, estimate
+    from swquant.estimate.shown import print_estimate
+    from swquant.units import parse_size
+
+    recipe_name, recipe = _recipe(recipe_name, options, flags)
+    device, host = (None if text is None else parse_size(text) for text in (device_memory, host_memory))
+    found = estimate(recipe, source, out, Budget(device, host), measure=not no_time)
+    click.echo(found.to_json()) if as_json else print_estimate(found, recipe_name)
+    if found.problems:
+        sys.exit(FAILURE)
 
 
 @app.command()
@@ -268,6 +316,26 @@ def list_(kind: str) -> None:
     width = max(map(len, lines))
     for name, line in lines.items():
         click.echo(f"{name:<{width}}  {line}")
+
+
+def _recipe(name: str | None, options: tuple[str, ...], flags: dict[str, Any]) -> tuple[str | None, Recipe]:
+    """The recipe that the options ask for, and its name or file if it has one."""
+    from swquant.recipe import Recipe
+
+    flags["format"] = flags.pop("format_name")
+    asked = {name: flags.pop(name) for name in ("log_json", "tensorboard_directory", "wandb_project")}
+    values = {name: value for name, value in flags.items() if value is not None}
+    if "group_size" in values:
+        values["group_size"] = _group_size(values["group_size"])
+    if options:
+        values["options"] = dict(_option(text) for text in options)
+    if name:
+        recipe = Recipe.load(name)
+    elif "method" in values:
+        recipe = Recipe()
+    else:
+        name, recipe = Recipe.recommended(values)
+    return name, recipe.override(values)
 
 
 def _group_size(text: str) -> int | str:

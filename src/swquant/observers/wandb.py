@@ -1,0 +1,37 @@
+"""A run in W&B."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+from swquant.errors import SwquantError
+from swquant.observers.scalars import Scalars
+
+
+@contextmanager
+def wandb(project: str, name: str) -> Generator[Scalars]:
+    """Curves in the W&B ``project`` as the run ``name``, each over an axis of its own.
+
+    Raises:
+        SwquantError: W&B is not installed.
+    """
+    try:
+        client: Any = importlib.import_module("wandb")
+    except ImportError as error:
+        raise SwquantError("--wandb needs W&B: pip install 'swquant[wandb]'") from error
+    run = client.init(project=project, name=name)
+
+    def note(curve: str, value: float, place: int) -> None:
+        axis = f"{curve.partition('/')[0]}/place"
+        run.define_metric(curve, step_metric=axis)
+        run.log({curve: value, axis: place})
+
+    try:
+        yield Scalars(note)
+    except BaseException:
+        run.finish(exit_code=1)
+        raise
+    run.finish()

@@ -1,0 +1,176 @@
+"""What programs, TensorBoard and W&B hear of a run."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from swquant.cli import main
+from swquant.observers.json_lines import JsonLines
+
+
+@pytest.fixture
+def command(llama: Path, text: Path, tmp_path: Path) -> Callable[..., list[str]]:
+    def make(*more: str) -> list[str]:
+        few = ["--samples", "4", "--seq-len", "32", "--evaluation-samples", "2", "--epochs", "2", "--device", "cpu"]
+        method = ["--method", "omniquant + end_to_end", "--calibration", str(text)]
+        return ["quantize", str(llama), "--out", str(tmp_path / "out"), *few, *method, *more]
+
+    return make
+
+
+def events(content: str) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in content.splitlines()]
+    assert all(line["schema"] == 1 and line["time"] > 1.7e9 for line in lines)
+    assert [line["time"] for line in lines] == sorted(line["time"] for line in lines)
+    return lines
+
+
+def test_json_lines_tell_a_whole_run(command: Callable[..., list[str]], tmp_path: Path) -> None:
+    main(command("--log-json", str(tmp_path / "log.jsonl")))
+    told = events((tmp_path / "log.jsonl").read_text())
+    names = [line["event"] for line in told]
+    assert names[0] == "stage"
+    assert names[-1] == "done"
+    assert names.count("begin") == 1
+    blocks = [line for line in told if line["event"] == "block"]
+    assert [line["block"] for line in blocks] == [0, 1]
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    for line, block in zip(blocks, report["blocks"], strict=True):
+        assert line["drift"] == block["drift"]
+        assert [phase["after"] for phase in line["phases"]] == [phase["after"] for phase in block["phases"]]
+        assert line["seconds_left"] >= 0
+    last_steps = [line for line in told if line["event"] == "step" and line["done"] == line["total"]]
+    assert [line["block"] for line in last_steps] == [0, 1, None]
+    assert told[-1]["quality"] == report["quality"]
+
+
+def test_on_standard_error_there_is_nothing_else(
+    command: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(command("--log-json", "-"))
+    assert events(capsys.readouterr().err)[-1]["event"] == "done"
+
+
+def test_a_failure_and_a_stop_are_the_last_line(
+    command: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = tmp_path / "log.jsonl"
+    for error, code, event in ((OSError(28, "full"), 1, "error"), (KeyboardInterrupt(), 130, "stopped")):
+        with monkeypatch.context() as patch:
+            patch.setattr("swquant.run.write_output", lambda *_, error=error: raise_(error))
+            with pytest.raises(SystemExit) as exit:
+                main(command("--log-json", str(log)))
+        assert exit.value.code == code
+        assert events(log.read_text())[-1]["event"] == event
+    assert "full" in next(line for line in events(log.read_text()) if line["event"] == "error")["message"]
+    main(command("--log-json", str(log)))
+    assert events(log.read_text())[-1]["event"] == "done"
+
+
+def raise_(error: BaseException) -> None:
+    raise error
+
+
+def test_steps_are_throttled() -> None:
+    now = [0.0]
+    lines = JsonLines(io.StringIO(), now=lambda: now[0])
+    lines.begin(1, 0)
+    for step in range(100):
+        now[0] += 0.1
+        lines.step(step + 1, 100)
+    told = [json.loads(line) for line in lines.file.getvalue().splitlines()]
+    steps = [line["done"] for line in told if line["event"] == "step"]
+    assert len(steps) <= 12
+    assert steps[-1] == 100
+
+
+def test_a_log_that_cannot_be_written_is_refused_before_the_run(
+    command: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(command("--log-json", str(tmp_path)))
+    assert exit.value.code == 2
+    assert "give --log-json another file" in capsys.readouterr().err
+    assert not (tmp_path / "out.swquant-work").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "module", "extra"),
+    [
+        (["--tensorboard", "logs"], "torch.utils.tensorboard", "swquant[tensorboard]"),
+        (["--wandb", "project"], "wandb", "swquant[wandb]"),
+    ],
+)
+def test_what_is_not_installed_is_named(
+    command: Callable[..., list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    flags: list[str],
+    module: str,
+    extra: str,
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(SystemExit) as exit:
+        main(command(*flags))
+    assert exit.value.code == 2
+    assert f"pip install '{extra}'" in capsys.readouterr().err
+
+
+def test_tensorboard_reads_the_curves(command: Callable[..., list[str]], tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    main(command("--tensorboard", str(tmp_path / "curves")))
+    found = EventAccumulator(str(tmp_path / "curves"))
+    found.Reload()
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    drifts = [point.value for point in found.Scalars("blocks/drift")]
+    assert drifts == pytest.approx([block["drift"] for block in report["blocks"]])
+    curve = [point.value for point in found.Scalars("end to end/held-out KL")]
+    assert curve == pytest.approx([report["finish"]["before"], *report["finish"]["curve"]])
+    assert found.Scalars("quality/kl")[0].value == pytest.approx(report["quality"]["kl"])
+
+
+class StandIn:
+    """The part of W&B's interface that is used."""
+
+    def __init__(self) -> None:
+        self.started: dict[str, Any] = {}
+        self.logged: list[dict[str, float]] = []
+        self.axes: dict[str, str] = {}
+        self.code: int | None = None
+
+    def init(self, **settings: Any) -> StandIn:
+        self.started = settings
+        return self
+
+    def define_metric(self, name: str, *, step_metric: str) -> None:
+        self.axes[name] = step_metric
+
+    def log(self, values: dict[str, float]) -> None:
+        self.logged.append(values)
+
+    def finish(self, exit_code: int = 0) -> None:
+        self.code = exit_code
+
+
+def test_wandb_gets_the_curves(
+    command: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = StandIn()
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=client.init))
+    main(command("--wandb", "quantized"))
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert client.started == {"project": "quantized", "name": "out"}
+    drifts = [values["blocks/drift"] for values in client.logged if "blocks/drift" in values]
+    assert drifts == [block["drift"] for block in report["blocks"]]
+    assert all(client.axes[name] in values for values in client.logged for name in values if name in client.axes)
+    assert client.code == 0
