@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from swquant import Recipe, Report, SwquantError, quantize
+from swquant.distributed.group import joined
 from swquant.distributed.ranks import Ranks
 from swquant.engine import durable
 from swquant.engine.journal import Journal
@@ -62,12 +63,17 @@ def require_alike(found: Path, expected: Path) -> None:
     assert curves(reports[0]) == pytest.approx(curves(reports[1]), rel=5e-2 if behind_gptq else 2e-3)
     own, other = codes_of(found), codes_of(expected)
     assert own.keys() == other.keys()
-    differing = sum(int((own[name] != other[name]).sum()) for name in own)
-    assert differing <= (DIFFERING_BEHIND_GPTQ if behind_gptq else DIFFERING) * sum(
-        value.numel() for value in own.values()
-    )
-    assert reports[0].quality.perplexity == pytest.approx(reports[1].quality.perplexity, rel=1e-2)
+    share = differing(own, other)
+    assert share <= (DIFFERING_BEHIND_GPTQ if behind_gptq else DIFFERING)
+    first = [name for name in own if ".layers.0." in name]
+    assert differing({name: own[name] for name in first}, other) <= DIFFERING
+    assert reports[0].quality.perplexity == pytest.approx(reports[1].quality.perplexity, rel=1e-1 if share else 1e-3)
     assert reports[0].recipe_hash == reports[1].recipe_hash
+
+
+def differing(own: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> float:
+    assert own
+    return sum(int((own[name] != other[name]).sum()) for name in own) / sum(value.numel() for value in own.values())
 
 
 METHODS: Mapping[str, tuple[str, dict[str, Any]]] = {
@@ -282,9 +288,6 @@ def test_a_killed_rank_ends_the_others_and_the_run_goes_on_with_any_number(
     assert process.returncode != 0, output
     assert not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks.values())
     assert "the same command goes on from the last finished block" in " ".join(output.split())
-    manifest = json.loads((tmp_path / "out.swquant-work" / "manifest.json").read_text())
-    assert "block 1/3" in output
-    assert manifest
     code, output = launch(size, *arguments) if size > 1 else (0, quantize_alone(model, text, out, method))
     assert code == 0, output
     assert "blocks were finished before" in output or size == 1
@@ -296,11 +299,6 @@ def quantize_alone(model: Path, text: Path, out: Path, method: str) -> str:
     return ""
 
 
-@pytest.mark.slow
-def test_ranks_that_are_not_started_by_torchrun_are_refused(
-    llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from swquant.distributed.group import joined
-
+def test_ranks_that_are_not_started_by_torchrun_are_refused() -> None:
     with pytest.raises(SwquantError, match="WORLD_SIZE is 2 and LOCAL_RANK is not set: start the ranks with torchrun"):
         joined({"WORLD_SIZE": "2", "RANK": "0"}, "cpu").__enter__()

@@ -19,6 +19,7 @@ from swquant.losses.mse import Mse
 from swquant.phases.base import PhaseReport, Problem
 from swquant.phases.optimizers import Optimizer, trainable
 from swquant.phases.passes import outputs_by_batch, pull
+from swquant.phases.portion import together
 from swquant.phases.rounds import RETRIES, Trail, keep_best, run_round
 from swquant.quant.draft import Draft, detach, realize
 
@@ -163,7 +164,7 @@ class _Job:
                 value.grad = None
             if self.balancer is not None:
                 self.balancer.ratios = dict(ratios)
-            params = realize(self._apply(), self.constants)
+            params = together(self.problem.ranks, lambda: realize(self._apply(), self.constants))
             separable = self.loss.separable and not self.balanced
             return pull(self.problem, params, samples, partial(self._slope, step), separable, self.trained)
 
