@@ -57,11 +57,6 @@ RECIPE_OPTIONS = (
         "format_name",
         help="Output format, or several: 'gguf,mlx' (swquant list formats).  [compressed-tensors]",
     ),
-    click.option("--log-json", metavar="FILE", help="Append progress to FILE as JSON lines; - is standard error."),
-    click.option(
-        "--tensorboard", "tensorboard_directory", metavar="DIR", type=click.Path(path_type=Path), help="Curves in DIR."
-    ),
-    click.option("--wandb", "wandb_project", metavar="PROJECT", help="Curves in a project of W&B."),
 )
 """What decides a recipe."""
 
@@ -85,6 +80,11 @@ def app() -> None:
     "--out", type=click.Path(path_type=Path), required=True, help="Where the quantized model goes; a new directory."
 )
 @recipe_options
+@click.option("--log-json", metavar="FILE", help="Append progress to FILE as JSON lines; - is standard error.")
+@click.option(
+    "--tensorboard", "tensorboard_directory", metavar="DIR", type=click.Path(path_type=Path), help="Curves in DIR."
+)
+@click.option("--wandb", "wandb_project", metavar="PROJECT", help="Curves in a project of W&B.")
 @click.option("--push-to-hub", metavar="OWNER/NAME", help="Send the finished output and its card to the hub.")
 @click.option("--private", is_flag=True, help="Make the hub repository private, if it is made here.")
 def quantize(
@@ -112,6 +112,7 @@ def quantize(
 
     if push_to_hub is not None:
         require_push(push_to_hub)
+    asked = {name: flags.pop(name) for name in ("log_json", "tensorboard_directory", "wandb_project")}
     recipe_name, recipe = _recipe(recipe_name, options, flags)
     with (
         joined(os.environ, recipe.device) as ranks,
@@ -129,9 +130,7 @@ def quantize(
 @click.argument("source")
 @click.option("--out", type=click.Path(path_type=Path), default=Path(), help="Where the quantized model would go.")
 @recipe_options
-@click.option(
-    "--device-memory", metavar="SIZE", help="What the run may take on the device, e.g. 20GiB.  [what is free]"
-)
+@click.option("--device-memory", metavar="SIZE", help="What it may take on the device: 20GiB.  [what is free]")
 @click.option("--host-memory", metavar="SIZE", help="What it may take on the host.  [what is free]")
 @click.option("--no-time", is_flag=True, help="Leave out the time, for which a block of random weights is run here.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
@@ -323,7 +322,6 @@ def _recipe(name: str | None, options: tuple[str, ...], flags: dict[str, Any]) -
     from swquant.recipe import Recipe
 
     flags["format"] = flags.pop("format_name")
-    asked = {name: flags.pop(name) for name in ("log_json", "tensorboard_directory", "wandb_project")}
     values = {name: value for name, value in flags.items() if value is not None}
     if "group_size" in values:
         values["group_size"] = _group_size(values["group_size"])

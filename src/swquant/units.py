@@ -2,6 +2,25 @@
 
 from __future__ import annotations
 
+import re
+
+from swquant.errors import SwquantError
+
+_UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
+_BINARY = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as ``20GiB``, ``500 MB`` or ``1e9``.
+
+    Raises:
+        SwquantError: It is no size above zero.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?(?:e\d{1,2})?)\s*([kmgt]?)(i?)b?\s*", text.lower())
+    if found is None or (found[3] and not found[2]) or not float(found[1]):
+        raise SwquantError(f"{text!r} is no size, expected something like 20GiB or 500MB")
+    return int(float(found[1]) * (_BINARY if found[3] else _UNITS)[found[2]])
+
 
 def span(seconds: float) -> str:
     """A time, e.g. ``12 s``, ``7 min`` or ``2.5 h``."""

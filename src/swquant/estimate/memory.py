@@ -1,0 +1,126 @@
+"""Memory of a run, found by running one block of it on tensors without values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from swquant.engine.block import split_held
+from swquant.engine.head import VOCABULARY_ROWS
+from swquant.estimate.live import Live, without_values
+from swquant.estimate.rig import Rig, arguments
+from swquant.phases.base import Phase
+from swquant.phases.gptq import Gptq
+from swquant.phases.train import Train
+from swquant.plan import Plan
+from swquant.quant.deferred import in_float
+from swquant.quant.draft import Draft, commit
+
+HESSIANS = 7
+"""Matrices of the inputs' width that GPTQ holds where it factors: moments, damped ones, and copies on the way."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of tensors, the most at any time.
+
+    Attributes:
+        blocks: A block at work, by what is done: ``forward``, each phase's name, ``commit``.
+        finish: The end-to-end training; 0 without one.
+    """
+
+    blocks: Mapping[str, int]
+    finish: int
+
+    @property
+    def peak(self) -> int:
+        """Of all."""
+        return max(*self.blocks.values(), self.finish)
+
+    @property
+    def largest(self) -> str:
+        """What has the peak."""
+        named = {**self.blocks, "end to end": self.finish}
+        return max(named, key=lambda name: named[name])
+
+
+def memory_of(plan: Plan, shape: tuple[int, int, int], micro_batch: int | None = None) -> Memory:
+    """Run the first block's forward pass, a step of each phase, and the commit, on tensors without values.
+
+    Args:
+        plan: The run; no weight of it is read.
+        shape: Of its streams, ``(samples, tokens, dim)``.
+        micro_batch: Samples of a batch that go through the block at once.
+    """
+    kwargs = arguments(plan.skeleton, shape[1])
+    dtypes = plan.skeleton.block(0).stored_dtypes(plan.checkpoint)
+    with without_values() as live:
+        streams = (torch.empty(shape), torch.empty(shape), torch.empty(shape))
+        before = live.now
+        own = plan.skeleton.block(0).module.named_parameters()
+        params = {name: torch.empty(value.shape, dtype=dtypes[name]) for name, value in own}
+        rig = Rig(plan, kwargs, params, streams, torch.device("cpu"))
+        blocks = _block(rig, live, before, micro_batch)
+        return Memory(blocks, _finish(rig, shape, live))
+
+
+def _block(rig: Rig, live: Live, before: int, micro_batch: int | None) -> dict[str, int]:
+    found: dict[str, int] = {}
+
+    def note(name: str) -> None:
+        found[name] = max(found.get(name, 0), live.peak - before)
+        live.mark()
+
+    live.mark()
+    rig.advance(in_float(rig.params))
+    note("forward")
+    draft = rig.draft()
+    for phase in rig.plan.pipeline.phases:
+        draft = _step(rig, phase, draft, micro_batch)
+        note(type(phase).__name__)
+    committed, rounded = commit(draft), commit(draft)
+    rig.advance(committed.floats())
+    del rounded
+    note("commit")
+    return found
+
+
+def _step(rig: Rig, phase: Phase, draft: Draft, micro_batch: int | None) -> Draft:
+    """The draft behind a phase that was cut to one step."""
+    if isinstance(phase, Gptq):
+        return _gptq(draft)
+    train, held = split_held(rig.plan.recipe.samples or 1)
+    batch = phase.batch_size if isinstance(phase, Train) else 1
+    if isinstance(phase, Train):
+        phase = replace(phase, epochs=min(1, phase.epochs), steps=None if phase.steps is None else 1)
+    return phase.run(draft, rig.problem(phase, train[:batch], held[:batch], micro_batch=micro_batch))[0]
+
+
+def _gptq(draft: Draft) -> Draft:
+    """What GPTQ leaves and holds at most, without its columns one by one."""
+    params = {name: torch.empty(draft.params[name].shape) for name in draft.slots}
+    for value in params.values():
+        width = value.shape[1]
+        for held in ([(width, width)] * HESSIANS, [(width, width)] * 3 + [tuple(value.shape)] * 3):
+            _ = [torch.empty(shape) for shape in held]
+    return replace(draft, params={**draft.params, **params})
+
+
+def _finish(rig: Rig, shape: tuple[int, int, int], live: Live) -> int:
+    """Hidden states in front of each block, scales and their moments, both heads, and a block's pass."""
+    plan, work = rig.plan, rig.plan.pipeline.finish
+    if work is None:
+        return 0
+    before = live.now
+    live.mark()
+    committed = commit(rig.draft())
+    hidden = torch.empty(work.batch_size, *shape[1:], requires_grad=True)
+    out = rig.forward(committed.floats(), hidden)
+    out.backward(torch.empty_like(out))
+    head = plan.checkpoint.tensors[plan.skeleton.head_weight]
+    states = len(plan.skeleton.blocks) * work.batch_size * math.prod(shape[1:]) * 4
+    groups = sum(rows * plan.spec.groups(columns) for rows, columns in plan.outline.linears.values())
+    return live.peak - before + states + 7 * 4 * groups + 2 * head.nbytes + 4 * VOCABULARY_ROWS * head.shape[1]

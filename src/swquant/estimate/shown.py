@@ -1,0 +1,43 @@
+"""An estimate as a person reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.table import Table
+
+from swquant.estimate import Estimate
+from swquant.units import size, span
+
+
+def print_estimate(found: Estimate, recipe: str | None) -> None:
+    """Print what a run will take; ``recipe`` is the name or the file of the recipe."""
+    console = Console(highlight=False)
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column()
+    for name, value in _facts(found, recipe):
+        table.add_row(name, value)
+    console.print(table)
+    for problem in found.problems:
+        console.print(f"Does not fit: {problem}", soft_wrap=True)
+
+
+def _facts(found: Estimate, recipe: str | None) -> Iterator[tuple[str, str]]:
+    yield "recipe", f"{f'{recipe}: ' if recipe else ''}{found.recipe['method']}"
+    yield "model", f"{found.blocks} blocks, {found.parameters:,} parameters, {found.quantized:,} of them quantized"
+    yield "bits per quantized weight", f"{found.bits_per_weight:.3f}, scales and zero points included"
+    tensors = found.parts["tensors"]
+    work = ", ".join(f"{name} {size(value)}" for name, value in tensors.items())
+    yield "memory of a block at work", f"{size(found.device)} at most: {work}"
+    streams = f"{size(found.parts['streams'])} of mapped streams, which may be dropped from memory"
+    yield "memory of the process", f"{size(found.host)}: interpreter {size(found.parts['interpreter'])}, {streams}"
+    if found.parts["drawing"]:
+        yield "drawing samples from the model", f"{size(found.parts['drawing'])} of memory before the first block"
+    disk = found.disk
+    yield "disk", f"{size(disk['peak'])} at most, {size(disk['free'])} free; finished blocks {size(disk['journal'])}"
+    yield "output", ", ".join(f"{name} {size(value)}" for name, value in disk["outputs"].items())
+    if found.time is not None:
+        block = ", ".join(f"{name} {span(value)}" for name, value in found.time["block"].items())
+        yield "time", f"{span(found.time['total'])}, each block {block}"
