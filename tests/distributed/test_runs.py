@@ -89,26 +89,26 @@ SLOW: Mapping[str, tuple[str, dict[str, Any]]] = {
     "awq": ("awq", {"symmetric": False}),
     "act_order": ("gptq(act_order=True)", {}),
     "norm_tweaking": ("gptq + norm_tweaking(epochs=2, batch_size=3)", {}),
-    "end_to_end": ("gptq + end_to_end(epochs=2)", {}),
+    "end_to_end": ("rtn + end_to_end(epochs=2, batch_size=4)", {}),
 }
 CASES = [
-    *(pytest.param(*case, id=name) for name, case in METHODS.items()),
-    *(pytest.param(*case, id=name, marks=pytest.mark.slow) for name, case in SLOW.items()),
+    pytest.param(size, *case, id=f"{name}-{size}", marks=() if quick else pytest.mark.slow)
+    for name, case in {**METHODS, **SLOW}.items()
+    for size in (2, 4)
+    for quick in [name in METHODS and (size == 2 or name == "omniquant")]
 ]
 
 
-@pytest.mark.parametrize(("method", "values"), CASES)
+@pytest.mark.parametrize(("size", "method", "values"), CASES)
 def test_threads_for_ranks_equal_one_process(
-    crew: RunCrew, llama: Path, text: Path, tmp_path: Path, method: str, values: dict[str, Any]
+    crew: RunCrew, llama: Path, text: Path, tmp_path: Path, size: int, method: str, values: dict[str, Any]
 ) -> None:
-    recipe = recipe_of(text, method, **values)
+    recipe, out = recipe_of(text, method, **values), tmp_path / "out"
     quantize(recipe, llama, tmp_path / "one")
-    for size in (2, 4):
-        out = tmp_path / f"of-{size}"
-        first, *others = crew(size, lambda ranks, out=out: quantize_together(recipe, llama, out, ranks, Silent()))
-        assert others == [None] * (size - 1)
-        assert first.to_json() == (out / "report.json").read_text()
-        require_alike(out, tmp_path / "one")
+    first, *others = crew(size, lambda ranks: quantize_together(recipe, llama, out, ranks, Silent()))
+    assert others == [None] * (size - 1)
+    assert first.to_json() == (out / "report.json").read_text()
+    require_alike(out, tmp_path / "one")
 
 
 def test_a_finished_run_is_found_by_all_ranks(crew: RunCrew, llama: Path, text: Path, tmp_path: Path) -> None:
