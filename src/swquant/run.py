@@ -191,6 +191,7 @@ def _start(plan: Plan, journal: Journal, out: Path, watching: Observer) -> None:
     """Make the samples and both streams in front of block 0; a start that fails leaves nothing."""
     try:
         _check_disk(plan, out)
+        plan.checkpoint.sidecars()
         plan.checkpoint.require_finite(f"{linear}.weight" for linear in plan.outline.linears)
         _begin(plan, journal, watching)
     except BaseException:

@@ -203,3 +203,24 @@ def make_outputs(plain: Path, text: Path, folder: Path) -> dict[str, Path]:
         for file in ("report.json", "README.md"):
             shutil.copy(folder / "out" / file, folder / "out" / name)
     return {name: folder / "out" / name for name in FORMATS}
+
+
+def small_model(folder: Path) -> Path:
+    """A LLaMA of one block and random weights with the demo's tokenizer, for those who have no fixtures."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from swquant.demo import ASSETS
+
+    assets = Path(str(ASSETS / "model"))
+    config = LlamaConfig(
+        vocab_size=json.loads((assets / "config.json").read_text())["vocab_size"],
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    for path in assets.glob("tokenizer*"):
+        shutil.copy(path, folder)
+    return folder

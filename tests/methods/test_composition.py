@@ -155,3 +155,11 @@ def test_defaults_depend_on_the_family(family, transforms: bool) -> None:
 def test_a_method_cannot_stand_twice() -> None:
     with pytest.raises(SwquantError, match="omniquant stands twice"):
         build_pipeline(parse_methods("omniquant + omniquant"), SETTING)
+
+
+@pytest.mark.parametrize("expression", ["awq + 1if", "awq(x='\\d')", "rtn" + " + rtn" * 400])
+def test_what_cannot_be_read_is_one_sentence_and_no_warning(expression: str, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SwquantError) as caught:
+        parse_methods(expression)
+    assert len(str(caught.value)) < 600
+    assert capfd.readouterr() == ("", "")

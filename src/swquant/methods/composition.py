@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -15,6 +16,7 @@ from swquant.phases.scale_training import ScaleTraining
 from swquant.validation import build
 
 EXAMPLE = "write methods with '+' between them, such as 'awq + block_ap(epochs=4) + tesseraq'"
+LONGEST = 1000
 STAGES = ("before the first block", "block by block", "after the last block")
 
 
@@ -65,8 +67,12 @@ def parse_methods(
         SwquantError: The text is something else, a method or an option is unknown or has the wrong type, or no method
             trains by epochs and they are given.
     """
+    if len(expression) > LONGEST:
+        raise SwquantError(f"the method of {len(expression)} characters cannot be read, at most {LONGEST} are: {EXAMPLE}")
     try:
-        tree = ast.parse(" ".join(expression.split()), mode="eval").body
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.parse(" ".join(expression.split()), mode="eval").body
         calls = list(_calls(tree))
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise SwquantError(f"the method {expression!r} cannot be read: {EXAMPLE}") from error
