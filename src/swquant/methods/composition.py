@@ -68,7 +68,8 @@ def parse_methods(
             trains by epochs and they are given.
     """
     if len(expression) > LONGEST:
-        raise SwquantError(f"the method of {len(expression)} characters cannot be read, at most {LONGEST} are: {EXAMPLE}")
+        length = len(expression)
+        raise SwquantError(f"the method of {length} characters cannot be read, at most {LONGEST} are: {EXAMPLE}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
