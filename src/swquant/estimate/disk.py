@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from swquant.checkpoint.quantized import Outline
 from swquant.engine.streams import stream_bytes
 from swquant.formats.gguf_blocks import block_type
+from swquant.formats.onnx import CHANNEL_BLOCK
 from swquant.formats.onnx_layout import decoder_layout
 from swquant.plan import Plan
 from swquant.quant.bits import packed_words
@@ -83,16 +84,13 @@ def trained_bytes(plan: Plan) -> int:
 
 def output_bytes(form: str, plan: Plan) -> int:
     """The tensors that a format writes."""
-    outline, family = plan.outline, plan.skeleton.family
+    outline = plan.outline
     quantized = {f"{module}.weight" for module in outline.linears}
     plain = {name: stored for name, stored in plan.checkpoint.tensors.items() if name not in quantized}
     total = sum(weight_bytes(form, outline, rows, columns) for rows, columns in outline.linears.values())
     if form == "onnx":
         layout = decoder_layout(outline.config)
-        tied_twice = plan.skeleton.tied and f"{family.head}.weight" not in plain
-        values = sum(math.prod(stored.shape) for stored in plain.values())
-        values += math.prod(plain[f"{family.embedding}.weight"].shape) if tied_twice else 0
-        return total + 4 * (values + layout.context * layout.head_dim)
+        total += 4 * layout.context * layout.head_dim
     if form == "gguf":
         widened = (
             4 * math.prod(stored.shape) if len(stored.shape) == 1 else stored.nbytes for stored in plain.values()
@@ -116,7 +114,9 @@ def weight_bytes(form: str, outline: Outline, rows: int, columns: int) -> int:
     if form == "mlx":
         return codes + 2 * groups * rows * size
     if form == "onnx":
-        return codes + 4 * groups * rows + rows * -(-groups * spec.bits // 8)
+        blocks = -(-columns // (spec.group_size or CHANNEL_BLOCK))
+        zeros = 0 if spec.symmetric else rows * -(-blocks * spec.bits // 8)
+        return codes + blocks * rows * size + zeros
     zeros = 0 if spec.symmetric else WORD * groups * packed_words(rows, spec.bits)
     return codes + groups * rows * size + zeros + 2 * 8
 

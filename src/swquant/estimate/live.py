@@ -48,7 +48,7 @@ class Live(TorchDispatchMode):
         return out
 
     def _count(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
+        key = storage._cdata  # pyright: ignore[reportPrivateUsage]
         if key in self._sizes:
             return
         self._sizes[key] = storage.nbytes()

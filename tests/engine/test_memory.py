@@ -1,0 +1,31 @@
+"""Memory that was freed goes back to the system."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+
+import psutil
+import pytest
+
+from swquant.engine.memory import peak_bytes, release
+
+
+def test_the_peak_is_at_least_what_is_held() -> None:
+    assert peak_bytes() >= 0.9 * psutil.Process().memory_info().rss
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_freed_memory_is_given_back() -> None:
+    library = ctypes.CDLL(None)
+    library.malloc.restype = ctypes.c_void_p
+    size, count = 64 << 10, 1600
+    pieces = [library.malloc(size) for _ in range(count)]
+    for piece in pieces:
+        ctypes.memset(piece, 1, size)
+    held = psutil.Process().memory_info().rss
+    for piece in pieces[:-1]:
+        library.free(ctypes.c_void_p(piece))
+    release()
+    assert psutil.Process().memory_info().rss < held - size * count // 2
+    library.free(ctypes.c_void_p(pieces[-1]))

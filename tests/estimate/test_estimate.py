@@ -1,0 +1,179 @@
+"""What is said before a run against what the run takes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from transformers import LlamaConfig
+
+import swquant.run
+from swquant.checkpoint.reader import Checkpoint
+from swquant.cli import app
+from swquant.engine.observer import Silent
+from swquant.errors import SwquantError
+from swquant.estimate import estimate, shape_of
+from swquant.estimate.live import Live, without_values
+from swquant.estimate.memory import memory_of
+from swquant.estimate.rig import Rig, arguments
+from swquant.plan import make_plan
+from swquant.quant.deferred import in_float
+from swquant.recipe import Recipe
+from swquant.run import quantize
+from swquant.units import parse_size
+
+MakeModel = Callable[..., Path]
+
+RECIPE = Recipe(method="omniquant(epochs=1)", samples=4, seq_len=64, evaluation_samples=1, device="cpu")
+FORMATS = ("compressed_tensors", "gptq", "auto_round", "mlx", "dequantized", "gguf", "onnx")
+
+
+class Usage(Silent):
+    """The most bytes that a directory has held."""
+
+    def __init__(self, work: Path) -> None:
+        self.work, self.most = work, 0
+
+    def look(self) -> None:
+        """Look now."""
+        self.most = max(self.most, sum(path.stat().st_size for path in self.work.rglob("*") if path.is_file()))
+
+    def step(self, done: int, total: int) -> None:
+        """A step has ended."""
+        self.look()
+
+
+@pytest.fixture(scope="module")
+def wide(make_model: MakeModel) -> Path:
+    return make_model("llama", 3, torch.bfloat16, hidden_size=512, intermediate_size=1024, head_dim=128)
+
+
+def test_the_disk_is_known_within_2_percent(
+    wide: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = replace(RECIPE, calibration=str(text), format=",".join(FORMATS))
+    found = estimate(recipe, wide, tmp_path / "out", measure=False)
+    usage = Usage(tmp_path / "out.swquant-work")
+    publish = swquant.run.publish
+
+    def watched(staging: Path, out: Path) -> None:
+        usage.look()
+        publish(staging, out)
+
+    monkeypatch.setattr(swquant.run, "publish", watched)
+    report = quantize(recipe, wide, tmp_path / "out", observer=usage)
+    for output in report.outputs:
+        assert found.disk["outputs"][output.format] == pytest.approx(output.bytes, rel=0.02), output.format
+    assert found.disk["peak"] == pytest.approx(usage.most, rel=0.02)
+    assert found.bits_per_weight == report.bits_per_weight
+
+
+@pytest.mark.parametrize(
+    "method", ["omniquant(epochs=1)", "block_ap(epochs=1, batch_size=2)", "awq", "signround(steps=1)"]
+)
+def test_tensors_without_values_take_what_tensors_with_values_take(llama: Path, method: str) -> None:
+    plan = make_plan(replace(RECIPE, method=method, seq_len=32), llama)
+    shape = shape_of(plan)
+    (phase,) = plan.pipeline.phases[:1]
+    dtypes = plan.skeleton.block(0).stored_dtypes(plan.checkpoint)
+    kwargs = arguments(plan.skeleton, shape[1])
+    peaks: list[int] = []
+    for mode in (without_values(), Live()):
+        with mode as live:
+            own = plan.skeleton.block(0).module.named_parameters()
+            params = {name: torch.ones(value.shape, dtype=dtypes[name]) for name, value in own}
+            streams = (torch.ones(shape), torch.ones(shape), torch.ones(shape))
+            rig = Rig(plan, kwargs, params, streams, torch.device("cpu"))
+            rig.advance(in_float(params))
+            phase.run(rig.draft(), rig.problem(phase, [0, 1], [2]))
+            peaks.append(live.peak)
+    assert peaks[0] == pytest.approx(peaks[1], rel=0.02)
+    assert peaks[0] > 4 * sum(value.numel() for value in params.values())
+
+
+def test_no_weight_is_read(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError
+
+    for name in ("read", "rows", "require_finite"):
+        monkeypatch.setattr(Checkpoint, name, refuse)
+    found = estimate(RECIPE, llama, tmp_path / "out")
+    assert found.time is not None
+    assert found.time["total"] > 0
+    assert found.problems == ()
+
+
+def test_a_larger_batch_takes_more_memory_and_a_micro_batch_less(llama: Path) -> None:
+    plans = [make_plan(replace(RECIPE, method=f"block_ap(epochs=1, batch_size={size})"), llama) for size in (1, 3)]
+    one, three = (memory_of(plan, shape_of(plan)).blocks["Train"] for plan in plans)
+    cut = memory_of(plans[1], shape_of(plans[1]), micro_batch=1).blocks["Train"]
+    assert one <= cut < three
+
+
+def test_the_command_prints_json_and_says_what_does_not_fit(llama: Path, text: Path) -> None:
+    given = ["plan", str(llama), "--method", "rtn", "--samples", "2", "--calibration", str(text), "--no-time"]
+    runner = CliRunner()
+    good = runner.invoke(app, [*given, "--json"], catch_exceptions=False)
+    assert good.exit_code == 0
+    assert json.loads(good.stdout)["blocks"] == 2
+    bad = runner.invoke(app, [*given, "--host-memory", "1MB"], catch_exceptions=False)
+    assert bad.exit_code == 1
+    assert "Does not fit: the run needs" in bad.stdout
+
+
+def test_sizes() -> None:
+    assert [parse_size(text) for text in ("20GiB", "1.5 kb", "7", "1e9")] == [20 << 30, 1500, 7, 10**9]
+    for text in ("", "GiB", "-1", "3 ib", "0", "20 apples"):
+        with pytest.raises(SwquantError, match="is no size"):
+            parse_size(text)
+
+
+PEAK = """
+import resource, sys, torch
+from pathlib import Path
+from swquant.recipe import Recipe
+from swquant.run import quantize
+torch.set_num_threads(1)
+quantize(Recipe.load(sys.argv[1]), sys.argv[2], sys.argv[3])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+SAID = """
+import sys
+from swquant.estimate import estimate
+from swquant.recipe import Recipe
+print(estimate(Recipe.load(sys.argv[1]), sys.argv[2], sys.argv[3], measure=False).host)
+"""
+
+
+@pytest.mark.slow
+def test_the_memory_is_known_within_15_percent(make_model: MakeModel, text: Path, tmp_path: Path) -> None:
+    sizes = LlamaConfig(hidden_size=2048, intermediate_size=5632, num_attention_heads=16, num_key_value_heads=16)
+    kept = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+    settings = {name: getattr(sizes, name) for name in kept}
+    source = make_model("llama", 2, torch.bfloat16, head_dim=128, max_position_embeddings=512, **settings)
+    recipe = replace(RECIPE, samples=3, seq_len=512, evaluation_samples=0, calibration=str(text))
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    given = [str(tmp_path / "recipe.yaml"), str(source), str(tmp_path / "out")]
+    said, found = (
+        int(subprocess.run([sys.executable, "-c", code, *given], check=True, stdout=subprocess.PIPE).stdout.split()[-1])
+        for code in (SAID, PEAK)
+    )
+    assert said == pytest.approx(found, rel=0.15)
+
+
+@pytest.mark.slow
+def test_the_time_is_known_within_30_percent(wide: Path, text: Path, tmp_path: Path) -> None:
+    recipe = replace(RECIPE, method="gptq + block_ap(epochs=6)", samples=16, calibration=str(text))
+    said = estimate(recipe, wide, tmp_path / "out").time
+    assert said is not None
+    began = time.perf_counter()
+    quantize(recipe, wide, tmp_path / "out")
+    assert said["total"] == pytest.approx(time.perf_counter() - began, rel=0.3)
