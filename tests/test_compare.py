@@ -11,8 +11,9 @@ import pytest
 
 from swquant import Recipe, Report, SwquantError, quantize
 from swquant.cli import main
-from swquant.compare import LARGEST, compare, read_report, short_names
+from swquant.compare import compare, read_report, short_names
 from swquant.html.comparison import COLOURS, Run, cautions_of, comparison_page, rows_of, style_of
+from swquant.output import LARGEST
 
 HOSTILE = "<script>alert(1)</script>\x1b[31m"
 
