@@ -31,7 +31,7 @@ import resource, sys, torch
 import swquant.run as run
 from swquant.recipe import Recipe
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 if len(sys.argv) > 1:
     source, out, samples, tokens = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
     text = torch.randint(2, 256, (samples, tokens), generator=torch.Generator().manual_seed(0))
