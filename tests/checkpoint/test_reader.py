@@ -5,6 +5,8 @@ import os
 import re
 import shutil
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -546,6 +548,20 @@ class TestHostileShards:
         directory = lay_out(weights)
         torch.save(weights, directory / "model.safetensors")
         refused(directory, "is damaged or not a safetensors file")
+
+    def test_a_file_that_the_address_space_has_no_room_for(self, lay_out: Make) -> None:
+        size = 2**36
+        directory = lay_out({})
+        write_raw(directory / "model.safetensors", {"w": entry("F32", [size // 4], 0, size)})
+        os.truncate(directory / "model.safetensors", (directory / "model.safetensors").stat().st_size + size)
+        child = (
+            "import resource, sys, swquant.checkpoint.reader as reader\n"
+            "resource.setrlimit(resource.RLIMIT_AS, (2**35, 2**35))\n"
+            "reader.open_checkpoint(sys.argv[1]).read('w')"
+        )
+        done = subprocess.run([sys.executable, "-c", child, str(directory)], capture_output=True, text=True, check=False)
+        assert "SwquantError" in done.stderr
+        assert "cannot be mapped into memory" in done.stderr
 
     def test_hostile_tensor_name_in_a_sentence(self, lay_out: Make) -> None:
         refused(lay_out({"\x1b[2J" + "n" * 5000: torch.ones(0)}), "'\\x1b[2Jnnn", "nnn...'", "is empty")

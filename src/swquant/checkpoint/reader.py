@@ -470,11 +470,21 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _opened(file: Path) -> Generator[Any]:
     """The safetensors file; what the library finds wrong with it becomes one sentence."""
     try:
-        with _read_errors(file), safe_open(file, framework="pt", device="cpu") as shard:
+        with _read_errors(file), _mapped(file) as shard:
             yield shard
     except SafetensorError as error:
         raise SwquantError(
             f"{file} is damaged or not a safetensors file ({_plain(str(error))}); download it again"
+        ) from error
+
+
+def _mapped(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt", device="cpu")
+    except (MemoryError, RuntimeError) as error:
+        raise SwquantError(
+            f"{file} has {file.stat().st_size} bytes and cannot be mapped into memory ({_plain(str(error))}); "
+            "raise the limit on the address space (ulimit -v)"
         ) from error
 
 
