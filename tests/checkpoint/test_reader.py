@@ -559,7 +559,9 @@ class TestHostileShards:
             "resource.setrlimit(resource.RLIMIT_AS, (2**35, 2**35))\n"
             "reader.open_checkpoint(sys.argv[1]).read('w')"
         )
-        done = subprocess.run([sys.executable, "-c", child, str(directory)], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", child, str(directory)], capture_output=True, text=True, check=False
+        )
         assert "SwquantError" in done.stderr
         assert "cannot be mapped into memory" in done.stderr
 
