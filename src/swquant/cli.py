@@ -16,6 +16,7 @@ from swquant.errors import LeaderStoppedError, RankLostError, SwquantError, did_
 from swquant.observers.stopping import handled, interrupt
 
 if TYPE_CHECKING:
+    from swquant.estimate.budget import Budget
     from swquant.recipe import Recipe
 
 KINDS = ("methods", "losses", "families", "formats", "targets", "recipes")
@@ -80,6 +81,8 @@ def app() -> None:
     "--out", type=click.Path(path_type=Path), required=True, help="Where the quantized model goes; a new directory."
 )
 @recipe_options
+@click.option("--device-memory", metavar="SIZE", help="What it may take on the device: 20GiB.  [not limited]")
+@click.option("--host-memory", metavar="SIZE", help="What it may take on the host.  [not limited]")
 @click.option("--log-json", metavar="FILE", help="Append progress to FILE as JSON lines; - is standard error.")
 @click.option(
     "--tensorboard", "tensorboard_directory", metavar="DIR", type=click.Path(path_type=Path), help="Curves in DIR."
@@ -92,6 +95,8 @@ def quantize(
     out: Path,
     recipe_name: str | None,
     options: tuple[str, ...],
+    device_memory: str | None,
+    host_memory: str | None,
     push_to_hub: str | None,
     private: bool,
     **flags: Any,
@@ -114,11 +119,12 @@ def quantize(
         require_push(push_to_hub)
     asked = {name: flags.pop(name) for name in ("log_json", "tensorboard_directory", "wandb_project")}
     recipe_name, recipe = _recipe(recipe_name, options, flags)
+    budget = _budget(device_memory, host_memory) if device_memory or host_memory else None
     with (
         joined(os.environ, recipe.device) as ranks,
         everyone(out.name, **asked) if ranks.rank == 0 else nullcontext(Silent()) as watching,
     ):
-        report = quantize_together(recipe, source, out, ranks, watching)
+        report = quantize_together(recipe, source, out, ranks, watching, budget)
     if report is None:
         return
     print_report(report, out, recipe_name)
@@ -149,13 +155,11 @@ def plan(
 
     Options are those of quantize. The exit code is 1 if something does not fit.
     """
-    from swquant.estimate import Budget, estimate
+    from swquant.estimate import estimate
     from swquant.estimate.shown import print_estimate
-    from swquant.units import parse_size
 
     recipe_name, recipe = _recipe(recipe_name, options, flags)
-    device, host = (None if text is None else parse_size(text) for text in (device_memory, host_memory))
-    found = estimate(recipe, source, out, Budget(device, host), measure=not no_time)
+    found = estimate(recipe, source, out, _budget(device_memory, host_memory), measure=not no_time)
     click.echo(found.to_json()) if as_json else print_estimate(found, recipe_name)
     if found.problems:
         sys.exit(FAILURE)
@@ -315,6 +319,14 @@ def list_(kind: str) -> None:
     width = max(map(len, lines))
     for name, line in lines.items():
         click.echo(f"{name:<{width}}  {line}")
+
+
+def _budget(device: str | None, host: str | None) -> Budget:
+    """What the two options allow."""
+    from swquant.estimate.budget import Budget
+    from swquant.units import parse_size
+
+    return Budget(*(None if text is None else parse_size(text) for text in (device, host)))
 
 
 def _recipe(name: str | None, options: tuple[str, ...], flags: dict[str, Any]) -> tuple[str | None, Recipe]:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from swquant.engine.observer import Observer, Silent
 from swquant.engine.pace import tail_of
 from swquant.engine.skeleton import try_block
 from swquant.engine.streams import create_stream, stream_bytes
+from swquant.estimate.budget import Budget, portion_within
 from swquant.output import REPORT, load_report, write_output
 from swquant.phases.train import Train
 from swquant.plan import Plan, make_plan
@@ -37,7 +39,14 @@ EVALUATION_SHARE = 5
 """At most one in so many windows of a calibration text is held out for evaluation."""
 
 
-def quantize(recipe: Recipe, source: str | Path, out: str | Path, *, observer: Observer | None = None) -> Report:
+def quantize(
+    recipe: Recipe,
+    source: str | Path,
+    out: str | Path,
+    *,
+    observer: Observer | None = None,
+    budget: Budget | None = None,
+) -> Report:
     """Quantize the model ``source`` by ``recipe`` and write the result to ``out``.
 
     Everything that can be checked without reading weights is checked first. The run keeps a working directory beside
@@ -50,6 +59,8 @@ def quantize(recipe: Recipe, source: str | Path, out: str | Path, *, observer: O
         out: A directory that does not exist yet or is empty. If it holds the finished result of the same call, that is
             returned.
         observer: Hears of the progress.
+        budget: Memory that the run may take. A batch then goes through a block in portions that fit, which changes the
+            result by rounding alone; where one sample does not fit, the run is refused before it starts.
 
     Returns:
         The report that also stands in ``out/report.json``.
@@ -57,13 +68,18 @@ def quantize(recipe: Recipe, source: str | Path, out: str | Path, *, observer: O
     Raises:
         SwquantError: For anything a user can mend, in one sentence.
     """
-    report = quantize_together(recipe, source, out, Alone(), observer or Silent())
+    report = quantize_together(recipe, source, out, Alone(), observer or Silent(), budget)
     assert report is not None
     return report
 
 
 def quantize_together(
-    recipe: Recipe, source: str | Path, out: str | Path, ranks: Ranks, observer: Observer
+    recipe: Recipe,
+    source: str | Path,
+    out: str | Path,
+    ranks: Ranks,
+    observer: Observer,
+    budget: Budget | None = None,
 ) -> Report | None:
     """:func:`quantize` by several processes that share the directories of ``source`` and ``out``.
 
@@ -73,6 +89,7 @@ def quantize_together(
         out: Written by rank 0; the others write activations of their samples into the working directory beside it.
         ranks: The processes.
         observer: Hears of the progress on rank 0.
+        budget: Memory that each process may take.
 
     Returns:
         On rank 0 the report; the others are done before it is written.
@@ -82,6 +99,9 @@ def quantize_together(
     ranks.lead(lambda: plans.append(make_plan(recipe, source)))
     plan = plans[0] if plans else make_plan(recipe, source)
     watching.stage(f"Reading {plan.checkpoint.directory.name}: {plan.recipe.summary}")
+    portion = None if budget is None else ranks.lead(partial(portion_within, plan, budget, ranks.size))
+    if portion is not None:
+        watching.stage(f"Samples of a batch go through a block {portion} at a time, to keep to the budget of memory")
     key = ranks.lead(plan.key)
     work = out.with_name(f"{out.name}.swquant-work")
     with ExitStack() as held:
@@ -95,7 +115,8 @@ def quantize_together(
             for report in before:
                 watching.done(report)
             return before[0] if before else None
-        journal = _train(plan, work, key, ranks, watching)
+        job = replace(plan.job(), ranks=ranks, micro_batch=portion)
+        journal = _train(plan, job, work, key, watching)
         if ranks.rank > 0:
             return None
         quality = _quality(plan, journal, watching)
@@ -127,9 +148,9 @@ def _ready(
     return []
 
 
-def _train(plan: Plan, work: Path, key: Mapping[str, Any], ranks: Ranks, watching: Observer) -> Journal:
+def _train(plan: Plan, job: Job, work: Path, key: Mapping[str, Any], watching: Observer) -> Journal:
     """All that is left of the blocks and of the end-to-end stage; rank 0 writes it to the journal that is returned."""
-    journal, job = open_journal(work, key), replace(plan.job(), ranks=ranks)
+    journal, ranks = open_journal(work, key), job.ranks
     _say_who_rests(job, watching)
     watching.begin(len(plan.skeleton.blocks), journal.done, _tail(plan, job))
     arguments = capture(plan.skeleton, plan.checkpoint, journal.tokens()["tokens"][:1])

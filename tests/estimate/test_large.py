@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig
 
-from swquant.estimate import Budget, Estimate, estimate
+from swquant.estimate import Estimate, estimate
+from swquant.estimate.budget import Budget
 from swquant.recipe import Recipe
 
 pytestmark = pytest.mark.slow

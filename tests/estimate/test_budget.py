@@ -1,0 +1,79 @@
+"""Budgets of memory that a run keeps to."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+from click.testing import CliRunner
+
+from swquant.cli import app
+from swquant.errors import SwquantError
+from swquant.estimate.budget import Budget, portion_within, shape_of
+from swquant.estimate.memory import memory_of
+from swquant.plan import Plan, make_plan
+from swquant.recipe import Recipe
+from swquant.run import quantize
+
+RECIPE = Recipe(method="block_ap(epochs=1, batch_size=6)", samples=7, seq_len=32, evaluation_samples=1, device="cpu")
+
+
+@pytest.fixture
+def plan(llama: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
+    """Of a run in a process that takes no memory itself."""
+    nothing = SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=0))
+    monkeypatch.setattr(psutil, "Process", lambda: nothing)
+    return make_plan(replace(RECIPE, calibration=str(text)), llama)
+
+
+def needed(plan: Plan, portion: int) -> int:
+    return memory_of(plan, shape_of(plan), portion).peak
+
+
+def test_the_largest_portion_that_fits_is_taken(plan: Plan) -> None:
+    whole, half, least = (needed(plan, portion) for portion in (6, 3, 1))
+    assert whole > half > least
+    assert portion_within(plan, Budget(device=whole), 1) is None
+    assert portion_within(plan, Budget(host=whole - 1), 1) == 3
+    assert portion_within(plan, Budget(device=half - 1, host=whole), 1) == 1
+
+
+def test_ranks_share_the_batch_before_it_is_cut(plan: Plan) -> None:
+    assert portion_within(plan, Budget(host=needed(plan, 3)), 2) is None
+
+
+def test_a_budget_that_no_portion_keeps_is_refused_with_flags_that_help(plan: Plan) -> None:
+    with pytest.raises(SwquantError, match=r"one sample at a time.*--samples 3, --seq-len 16"):
+        portion_within(plan, Budget(host=needed(plan, 1) - 1), 1)
+
+
+def test_drawing_samples_needs_room_for_the_whole_model(plan: Plan, llama: Path) -> None:
+    drawing = make_plan(RECIPE, llama)
+    with pytest.raises(SwquantError, match=r"give --calibration TEXT"):
+        portion_within(drawing, Budget(host=1000), 1)
+
+
+def test_a_run_within_a_budget_has_the_result_of_one_without(
+    llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = replace(RECIPE, calibration=str(text), loss="0.5*mse + 0.5*sliced_wasserstein")
+    free = quantize(recipe, llama, tmp_path / "free")
+    monkeypatch.setattr("swquant.run.portion_within", lambda *_: 2)
+    kept = quantize(recipe, llama, tmp_path / "kept", budget=Budget(host=1 << 40))
+    assert kept.key == free.key
+    for ours, theirs in zip(kept.blocks, free.blocks, strict=True):
+        assert ours["phases"][0]["curve"] == pytest.approx(theirs["phases"][0]["curve"], rel=1e-4)
+    assert kept.quality is not None
+    assert free.quality is not None
+    assert kept.quality.perplexity == pytest.approx(free.quality.perplexity, rel=1e-4)
+
+
+def test_the_command_refuses_a_budget_before_the_run(llama: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    given = ["quantize", str(llama), "--out", str(out), "--method", "rtn", "--calibration", str(text)]
+    with pytest.raises(SwquantError, match=r"the budget leaves 0 B for it"):
+        CliRunner().invoke(app, [*given, "--samples", "2", "--host-memory", "1MB"], catch_exceptions=False)
+    assert list(tmp_path.iterdir()) == []
