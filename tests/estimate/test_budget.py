@@ -61,7 +61,12 @@ def test_a_run_within_a_budget_has_the_result_of_one_without(
 ) -> None:
     recipe = replace(RECIPE, calibration=str(text), loss="0.5*mse + 0.5*sliced_wasserstein")
     free = quantize(recipe, llama, tmp_path / "free")
-    monkeypatch.setattr("swquant.run.portion_within", lambda *_: 2)
+
+    def two(plan: Plan, budget: Budget, ranks: int) -> int:
+        assert budget == Budget(host=1 << 40)
+        return 2
+
+    monkeypatch.setattr("swquant.run.portion_within", two)
     kept = quantize(recipe, llama, tmp_path / "kept", budget=Budget(host=1 << 40))
     assert kept.key == free.key
     for ours, theirs in zip(kept.blocks, free.blocks, strict=True):
