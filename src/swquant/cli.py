@@ -69,6 +69,13 @@ def recipe_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+def memory_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the budget of a run."""
+    host = click.option("--host-memory", metavar="SIZE", help="The same on the host.")
+    device = "Memory that the run may take on the device, such as 20GiB; batches are cut to keep to it."
+    return click.option("--device-memory", metavar="SIZE", help=device)(host(command))
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="swquant")
 def app() -> None:
@@ -81,8 +88,7 @@ def app() -> None:
     "--out", type=click.Path(path_type=Path), required=True, help="Where the quantized model goes; a new directory."
 )
 @recipe_options
-@click.option("--device-memory", metavar="SIZE", help="What it may take on the device: 20GiB.  [not limited]")
-@click.option("--host-memory", metavar="SIZE", help="What it may take on the host.  [not limited]")
+@memory_options
 @click.option("--log-json", metavar="FILE", help="Append progress to FILE as JSON lines; - is standard error.")
 @click.option(
     "--tensorboard", "tensorboard_directory", metavar="DIR", type=click.Path(path_type=Path), help="Curves in DIR."
@@ -119,7 +125,7 @@ def quantize(
         require_push(push_to_hub)
     asked = {name: flags.pop(name) for name in ("log_json", "tensorboard_directory", "wandb_project")}
     recipe_name, recipe = _recipe(recipe_name, options, flags)
-    budget = _budget(device_memory, host_memory) if device_memory or host_memory else None
+    budget = _budget(device_memory, host_memory)
     with (
         joined(os.environ, recipe.device) as ranks,
         everyone(out.name, **asked) if ranks.rank == 0 else nullcontext(Silent()) as watching,
@@ -136,8 +142,7 @@ def quantize(
 @click.argument("source")
 @click.option("--out", type=click.Path(path_type=Path), default=Path(), help="Where the quantized model would go.")
 @recipe_options
-@click.option("--device-memory", metavar="SIZE", help="What it may take on the device: 20GiB.  [what is free]")
-@click.option("--host-memory", metavar="SIZE", help="What it may take on the host.  [what is free]")
+@memory_options
 @click.option("--no-time", is_flag=True, help="Leave out the time, for which a block of random weights is run here.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def plan(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from swquant.checkpoint.quantized import Outline
 from swquant.checkpoint.reader import open_checkpoint
 from swquant.checkpoint.rotation import Source, rotate
 from swquant.device import resolve_device
-from swquant.engine.block import Job
+from swquant.engine.block import Job, split_held
+from swquant.engine.pace import tail_of
 from swquant.engine.skeleton import Skeleton, build_skeleton, check_widths, with_full_names
 from swquant.errors import SwquantError
 from swquant.families import family_for
@@ -71,6 +73,17 @@ class Plan:
         return Job(
             self.checkpoint, self.skeleton, self.spec, phases, self.loss, samples, recipe.seed, self.device, balance
         )
+
+    def tail(self) -> float:
+        """Work behind the last block, see :func:`swquant.engine.pace.tail_of`."""
+        finish, samples = self.pipeline.finish, self.recipe.samples
+        if finish is None:
+            return 0.0
+        assert samples is not None
+        train, held = map(len, split_held(samples))
+        block = sum(parameter.numel() for parameter in self.skeleton.blocks[0].module.parameters())
+        head = math.prod(self.checkpoint.tensors[self.skeleton.head_weight].shape) / block
+        return tail_of(finish.epochs, train, held, len(self.skeleton.blocks), head)
 
 
 def make_plan(recipe: Recipe, source: str | Path) -> Plan:

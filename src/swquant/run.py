@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Generator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,24 +15,21 @@ from torch import Tensor
 from swquant.calibration import draw_from_model, eval_windows, load_tokenizer, sample_windows, tokenize
 from swquant.checkpoint.writer import publish, require_disk, require_unused
 from swquant.distributed.ranks import Alone, Ranks
-from swquant.engine.block import Job, quantize_block, split_held
+from swquant.engine.block import Job, quantize_block
 from swquant.engine.capture import capture, to_device
 from swquant.engine.end_to_end import train_scales
 from swquant.engine.head import measure
 from swquant.engine.journal import MANIFEST, STREAMS, Journal, lock_directory, open_journal
 from swquant.engine.observer import Observer, Silent
-from swquant.engine.pace import tail_of
 from swquant.engine.skeleton import try_block
-from swquant.engine.streams import create_stream, stream_bytes
-from swquant.estimate.budget import Budget, portion_within
+from swquant.engine.streams import create_stream
+from swquant.estimate.budget import Budget, portion_within, shape_of
+from swquant.estimate.disk import disk_of
 from swquant.output import REPORT, load_report, write_output
 from swquant.phases.train import Train
 from swquant.plan import Plan, make_plan
 from swquant.recipe import Recipe
 from swquant.report import Quality, Report
-
-STREAMS_AT_ONCE = 5
-"""Two generations of the reference and the quantized stream, and the augmented loss's target."""
 
 EVALUATION_SHARE = 5
 """At most one in so many windows of a calibration text is held out for evaluation."""
@@ -99,22 +95,20 @@ def quantize_together(
     ranks.lead(lambda: plans.append(make_plan(recipe, source)))
     plan = plans[0] if plans else make_plan(recipe, source)
     watching.stage(f"Reading {plan.checkpoint.directory.name}: {plan.recipe.summary}")
-    portion = None if budget is None else ranks.lead(partial(portion_within, plan, budget, ranks.size))
-    if portion is not None:
-        watching.stage(f"Samples of a batch go through a block {portion} at a time, to keep to the budget of memory")
     key = ranks.lead(plan.key)
-    work = out.with_name(f"{out.name}.swquant-work")
+    work = _work_of(out)
     with ExitStack() as held:
         before: list[Report] = []
 
         def is_finished() -> bool:
-            before.extend(_ready(plan, key, out, work, held, watching))
+            before.extend(_before(out, work, key))
             return bool(before)
 
         if ranks.lead(is_finished):
             for report in before:
                 watching.done(report)
             return before[0] if before else None
+        portion = ranks.lead(partial(_make_ready, plan, budget, ranks.size, key, out, held, watching))
         job = replace(plan.job(), ranks=ranks, micro_batch=portion)
         journal = _train(plan, job, work, key, watching)
         if ranks.rank > 0:
@@ -128,31 +122,64 @@ def quantize_together(
     return report
 
 
-def _ready(
-    plan: Plan, key: Mapping[str, Any], out: Path, work: Path, held: ExitStack, watching: Observer
-) -> list[Report]:
-    """Make ready for the blocks and hold ``work``; there is a report where everything has been done before."""
+def _work_of(out: Path) -> Path:
+    return out.with_name(f"{out.name}.swquant-work")
+
+
+def _before(out: Path, work: Path, key: Mapping[str, Any]) -> list[Report]:
+    """The report of the same call, where it has been done before."""
     finished = _finished(out, key)
-    if finished is not None:
-        if (work / MANIFEST).exists():
-            with lock_directory(work):
-                open_journal(work, key).clear()
-        return [finished]
+    if finished is None:
+        return []
+    if (work / MANIFEST).exists():
+        with lock_directory(work):
+            open_journal(work, key).clear()
+    return [finished]
+
+
+def _make_ready(
+    plan: Plan,
+    budget: Budget | None,
+    ranks: int,
+    key: Mapping[str, Any],
+    out: Path,
+    held: ExitStack,
+    watching: Observer,
+) -> int | None:
+    """Hold the working directory and make it ready for the next block; returns the portion that keeps to the budget."""
+    work = _work_of(out)
     require_unused(out)
     held.enter_context(lock_directory(work))
     journal = open_journal(work, key)
-    if journal.shape is None:
-        _start(plan, journal, out, watching)
-    else:
-        journal.verify()
-    return []
+    begun = journal.shape is not None
+    with nullcontext() if begun else _leaving_nothing(journal):
+        portion = portion_within(plan, budget, ranks, begun=begun) if budget is not None and budget.given else None
+        if portion is not None:
+            watching.stage(
+                f"Samples of a batch go through a block {portion} at a time, to keep to the budget of memory"
+            )
+        if begun:
+            journal.verify()
+        else:
+            _start(plan, journal, out, watching)
+    return portion
+
+
+@contextmanager
+def _leaving_nothing(journal: Journal) -> Generator[None]:
+    """A start that fails leaves no working directory."""
+    try:
+        yield
+    except BaseException:
+        journal.clear()
+        raise
 
 
 def _train(plan: Plan, job: Job, work: Path, key: Mapping[str, Any], watching: Observer) -> Journal:
     """All that is left of the blocks and of the end-to-end stage; rank 0 writes it to the journal that is returned."""
     journal, ranks = open_journal(work, key), job.ranks
     _say_who_rests(job, watching)
-    watching.begin(len(plan.skeleton.blocks), journal.done, _tail(plan, job))
+    watching.begin(len(plan.skeleton.blocks), journal.done, plan.tail())
     arguments = capture(plan.skeleton, plan.checkpoint, journal.tokens()["tokens"][:1])
     for index in range(journal.done, len(plan.skeleton.blocks)):
         left = quantize_block(job, journal, to_device(arguments[index], plan.device), watching)
@@ -162,17 +189,6 @@ def _train(plan: Plan, job: Job, work: Path, key: Mapping[str, Any], watching: O
     if finish is not None and journal.final is None:
         train_scales(job, finish, journal, to_device(arguments, plan.device), watching)
     return journal
-
-
-def _tail(plan: Plan, job: Job) -> float:
-    """Work behind the last block, for who tells the time left."""
-    finish, skeleton = plan.pipeline.finish, plan.skeleton
-    if finish is None:
-        return 0.0
-    train, held = map(len, split_held(job.samples))
-    block = sum(parameter.numel() for parameter in skeleton.blocks[0].module.parameters())
-    head = math.prod(plan.checkpoint.tensors[skeleton.head_weight].shape) / block
-    return tail_of(finish.epochs, train, held, len(skeleton.blocks), head)
 
 
 def _say_who_rests(job: Job, watching: Observer) -> None:
@@ -200,27 +216,11 @@ def _finished(out: Path, key: Mapping[str, Any]) -> Report | None:
     return report if report.key == key else None
 
 
-def _check_disk(plan: Plan, out: Path) -> None:
-    recipe = plan.recipe
-    assert recipe.samples is not None
-    assert recipe.seq_len is not None
-    shape = (recipe.samples + recipe.evaluation_samples, recipe.seq_len, plan.skeleton.hidden_size)
-    require_disk(out, STREAMS_AT_ONCE * stream_bytes(shape) + (1 + len(plan.formats)) * plan.checkpoint.tensor_bytes)
-
-
 def _start(plan: Plan, journal: Journal, out: Path, watching: Observer) -> None:
-    """Make the samples and both streams in front of block 0; a start that fails leaves nothing."""
-    try:
-        _check_disk(plan, out)
-        plan.checkpoint.sidecars()
-        plan.checkpoint.require_finite(f"{linear}.weight" for linear in plan.outline.linears)
-        _begin(plan, journal, watching)
-    except BaseException:
-        journal.clear()
-        raise
-
-
-def _begin(plan: Plan, journal: Journal, watching: Observer) -> None:
+    """Make the samples and both streams in front of block 0, if the disk and the weights allow for a run."""
+    require_disk(out, disk_of(plan, shape_of(plan)).asked)
+    plan.checkpoint.sidecars()
+    plan.checkpoint.require_finite(f"{linear}.weight" for linear in plan.outline.linears)
     calibration, evaluation = _samples(plan, watching)
     tokens = torch.cat((calibration, evaluation))
     shape = (tokens.shape[0], tokens.shape[1], plan.skeleton.hidden_size)

@@ -65,7 +65,7 @@ class Lines:
 
     def stage(self, what: str) -> None:
         """Print the stage."""
-        told = self._left() if what.startswith("End to end, epoch") else ""
+        told = self._left() if self.pace.left() else ""
         self.console.print(f"{self.label}{what}{told}", soft_wrap=True)
 
     def begin(self, blocks: int, done: int, tail: float = 0.0) -> None:

@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM
 
 from swquant import Recipe, SwquantError, quantize
-from swquant.checkpoint.reader import Checkpoint, Stored, open_checkpoint
+from swquant.checkpoint.reader import Checkpoint, open_checkpoint
+from swquant.checkpoint.shards import Stored
 
 MakeModel = Callable[..., Path]
 

@@ -214,7 +214,7 @@ class TestValues:
                 asked.append(rows)
                 return weights["model.embed_tokens.weight"][rows]
 
-        monkeypatch.setattr("swquant.checkpoint.reader.safe_open", lambda *_, **__: Shard())
+        monkeypatch.setattr("swquant.checkpoint.shards.safe_open", lambda *_, **__: Shard())
         checkpoint.rows("model.embed_tokens.weight", torch.tensor([9, 3, 4, 0, 10, 5, 3]))
         assert asked == [slice(0, 1), slice(3, 6), slice(9, 11)]
 
@@ -386,7 +386,7 @@ class TestRefusals:
     def test_config_is_too_large(
         self, lay_out: Make, weights: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("swquant.checkpoint.reader._JSON_LIMIT", 10)
+        monkeypatch.setattr("swquant.checkpoint.shards._JSON_LIMIT", 10)
         refused(lay_out(weights), "does not hold a JSON object")
 
     @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth"])

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 
 from swquant.cli import app
 from swquant.errors import SwquantError
+from swquant.estimate import estimate
 from swquant.estimate.budget import Budget, portion_within, shape_of
 from swquant.estimate.memory import memory_of
 from swquant.plan import Plan, make_plan
@@ -62,7 +63,8 @@ def test_a_run_within_a_budget_has_the_result_of_one_without(
     recipe = replace(RECIPE, calibration=str(text), loss="0.5*mse + 0.5*sliced_wasserstein")
     free = quantize(recipe, llama, tmp_path / "free")
 
-    def two(plan: Plan, budget: Budget, ranks: int) -> int:
+    def two(plan: Plan, budget: Budget, ranks: int, *, begun: bool) -> int:
+        assert not begun
         assert budget == Budget(host=1 << 40)
         return 2
 
@@ -79,6 +81,36 @@ def test_a_run_within_a_budget_has_the_result_of_one_without(
 def test_the_command_refuses_a_budget_before_the_run(llama: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     given = ["quantize", str(llama), "--out", str(out), "--method", "rtn", "--calibration", str(text)]
-    with pytest.raises(SwquantError, match=r"the budget leaves 0 B for it"):
+    with pytest.raises(SwquantError, match=r"the process itself takes .* and 1.00 MB are there"):
         CliRunner().invoke(app, [*given, "--samples", "2", "--host-memory", "1MB"], catch_exceptions=False)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_plan_cuts_batches_as_the_run_does(plan: Plan, llama: Path, text: Path, tmp_path: Path) -> None:
+    recipe, half = replace(RECIPE, calibration=str(text)), needed(plan, 3)
+    found = estimate(recipe, llama, tmp_path, Budget(host=half), measure=False)
+    assert (found.portion, found.device, found.problems) == (3, half, ())
+
+
+def test_without_a_budget_the_plan_names_the_flag_that_cuts(
+    plan: Plan, llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = SimpleNamespace(available=needed(plan, 3))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: there)
+    found = estimate(replace(RECIPE, calibration=str(text)), llama, tmp_path, measure=False)
+    assert found.portion == 6
+    assert any("--host-memory" in problem for problem in found.problems)
+
+
+def test_what_was_finished_or_begun_needs_no_room_for_its_start(
+    llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = replace(RECIPE, calibration=str(text))
+    quantize(recipe, llama, tmp_path / "out")
+    kept = quantize(recipe, llama, tmp_path / "out", budget=Budget(host=1))
+    assert len(kept.blocks) == 2
+    drawing = make_plan(RECIPE, llama)
+    monkeypatch.setattr("swquant.estimate.budget.drawing_problems", lambda *_: ["no room"])
+    assert portion_within(drawing, Budget(host=1 << 40), 1, begun=True) is None
+    with pytest.raises(SwquantError, match="no room"):
+        portion_within(drawing, Budget(host=1 << 40), 1)

@@ -126,7 +126,7 @@ def test_the_command_prints_json_and_says_what_does_not_fit(llama: Path, text: P
     assert json.loads(good.stdout)["blocks"] == 2
     bad = runner.invoke(app, [*given, "--host-memory", "1MB"], catch_exceptions=False)
     assert bad.exit_code == 1
-    assert "Does not fit: a block at work needs" in bad.stdout
+    assert "Does not fit: the process itself takes" in bad.stdout
 
 
 def test_sizes() -> None:

@@ -11,38 +11,20 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from swquant.checkpoint.hub import download
+from swquant.checkpoint.shards import Stored, find_shards, opened, read_errors, read_headers, read_json, shown
 from swquant.errors import SwquantError
 
 CONFIG = "config.json"
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-
-_DTYPES = {
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 _SIDECARS = (
     "tokenizer*.json",
     "tokenizer*.txt",
@@ -62,33 +44,8 @@ _WEIGHTS = ("*.safetensors", "model.gguf", "model.onnx", "model.onnx.data")
 _BESIDE = ("README.md", "swquant.yaml")
 """The card, which names the licence, and the recipe."""
 _NEVER_COPIED = (".py", ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".gguf", ".onnx")
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-_JSON_LIMIT = 100 << 20
 _CHUNK = 1 << 22
 _MOST = torch.finfo(torch.float16).max
-_CONVERT = (
-    "convert pickled weights where you trust them: load the model with transformers and call "
-    "save_pretrained(path, safe_serialization=True)"
-)
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A tensor on disk.
-
-    Attributes:
-        file: The safetensors file that holds it.
-        key: Its name there.
-        dtype: Its dtype there.
-        shape: Its shape.
-        nbytes: Its size.
-    """
-
-    file: Path
-    key: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -119,7 +76,7 @@ class Checkpoint:
         """
         stored = self._stored(name)
         self._require_unchanged(stored.file)
-        with _opened(stored.file) as shard:
+        with opened(stored.file) as shard:
             tensor: Tensor = shard.get_tensor(stored.key).clone()
         return _finite(tensor, stored)
 
@@ -141,12 +98,12 @@ class Checkpoint:
         rows, width = stored.shape
         for row in wanted[(wanted < 0) | (wanted >= rows)].tolist()[:1]:
             raise SwquantError(
-                f"row {row} of {_shown(name)} was asked for and {stored.file} has rows 0 to {rows - 1}; "
+                f"row {row} of {shown(name)} was asked for and {stored.file} has rows 0 to {rows - 1}; "
                 "check that the tokenizer belongs to this model"
             )
         found = torch.empty(len(wanted), width, dtype=stored.dtype)
         self._require_unchanged(stored.file)
-        with _opened(stored.file) as shard:
+        with opened(stored.file) as shard:
             matrix = shard.get_slice(stored.key)
             done = 0
             for start, stop in _runs(wanted.tolist()):
@@ -166,7 +123,7 @@ class Checkpoint:
         """
         limited = frozenset(quantized)
         for name, stored in self.tensors.items():
-            with _opened(stored.file) as shard:
+            with opened(stored.file) as shard:
                 _finite(shard.get_tensor(stored.key), stored, _MOST if name in limited else math.inf)
 
     def prefixed(self, prefix: str, expected: str, kept: str) -> Checkpoint:
@@ -220,7 +177,7 @@ class Checkpoint:
         digest = hashlib.sha256()
         files = {stored.file for stored in self.tensors.values()}
         for path in (self.directory / CONFIG, *sorted(files)):
-            with _read_errors(path), path.open("rb") as file:
+            with read_errors(path), path.open("rb") as file:
                 digest.update(json.dumps([path.name, os.fstat(file.fileno()).st_size]).encode())
                 while chunk := file.read(_CHUNK):
                     digest.update(chunk)
@@ -228,7 +185,7 @@ class Checkpoint:
         return digest.hexdigest()
 
     def _require_unchanged(self, file: Path) -> None:
-        with _read_errors(file):
+        with read_errors(file):
             if self.stamps.get(file, now := _stamp(file)) != now:
                 raise SwquantError(
                     f"{file} has changed since it was opened; put the original back and give the same command again"
@@ -236,7 +193,7 @@ class Checkpoint:
 
     def _stored(self, name: str) -> Stored:
         if name not in self.tensors:
-            raise SwquantError(f"{self.directory} has no tensor {_shown(name)}; check that it is a whole checkpoint")
+            raise SwquantError(f"{self.directory} has no tensor {shown(name)}; check that it is a whole checkpoint")
         return self.tensors[name]
 
 
@@ -251,13 +208,13 @@ def open_checkpoint(source: str | Path, *, quantized: bool = False) -> Checkpoin
         SwquantError: There is no such model, or it is not a whole safetensors checkpoint, unquantized if need be.
     """
     directory = find_model(source)
-    with _read_errors(directory):
+    with read_errors(directory):
         config = read_config(directory)
         if not quantized:
             _refuse_quantized(directory, config)
-        shards = _shards(directory)
+        shards = find_shards(directory)
         stamps = {file: _stamp(file) for file in (directory / CONFIG, *shards)}
-        tensors = _read_headers(shards)
+        tensors = read_headers(shards)
     if not any(stored.dtype.is_floating_point for stored in tensors.values()):
         raise SwquantError(f"{directory} holds no floating-point tensor, expected a model's weights; download it again")
     return Checkpoint(directory, config, dict(sorted(tensors.items())), stamps)
@@ -275,7 +232,7 @@ def find_model(source: str | Path) -> Path:
         SwquantError: There is no such model.
     """
     path = _expanded(Path(source))
-    with _read_errors(path):
+    with read_errors(path):
         if path.is_dir():
             return path
         if path.exists():
@@ -313,7 +270,7 @@ def read_config(directory: Path) -> dict[str, Any]:
         inside = sorted(str(found.parent) for found in directory.glob("*/config.json"))[:8]
         hint = f"give one of {', '.join(inside)}" if inside else "give the directory that save_pretrained wrote"
         raise SwquantError(f"{directory} has no config.json; {hint}")
-    return _read_json(path)
+    return read_json(path)
 
 
 def _refuse_quantized(directory: Path, config: Mapping[str, Any]) -> None:
@@ -323,81 +280,9 @@ def _refuse_quantized(directory: Path, config: Mapping[str, Any]) -> None:
         if quantization is not None:
             method = quantization.get("quant_method") if isinstance(quantization, dict) else None
             raise SwquantError(
-                f"{directory} is already quantized, by {_shown(str(method or 'an unnamed method'))}; "
+                f"{directory} is already quantized, by {shown(str(method or 'an unnamed method'))}; "
                 "give the original model"
             )
-
-
-def _shards(directory: Path) -> dict[Path, set[str]]:
-    """The safetensors files, each with the tensors that the index promises from it."""
-    single, index = directory / SINGLE, directory / INDEX
-    if single.is_file():
-        return {single: set()}
-    if not index.is_file():
-        _refuse_weightless(directory)
-    weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise SwquantError(f"{index} has no weight_map; download it again")
-    shards: dict[Path, set[str]] = {}
-    for name, file in weight_map.items():
-        if not isinstance(file, str) or not _is_plain(file):
-            raise SwquantError(
-                f"{index} puts {_shown(name)} into {_shown(str(file))}, expected the name of a safetensors file "
-                "beside it; download the model from its author"
-            )
-        shards.setdefault(directory / file, set()).add(name)
-    for shard in shards:
-        if not shard.is_file():
-            raise SwquantError(f"{index} names {_shown(shard.name)}, which is missing; download the model again")
-    return shards
-
-
-def _is_plain(file: str) -> bool:
-    """Whether it names a file in the same directory, on any system."""
-    return file.endswith(".safetensors") and not any(mark in file for mark in "/\\:\0")
-
-
-def _refuse_weightless(directory: Path) -> NoReturn:
-    names = sorted(path.name for path in directory.iterdir())
-    expected = f"expected {SINGLE} or {INDEX}"
-    for name in names:
-        if name.endswith(".safetensors"):
-            raise SwquantError(f"{directory} holds {_shown(name)}, {expected}; download the whole model")
-        if name.endswith((".gguf", ".onnx")):
-            raise SwquantError(f"{directory} holds its weights as {_shown(name)}, {expected}; give the original model")
-    for name in names:
-        if name.endswith(_PICKLES):
-            raise SwquantError(f"{directory} has only pickled weights ({_shown(name)}), {expected}; {_CONVERT}")
-    raise SwquantError(f"{directory} holds no weights, {expected}; {_CONVERT}")
-
-
-def _read_headers(shards: Mapping[Path, set[str]]) -> dict[str, Stored]:
-    tensors: dict[str, Stored] = {}
-    for file, promised in shards.items():
-        with _opened(file) as shard:
-            found = {name: _stored(file, name, shard.get_slice(name)) for name in shard.keys()}  # noqa: SIM118
-        for name in sorted(promised - found.keys()):
-            raise SwquantError(f"{file} lacks {_shown(name)}, which {INDEX} promises; download the model again")
-        for name in sorted(found.keys() & tensors.keys()):
-            raise SwquantError(
-                f"both {tensors[name].file} and {file.name} hold {_shown(name)}; download the model again"
-            )
-        tensors.update(found)
-    return tensors
-
-
-def _stored(file: Path, name: str, header: Any) -> Stored:
-    dtype_name, shape = str(header.get_dtype()), tuple(header.get_shape())
-    dtype = _DTYPES.get(dtype_name)
-    if dtype is None:
-        raise SwquantError(
-            f"{_shown(name)} in {file} is {dtype_name}, expected F32, F16 or BF16; convert the model to bfloat16 first"
-        )
-    if 0 in shape:
-        raise SwquantError(
-            f"{_shown(name)} in {file} is empty, of shape {list(shape)}; save the model again with its weights gathered"
-        )
-    return Stored(file, name, dtype, shape, math.prod(shape) * dtype.itemsize)
 
 
 def _finite(tensor: Tensor, stored: Stored, most: float = math.inf) -> Tensor:
@@ -407,12 +292,12 @@ def _finite(tensor: Tensor, stored: Stored, most: float = math.inf) -> Tensor:
             ends = torch.stack(torch.aminmax(chunk))
             if not bool(ends.isfinite().all()):
                 raise SwquantError(
-                    f"{_shown(stored.key)} in {stored.file} holds NaN or infinite values; "
+                    f"{shown(stored.key)} in {stored.file} holds NaN or infinite values; "
                     "download the file again or ask its author"
                 )
             for value in ends[ends.abs() > most].tolist()[:1]:
                 raise SwquantError(
-                    f"{_shown(stored.key)} in {stored.file} holds {value:g}, and weights beyond {most:.0f} have no "
+                    f"{shown(stored.key)} in {stored.file} holds {value:g}, and weights beyond {most:.0f} have no "
                     "scale in 16 bits; ask the model's author"
                 )
     return tensor
@@ -451,62 +336,3 @@ def require_own(path: Path, directory: Path) -> None:
     target = path.resolve()
     if not any(target.is_relative_to(root) for root in allowed):
         raise SwquantError(f"{path} is a link to {target}, outside the model; replace it by the file itself")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a file of at most 100 MB."""
-    with _read_errors(path), path.open("rb") as file:
-        content = file.read(_JSON_LIMIT + 1)
-    try:
-        value = json.loads(content) if len(content) <= _JSON_LIMIT else None
-    except (ValueError, RecursionError) as error:
-        raise SwquantError(f"{path} is not valid JSON ({_plain(str(error))}); download it again") from error
-    if not isinstance(value, dict):
-        raise SwquantError(f"{path} does not hold a JSON object; download it again")
-    return value
-
-
-@contextmanager
-def _opened(file: Path) -> Generator[Any]:
-    """The safetensors file; what the library finds wrong with it becomes one sentence."""
-    try:
-        with _read_errors(file), _mapped(file) as shard:
-            yield shard
-    except SafetensorError as error:
-        raise SwquantError(
-            f"{file} is damaged or not a safetensors file ({_plain(str(error))}); download it again"
-        ) from error
-
-
-def _mapped(file: Path) -> Any:
-    try:
-        return safe_open(file, framework="pt", device="cpu")
-    except (MemoryError, RuntimeError) as error:
-        raise SwquantError(
-            f"{file} has {file.stat().st_size} bytes and cannot be mapped into memory ({_plain(str(error))}); "
-            "raise the limit on the address space (ulimit -v)"
-        ) from error
-
-
-@contextmanager
-def _read_errors(path: Path) -> Generator[None]:
-    try:
-        yield
-    except OSError as error:
-        place = error.filename or path
-        raise SwquantError(
-            f"{place} cannot be read ({error.strerror or error}); check the file and its permissions"
-        ) from error
-
-
-def _shown(text: str) -> str:
-    """Text from a file, quoted, without control characters and of bounded length."""
-    return repr(_short(text))
-
-
-def _plain(text: str) -> str:
-    return "".join(letter if letter.isprintable() else "?" for letter in _short(text))
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swquant.checkpoint.reader import Checkpoint, Stored
+from swquant.checkpoint.reader import Checkpoint
+from swquant.checkpoint.shards import Stored
 from swquant.errors import SwquantError
 from swquant.families import Family
 from swquant.families.base import NormLinears, ValueOutput

@@ -148,6 +148,11 @@ def require_unused(out: Path) -> None:
         raise _in_use(out, f"it holds {first!r}")
 
 
+def free_disk(path: Path) -> int:
+    """Bytes that may still be written where ``path`` is or would be."""
+    return shutil.disk_usage(_nearest(path)).free
+
+
 def require_disk(path: Path, needed: int) -> None:
     """Refuse to begin what the disk cannot hold.
 
@@ -158,7 +163,7 @@ def require_disk(path: Path, needed: int) -> None:
     Raises:
         SwquantError: With the space needed and the space available.
     """
-    free = shutil.disk_usage(_nearest(path)).free
+    free = free_disk(path)
     if free < needed:
         raise SwquantError(
             f"{path} needs {needed / 1e9:.2f} GB of disk and {free / 1e9:.2f} GB are available; "

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from swquant.checkpoint.rotation import Source
-from swquant.distributed.ranks import Alone, Ranks, own_rows, require_same
+from swquant.distributed.ranks import Alone, Ranks, on_any, own_rows, require_same
 from swquant.engine.drift import measure_block, measured_samples
 from swquant.engine.journal import STREAMS, Journal
 from swquant.engine.memory import peak_bytes, release
@@ -91,20 +91,20 @@ def quantize_block(job: Job, journal: Journal, kwargs: Mapping[str, Any], observ
     params = bound.block.load(job.checkpoint)
     params = {name: value.to(job.device) for name, value in params.items()}
     forward = time.monotonic()
-    bound.advance(params, streams.reference, streams.next_reference)
+    finite = bound.advance(params, streams.reference, streams.next_reference)
     forward = (time.monotonic() - forward) / len(streams.reference)
+    _require(finite, ranks, f"the original model's block {index} puts out")
     if streams.augmented is not None:
         bound.advance(params, streams.quantized[: job.samples], streams.augmented[: job.samples])
     ranks.barrier()
-    _require_finite(streams.next_reference, ranks, f"the original model's block {index} puts out")
 
     problem = _problem(job, index, bound, params, streams, observer)
     weights = tuple(f"{linear}.weight" for linear in job.skeleton.family.linears)
     draft = open_draft(params, weights, job.spec, bound.block.stored_dtypes(job.checkpoint))
     committed, reports = _fold(draft, job.phases, problem)
     require_same(ranks, _tensors(committed), f"block {index}")
-    bound.advance(committed.floats(), streams.quantized, streams.next_quantized)
-    _require_finite(streams.next_quantized, ranks, f"block {index} puts out, quantized by this recipe,")
+    finite = bound.advance(committed.floats(), streams.quantized, streams.next_quantized)
+    _require(finite, ranks, f"block {index} puts out, quantized by this recipe,")
     drifted = drift(streams.next_reference, streams.next_quantized, ranks)
 
     def finish() -> None:
@@ -197,13 +197,9 @@ def create_together(ranks: Ranks, paths: Sequence[Path], shape: tuple[int, int, 
     return made or [open_stream(path, shape) for path in paths]
 
 
-def _require_finite(stream: Tensor, ranks: Ranks, whose: str) -> None:
-    """Refuse NaN and infinite values; each rank looks at what it has put into the stream, and all of them hear."""
-    bad = torch.zeros(1, dtype=torch.float64)
-    for batch in own_batches(ranks, stream):
-        bad += not bool(torch.stack(torch.aminmax(stream[batch])).isfinite().all())
-    ranks.sum([bad])
-    if bad:
+def _require(finite: bool, ranks: Ranks, whose: str) -> None:
+    """Refuse NaN and infinite values on every rank if one of them has put out some."""
+    if on_any(ranks, not finite):
         raise SwquantError(
             f"{whose} NaN or infinite values on the calibration samples; "
             "check the model and the samples, or choose another method"
@@ -252,11 +248,14 @@ class _Bound:
         return self.block.forward(params, hidden, self.kwargs)
 
     @torch.no_grad()
-    def advance(self, params: Mapping[str, Tensor], source: Tensor, destination: Tensor) -> None:
-        """Write the block's output for this rank's samples of ``source`` to ``destination``."""
-        floats = in_float(params)
+    def advance(self, params: Mapping[str, Tensor], source: Tensor, destination: Tensor) -> bool:
+        """Write what comes of this rank's samples of ``source`` to ``destination``; returns whether all is finite."""
+        floats, finite = in_float(params), True
         for batch in own_batches(self.ranks, source):
-            destination[batch] = self.forward(floats, source[batch].to(self.device)).cpu()
+            out = self.forward(floats, source[batch].to(self.device)).cpu()
+            finite = finite and bool(torch.stack(torch.aminmax(out)).isfinite().all())
+            destination[batch] = out
+        return finite
 
     @torch.no_grad()
     def watch(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +10,18 @@ from typing import Any
 
 import psutil
 
-from swquant.estimate.budget import Budget, advice, drawing_bytes, drawing_problems, parameters_of, shape_of
+from swquant.checkpoint.writer import free_disk
+from swquant.estimate.budget import (
+    Budget,
+    batch_of,
+    drawing_bytes,
+    drawing_problems,
+    fit,
+    memory_problems,
+    parameters_of,
+    process_problems,
+    shape_of,
+)
 from swquant.estimate.disk import disk_of
 from swquant.estimate.memory import memory_of
 from swquant.estimate.timing import Time, time_of
@@ -31,6 +41,7 @@ class Estimate:
         parameters: In all.
         quantized: Those that get codes.
         bits_per_weight: Of these, scales and zero points included.
+        portion: Samples of a batch that go through a block at once.
         device: The most on the device, and what is at work then.
         host: The most resident on the host: interpreter, mapped streams, and on a CPU what ``device`` says.
         parts: What ``host`` and ``device`` are made of.
@@ -44,6 +55,7 @@ class Estimate:
     parameters: int
     quantized: int
     bits_per_weight: float
+    portion: int
     device: int
     host: int
     parts: Mapping[str, Any]
@@ -73,16 +85,19 @@ def estimate(
     """
     plan, interpreter = make_plan(recipe, source), psutil.Process().memory_info().rss
     shape = shape_of(plan)
-    memory, disk = memory_of(plan, shape), disk_of(plan, shape)
+    disk, kept, whole = disk_of(plan, shape), budget or Budget(), batch_of(plan, 1)
+    limit = kept.tensor_limit(plan.device, interpreter)
+    portion, memory = fit(plan, limit, whole) if kept.given else (whole, memory_of(plan, shape))
     on_host = plan.device.type == "cpu"
     host = interpreter + disk.streams + (memory.peak if on_host else 0)
-    free = shutil.disk_usage(_nearest(Path(out))).free
+    free = free_disk(Path(out))
     sizes = list(plan.outline.linears.values())
     quantized = sum(rows * columns for rows, columns in sizes)
-    kept = budget or Budget()
     problems = [
-        *_memory_problems(plan, memory.peak, interpreter, kept),
-        *_disk_problems(disk.peak, free, out),
+        *process_problems(interpreter, kept),
+        *memory_problems(plan, memory.peak, limit, portion),
+        *_cut(plan, memory.peak, limit, whole if not kept.given else 1),
+        *_disk_problems(disk.asked, free, out),
         *drawing_problems(plan, interpreter, kept),
     ]
     spent = time_of(plan, shape) if measure and not problems else None
@@ -92,6 +107,7 @@ def estimate(
         parameters=parameters_of(plan),
         quantized=quantized,
         bits_per_weight=sum(rows * row_bits(plan.spec, columns) for rows, columns in sizes) / quantized,
+        portion=portion,
         device=memory.peak,
         host=host,
         parts={
@@ -105,6 +121,7 @@ def estimate(
             "journal": disk.journal,
             "outputs": disk.outputs,
             "peak": disk.peak,
+            "asked": disk.asked,
             "free": free,
         },
         time=None if spent is None else _spent(spent),
@@ -116,25 +133,16 @@ def _spent(time: Time) -> dict[str, Any]:
     return {**asdict(time), "total": time.total}
 
 
-def _memory_problems(plan: Plan, tensors: int, interpreter: int, budget: Budget) -> list[str]:
-    """What does not fit; streams are files that the system drops from memory where it has to, and do not count."""
-    there = budget.tensor_limit(plan.device, interpreter)
-    if tensors > there:
-        needs = f"a block at work needs {size(tensors)} of memory and {size(max(there, 0))} are there for it"
-        return [f"{needs}: {advice(plan)}"]
-    if interpreter > budget.host_limit():
-        return [f"the process needs {size(interpreter)} of host memory and {size(budget.host_limit())} are there"]
-    return []
+def _cut(plan: Plan, needed: int, limit: int, whole: int) -> list[str]:
+    """That a budget would make a run fit that takes whole batches without one."""
+    if needed <= limit or whole == 1 or fit(plan, limit, whole // 2)[1].peak > limit:
+        return []
+    flag = "--host-memory" if plan.device.type == "cpu" else "--device-memory"
+    return [f"batches of {whole} at once are too large: with {flag} quantize takes them in portions that fit"]
 
 
 def _disk_problems(needed: int, free: int, out: str | Path) -> list[str]:
     if needed <= free:
         return []
-    return [
-        f"the run needs {size(needed)} of disk at {out} and {size(free)} are free: "
-        "choose another --out, or fewer --samples"
-    ]
-
-
-def _nearest(path: Path) -> Path:
-    return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+    there = f"the run asks for {size(needed)} of disk at {out} and {size(free)} are free"
+    return [f"{there}: choose another --out, or fewer --samples"]

@@ -9,7 +9,7 @@ import psutil
 import torch
 
 from swquant.errors import SwquantError
-from swquant.estimate.memory import memory_of
+from swquant.estimate.memory import Memory, memory_of
 from swquant.phases.train import Train
 from swquant.plan import Plan
 from swquant.units import size
@@ -27,6 +27,11 @@ class Budget:
     device: int | None = None
     host: int | None = None
 
+    @property
+    def given(self) -> bool:
+        """Whether a run keeps to it."""
+        return self.device is not None or self.host is not None
+
     def host_limit(self) -> int:
         """Bytes for the process."""
         return psutil.virtual_memory().available if self.host is None else self.host
@@ -39,34 +44,58 @@ class Budget:
         return least - interpreter
 
 
-def portion_within(plan: Plan, budget: Budget, ranks: int) -> int | None:
+def portion_within(plan: Plan, budget: Budget, ranks: int, *, begun: bool = False) -> int | None:
     """Samples of a batch that each rank may take through a block at once; ``None`` is all of them.
-
-    The most that fit, halved from the whole; results are the same but for rounding.
 
     Args:
         plan: The run; no weight of it is read.
         budget: What each process may take.
         ranks: Processes that share a batch.
+        begun: The samples are there.
 
     Raises:
         SwquantError: One sample at a time does not fit either, nor does the model where samples are drawn from it.
     """
     interpreter = psutil.Process().memory_info().rss
-    problems = drawing_problems(plan, interpreter, budget)
+    problems = process_problems(interpreter, budget)
+    problems += [] if begun else drawing_problems(plan, interpreter, budget)
+    limit, whole = budget.tensor_limit(plan.device, interpreter), batch_of(plan, ranks)
+    portion, memory = fit(plan, limit, whole)
+    problems += memory_problems(plan, memory.peak, limit, portion)
     if problems:
         raise SwquantError(problems[0])
-    limit, shape = budget.tensor_limit(plan.device, interpreter), shape_of(plan)
-    batches = [-(-phase.batch_size // ranks) for phase in plan.pipeline.phases if isinstance(phase, Train)]
-    whole = portion = max(batches, default=1)
-    while (needed := memory_of(plan, shape, portion).peak) > limit:
-        if portion == 1:
-            raise SwquantError(
-                f"a block needs {size(needed)} one sample at a time, and the budget leaves "
-                f"{size(max(limit, 0))} for it: {advice(plan)}"
-            )
-        portion //= 2
     return None if portion == whole else portion
+
+
+def batch_of(plan: Plan, ranks: int) -> int:
+    """Most samples that each rank takes through a block in a training step."""
+    batches = [-(-phase.batch_size // ranks) for phase in plan.pipeline.phases if isinstance(phase, Train)]
+    return max(batches, default=1)
+
+
+def fit(plan: Plan, limit: int, whole: int) -> tuple[int, Memory]:
+    """The largest portion, halved from ``whole``, whose memory is within ``limit``, and that memory; else of one."""
+    portion, shape = whole, shape_of(plan)
+    while (memory := memory_of(plan, shape, portion)).peak > limit and portion > 1:
+        portion //= 2
+    return portion, memory
+
+
+def memory_problems(plan: Plan, needed: int, limit: int, portion: int) -> list[str]:
+    """What does not fit; streams are files that the system drops from memory where it has to, and do not count."""
+    if needed <= limit:
+        return []
+    samples = "one sample" if portion == 1 else f"{portion} samples"
+    there = f"{size(needed)} of memory with {samples} at a time, and {size(max(limit, 0))} are there for it"
+    return [f"a block at work needs {there}: {advice(plan)}"]
+
+
+def process_problems(interpreter: int, budget: Budget) -> list[str]:
+    """That the process is too large before it has done anything."""
+    there = budget.host_limit()
+    if interpreter <= there:
+        return []
+    return [f"the process itself takes {size(interpreter)} of host memory and {size(there)} are there"]
 
 
 def shape_of(plan: Plan) -> tuple[int, int, int]:

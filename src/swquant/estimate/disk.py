@@ -30,17 +30,14 @@ class Disk:
         journal: Finished blocks, packed.
         outputs: Weights of each format, by its name.
         peak: The most at any time, working directory and output together.
+        asked: What a run asks to be free before it starts.
     """
 
     streams: int
     journal: int
     outputs: dict[str, int]
     peak: int
-
-    @property
-    def output(self) -> int:
-        """What stays."""
-        return sum(self.outputs.values())
+    asked: int
 
 
 def disk_of(plan: Plan, shape: tuple[int, int, int]) -> Disk:
@@ -56,8 +53,9 @@ def disk_of(plan: Plan, shape: tuple[int, int, int]) -> Disk:
     journal = journal_bytes(plan) + 8 * shape[0] * shape[1]
     outputs = {form.name: output_bytes(form.name, plan) for form in plan.formats}
     training = 3 * one + 2 * trained_bytes(plan) if plan.pipeline.finish is not None else 0
-    peak = max(streams, training, 2 * one + sum(outputs.values()))
-    return Disk(streams, journal, outputs, journal + peak)
+    peak = journal + max(streams, training, 2 * one + sum(outputs.values()))
+    whole = (STREAMS_IN_A_BLOCK + 1) * one + (1 + len(outputs)) * plan.checkpoint.tensor_bytes
+    return Disk(streams, journal, outputs, peak, max(peak, whole))
 
 
 def journal_bytes(plan: Plan) -> int:
@@ -100,11 +98,9 @@ def output_bytes(form: str, plan: Plan) -> int:
 
 
 def weight_bytes(form: str, outline: Outline, rows: int, columns: int) -> int:
-    """One quantized weight ``[rows, columns]`` in a format; an unknown format is taken for a dense one."""
+    """One quantized weight ``[rows, columns]`` in a format; one that is not known here is taken for a dense one."""
     spec, size = outline.spec, outline.dtype.itemsize
     groups, codes = spec.groups(columns), WORD * rows * packed_words(columns, spec.bits)
-    if form == "dequantized":
-        return rows * columns * size
     if form == "gguf":
         kind = block_type(spec)
         return rows * columns * size if kind is None else rows * kind.row_bytes(columns)
@@ -117,8 +113,10 @@ def weight_bytes(form: str, outline: Outline, rows: int, columns: int) -> int:
         blocks = -(-columns // (spec.group_size or CHANNEL_BLOCK))
         zeros = 0 if spec.symmetric else rows * -(-blocks * spec.bits // 8)
         return codes + blocks * rows * size + zeros
-    zeros = 0 if spec.symmetric else WORD * groups * packed_words(rows, spec.bits)
-    return codes + groups * rows * size + zeros + 2 * 8
+    if form == "compressed_tensors":
+        zeros = 0 if spec.symmetric else WORD * groups * packed_words(rows, spec.bits)
+        return codes + groups * rows * size + zeros + 2 * 8
+    return rows * columns * size
 
 
 def _scales(spec: QuantSpec, columns: int) -> int:

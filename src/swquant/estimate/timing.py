@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from swquant.calibration import DRAWN_AT_ONCE
 from swquant.engine.block import split_held
 from swquant.engine.capture import to_device
 from swquant.estimate.rig import Rig, arguments
@@ -28,7 +29,6 @@ STEPS = 4
 
 DEVIATION = 0.02
 HASHED = 1 << 24
-DRAWN_AT_ONCE = 16
 PASSES_OVER_FILES = 6
 """The source is hashed and looked at, the output written, flushed and read again."""
 
@@ -126,15 +126,10 @@ def _phase(rig: Rig, phase: Phase, draft: Draft, forward: float) -> tuple[Draft,
 
 
 def _finish(rig: Rig, shape: tuple[int, int, int], forward: float) -> float:
-    """Each step of the end-to-end training runs every block forward twice and back once, and the head so too."""
-    plan, work = rig.plan, rig.plan.pipeline.finish
-    if work is None:
-        return 0.0
-    train, held = (len(part) for part in split_held(plan.recipe.samples or 1))
-    weights = sum(math.prod(rig.params[name].shape) for name in rig.params)
-    head = math.prod(plan.checkpoint.tensors[plan.skeleton.head_weight].shape) / weights
-    passes = work.epochs * (4 * train + held) + held + (shape[0] - (plan.recipe.samples or 1))
-    return passes * forward * (len(plan.skeleton.blocks) + 2 * head)
+    """The end-to-end training, and the evaluation samples' way through the trained model behind it."""
+    tail = rig.plan.tail()
+    measured = (shape[0] - (rig.plan.recipe.samples or 1)) * len(rig.plan.skeleton.blocks) if tail else 0
+    return (tail + measured) * forward
 
 
 @torch.no_grad()

@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from swquant.checkpoint.quantized import QUANTIZATION_CONFIG, QuantizedModel
-from swquant.checkpoint.reader import INDEX, SINGLE, read_config
+from swquant.checkpoint.reader import read_config
+from swquant.checkpoint.shards import INDEX, SINGLE
 from swquant.engine.skeleton import empty_model
 from swquant.errors import SwquantError
 from swquant.formats import read_quantized
