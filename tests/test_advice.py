@@ -49,6 +49,11 @@ CASES = {
     "more_bits": (make(18.0), make(12.0), "--bits 3"),
     "fewer_bits": (make(10.05, bits=4), make(11.0, bits=4), "--bits 3"),
     "more_samples": (make(blocks=[block(curve=[0.9, 0.95])] * 3), make(), "--samples 256"),
+    "samples_learned_by_heart": (
+        make(blocks=[block(training=[1.0, 0.8])] * 3 + [block(curve=[0.9, 0.9], training=[1.0, 0.8])] * 3),
+        make(blocks=[block(training=[1.0, 0.8])] * 3 + [block(curve=[0.9, 0.9], training=[1.0, 0.95])] * 3),
+        "--samples 256",
+    ),
     "more_epochs": (make(), make(blocks=FLAT), "--epochs"),
     "worst_block": (make(blocks=[block(d) for d in (0.1, 0.11, 0.12, 0.9)]), make(), "Block 3"),
     "not_finite": (make(blocks=[block(curve=[None, 0.9], events=["lost"])] * 3), make(), "learning rates"),
@@ -77,6 +82,11 @@ def test_what_smaller_groups_cost(group: int | str, finer: int, cost: str) -> No
     (said,) = (text for text in advise(make(group_size=group)) if "--group-size" in text)
     assert f"--group-size {finer}" in said
     assert f"{cost} more bits" in said
+
+
+def test_samples_are_advised_once() -> None:
+    said = advise(make(blocks=[block(curve=[0.9, 0.95], training=[1.0, 0.5])] * 3))
+    assert sum("--samples" in text for text in said) == 1
 
 
 def test_what_a_k_grid_settles_is_not_advised() -> None:

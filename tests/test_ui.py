@@ -22,7 +22,8 @@ def test_without_a_terminal_it_prints_a_line_for_each_block(
     lines = [line for line in captured.err.splitlines() if line.startswith("block ")]
     assert [line.split(",")[0] for line in lines] == ["block 1/2", "block 2/2"]
     assert all("loss" in line and "->" in line and "left" in line for line in lines)
-    for said in ("perplexity", "KL to the original", "bits per quantized weight", "CompressedTensorsConfig"):
+    facts = ("perplexity", "KL to the original", "bits per quantized weight", "CompressedTensorsConfig")
+    for said in (*facts, str(tmp_path / "out" / "report.html")):
         assert said in captured.out
 
 

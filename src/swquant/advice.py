@@ -16,6 +16,9 @@ MUCH, SOME, LITTLE = 1.5, 1.05, 1.01
 RISEN, FALLING = 1.02, 0.98
 """Held-out loss of the last round over the least one; of the last over the one before it."""
 
+LEARNED = 0.9
+"""Training loss of the last round over the first one's where training has learned something since."""
+
 STANDS_OUT = 3.0
 """A block's own part of the drift over the median block's."""
 
@@ -105,6 +108,18 @@ def more_samples(report: Report) -> str | None:
     )
 
 
+def samples_learned_by_heart(report: Report) -> str | None:
+    """A training loss that falls without the held-out one is overfitting before it shows as a rise."""
+    phases = [phase for phase in _phases(report) if phase.training]
+    alone = [phase for phase in phases if _fell_alone(phase)]
+    if not phases or 2 * len(alone) < len(phases) or more_samples(report) is not None:
+        return None
+    return (
+        f"In {len(alone)} of {len(phases)} trainings the loss on the samples that train went on falling while that on "
+        f"held-out samples did not. Try --samples {2 * int(report.recipe['samples'])}."
+    )
+
+
 def more_epochs(report: Report) -> str | None:
     """A held-out loss that still falls in the last round promises more."""
     phases = [phase for phase in _phases(report) if len(phase.curve) > 1]
@@ -166,6 +181,7 @@ RULES: tuple[Rule, ...] = (
     nothing_trained,
     end_to_end_missing,
     more_samples,
+    samples_learned_by_heart,
     more_epochs,
     asymmetric,
     smaller_groups,
@@ -194,6 +210,13 @@ def _phases(report: Report) -> list[PhaseReport]:
 
 def _trained(report: Report) -> bool:
     return any(phase.curve for block in report.block_reports for phase in block.phases)
+
+
+def _fell_alone(phase: PhaseReport) -> bool:
+    held_first, held_last, first, last = phase.curve[0], phase.curve[-1], phase.training[0], phase.training[-1]
+    if held_first is None or held_last is None or first is None or last is None:
+        return False
+    return last < LEARNED * first and held_last > FALLING * held_first
 
 
 def _last(phase: PhaseReport) -> float:

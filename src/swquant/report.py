@@ -159,6 +159,7 @@ class BlockReport:
         seconds: How long it took.
         measured: Before and after; ``None`` in reports of older versions.
         peak_bytes: Most memory that the process had held until then; ``None`` in reports of older versions.
+        device_peak_bytes: Likewise of tensors on the device; ``None`` on a CPU too.
         forward_seconds: What a sample took to go through the original's block; ``None`` in reports of older versions.
     """
 
@@ -167,6 +168,7 @@ class BlockReport:
     seconds: float
     measured: Measured | None = None
     peak_bytes: int | None = None
+    device_peak_bytes: int | None = None
     forward_seconds: float | None = None
 
     def to_mapping(self) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from swquant.engine.pace import Pace
 from swquant.evaluation import Evaluation, Gain, Measured
 from swquant.html.facts import opened
 from swquant.inspection import Inspection
+from swquant.output import PAGE
 from swquant.report import Output, Report
 from swquant.units import size, span
 
@@ -144,6 +145,7 @@ def print_report(report: Report, out: Path, recipe: str | None = None) -> None:
     for name, value in _facts(report, recipe):
         table.add_row(name, value)
     console.print(table)
+    console.print(f"\nCharts, and what to try next: {out / PAGE}", soft_wrap=True)
     print_outputs(report.outputs, out)
 
 

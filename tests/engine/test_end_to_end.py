@@ -144,7 +144,7 @@ def test_it_lowers_the_divergence_and_the_output_is_the_model_it_reports(
     plain = quantize(replace(recipe, method="rtn"), source, tmp_path / "plain")
     report = quantize(recipe, source, tmp_path / "out")
     assert report.finish["after"] < report.finish["before"]
-    assert len(report.finish["curve"]) == 3
+    assert len(report.finish["curve"]) == len(report.finish["training"]) == 3
     assert report.quality.kl < plain.quality.kl
     measured = evaluate(tmp_path / "out", str(held_out), reference=source, context=32, windows=4, device="cpu")
     assert report.quality.perplexity == pytest.approx(measured.perplexity, rel=1e-5)
@@ -229,6 +229,7 @@ def test_stopped_at_a_commit_it_goes_on_to_the_same_bits(
     assert one == other
     assert resumed.quality == expected.quality
     assert resumed.finish["curve"] == expected.finish["curve"]
+    assert resumed.finish["training"] == expected.finish["training"]
     assert not (tmp_path / "out.swquant-work").exists()
 
 

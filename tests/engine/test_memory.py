@@ -7,12 +7,30 @@ import platform
 
 import psutil
 import pytest
+import torch
 
-from swquant.engine.memory import peak_bytes, release
+from swquant.engine.memory import device_peak_bytes, peak_bytes, release
 
 
 def test_the_peak_is_at_least_what_is_held() -> None:
     assert peak_bytes() >= 0.9 * psutil.Process().memory_info().rss
+
+
+def test_a_devices_peak_is_what_its_backend_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[torch.device] = []
+
+    class Backend:
+        @staticmethod
+        def max_memory_allocated(device: torch.device) -> int:
+            asked.append(device)
+            return 7
+
+    monkeypatch.setattr(torch, "get_device_module", lambda device: Backend)
+    assert device_peak_bytes(torch.device("cuda", 1)) == 7
+    assert asked == [torch.device("cuda", 1)]
+    monkeypatch.setattr(torch, "get_device_module", lambda device: torch.mps)
+    assert device_peak_bytes(torch.device("mps")) is None
+    assert device_peak_bytes(torch.device("cpu")) is None
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")

@@ -89,6 +89,8 @@ def test_every_section_is_there(report: Report) -> None:
         report.recipe_hash,
         "vllm serve PATH",
         "self_attn.q_proj",
+        " → ".join(f"{loss:.4g}" for loss in report.blocks[0]["phases"][0]["training"]),
+        "Dashed: mean over each epoch of the samples that train.",
         "bits: 2",
         "wiki.txt",
         f"torch {report.versions['torch']}",

@@ -156,6 +156,7 @@ def test_training_follows_the_equations_round_by_round(bits: int, symmetric: boo
         return (problem.target[samples] - block(oracle.quantized(), problem.inputs[samples])).pow(2).sum(-1).mean()
 
     curve: list[float] = []
+    training: list[float] = []
     for done in range(rounds):
         oracle.harden(THRESHOLDS[5 * (done + 1) - 1])
         trained = [*oracle.rounding.values()], [*oracle.gain.values()]
@@ -164,11 +165,14 @@ def test_training_follows_the_equations_round_by_round(bits: int, symmetric: boo
         optimizer = torch.optim.Adam(
             [{"params": trained[0], "lr": 0.05}, {"params": trained[1], "lr": 0.025, "weight_decay": 1e-4}]
         )
-        rng = generator(0, "batches", done + 1)
+        rng, losses = generator(0, "batches", done + 1), list[float]()
         for _ in range(steps):
             optimizer.zero_grad()
-            loss_on(torch.randperm(SAMPLES - 2, generator=rng)[:2]).backward()
+            loss = loss_on(torch.randperm(SAMPLES - 2, generator=rng)[:2])
+            loss.backward()
+            losses.append(float(loss.detach()))
             optimizer.step()
+        training.append(sum(losses) / steps)
         for value in (*trained[0], *trained[1]):
             value.requires_grad_(False)
         if done == rounds - 1:
@@ -177,6 +181,7 @@ def test_training_follows_the_equations_round_by_round(bits: int, symmetric: boo
 
     final, report = phase_of(rounds, steps).run(draft, problem)
     assert list(report.curve) == pytest.approx(curve, rel=1e-7)
+    assert list(report.training) == pytest.approx(training, rel=1e-7)
     assert report.after == report.curve[-1] < report.before
     assert report.kept_epoch == rounds
     realized = realize(final)

@@ -96,7 +96,8 @@ def phase_of(keep_best: bool, spy: Spy | None = None) -> Train:
 def test_without_trouble_the_kept_state_is_below_the_start(keep_best: bool) -> None:
     draft, report = phase_of(keep_best).run(DRAFT, problem_of(Fragile()))
     assert report.events == ()
-    assert len(report.curve) == ROUNDS
+    assert len(report.curve) == len(report.training) == ROUNDS
+    assert report.training[-1] < report.training[0]
     assert report.after < report.before
     assert report.after == (min(report.curve) if keep_best else report.curve[-1])
     again, same = phase_of(keep_best).run(DRAFT, problem_of(Fragile()))
@@ -109,6 +110,7 @@ def test_the_best_state_goes_on_from_the_last_good_one_at_half_the_rate() -> Non
     draft, report = phase_of(True, spy).run(DRAFT, problem_of(Fragile(frozenset({bad}))))
     assert report.events == ("epoch 2: the loss was not finite; went on from the last good state at 0.5 of the rate",)
     assert [value is None for value in report.curve] == [False, True, False, False, False]
+    assert [value is None for value in report.training] == [False, True, False, False, False]
     assert spy.entered[1][1] == spy.entered[2][1]
     assert report.after < report.before
     assert bool(draft.slots["w"].hi.isfinite().all())

@@ -18,7 +18,7 @@ from swquant.checkpoint.rotation import Source
 from swquant.distributed.ranks import Alone, Ranks, on_any, own_rows, require_same
 from swquant.engine.drift import measure_block, measured_samples
 from swquant.engine.journal import STREAMS, Journal
-from swquant.engine.memory import peak_bytes, release
+from swquant.engine.memory import device_peak_bytes, peak_bytes, release
 from swquant.engine.observer import Observer
 from swquant.engine.skeleton import Block, Skeleton
 from swquant.engine.streams import batches, create_stream, open_stream
@@ -114,6 +114,7 @@ def quantize_block(job: Job, journal: Journal, kwargs: Mapping[str, Any], observ
             seconds=round(time.monotonic() - started, 3),
             measured=_measured(job, bound, streams, commit(draft), committed),
             peak_bytes=peak_bytes(),
+            device_peak_bytes=device_peak_bytes(job.device),
             forward_seconds=forward,
         )
         values = report.to_mapping()

@@ -212,7 +212,8 @@ class _Stage:
         if trail.curve and trail.best_epoch == 0 and not trail.ended:
             trail.events.append("no epoch had a smaller held-out KL than the start, which was kept")
         events = (*trail.events, *self.notes)
-        report = PhaseReport(NAME, before, trail.best_loss, tuple(trail.curve), trail.best_epoch, events)
+        curve, training = tuple(trail.curve), tuple(trail.training)
+        report = PhaseReport(NAME, before, trail.best_loss, curve, trail.best_epoch, events, training)
         return {**asdict(report), "seconds": round(spent + time.monotonic() - began, 3)}
 
     def open(self, rate: float) -> torch.optim.Optimizer:
@@ -278,8 +279,8 @@ class _Stage:
             tensors |= {f"{key}:last": gain, f"{key}:best": best}
             tensors |= {f"{key}:{part}": value for part, value in moments.get(index, {}).items()}
         tensors = {key: value.detach().cpu().clone() for key, value in tensors.items()}
-        stand = {"curve": trail.curve, "events": trail.events, "notes": self.notes, "rate": trail.rate}
-        best = {"best_loss": trail.best_loss, "best_epoch": trail.best_epoch}
+        stand = {"curve": trail.curve, "training": trail.training, "events": trail.events, "notes": self.notes}
+        best = {"best_loss": trail.best_loss, "best_epoch": trail.best_epoch, "rate": trail.rate}
         self.journal.save_training(len(trail.curve), tensors, {**stand, **best, **facts})
         held = trail.curve[-1]
         shown = "a loss that was not finite" if held is None else f"held-out KL {held:.4g}"
@@ -299,7 +300,8 @@ class _Stage:
                 state["state"][index] = moments
         optimizer.load_state_dict(state)
         last, best_loss, best_epoch = snapshot(self.thetas), stand["best_loss"], stand["best_epoch"]
-        trail = Trail(start, best, last, best_loss, best_epoch, stand["rate"], stand["curve"], stand["events"])
+        curves = (stand["curve"], stand["training"])
+        trail = Trail(start, best, last, best_loss, best_epoch, stand["rate"], *curves, stand["events"])
         return trail, optimizer
 
     def _named(self, states: list[Theta]) -> Iterator[tuple[str, Tensor, Tensor]]:

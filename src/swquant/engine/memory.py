@@ -1,4 +1,4 @@
-"""How much memory the process has held, and memory given back to the system."""
+"""How much memory the process has held, on the host and on a device, and memory given back to the system."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import platform
 import sys
 
 import psutil
+import torch
 
 KIBIBYTE = 1024
 
@@ -19,6 +20,14 @@ def peak_bytes() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * KIBIBYTE
+
+
+def device_peak_bytes(device: torch.device) -> int | None:
+    """Most bytes of tensors that this process has held on ``device``; ``None`` where the backend does not count."""
+    if device.type == "cpu":
+        return None
+    peak = getattr(torch.get_device_module(device), "max_memory_allocated", None)
+    return None if peak is None else int(peak(device))
 
 
 def release() -> None:

@@ -141,8 +141,11 @@ def _quality_facts(quality: Quality) -> Iterator[Fact]:
 
 
 def _memory(blocks: Sequence[BlockReport]) -> str:
-    peaks = [block.peak_bytes for block in blocks if block.peak_bytes is not None]
-    return f"at most {size(max(peaks))} of memory" if peaks else ""
+    host = max((block.peak_bytes or 0 for block in blocks), default=0)
+    device = max((block.device_peak_bytes or 0 for block in blocks), default=0)
+    if not host:
+        return ""
+    return f"at most {size(host)} of memory" + (f", {size(device)} on the device" if device else "")
 
 
 def _mean(values: Iterator[float] | Sequence[float]) -> float:

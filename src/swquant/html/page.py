@@ -37,6 +37,7 @@ class Training:
     phase: str
     before: float
     after: float
+    training: str
     kept: str
 
 
@@ -146,15 +147,21 @@ def _curve_figures(report: Report) -> Iterator[Figure]:
             yield Figure(chart, f"{name}. One line per block; the later the block, the darker.")
     finish = report.finish_report
     if finish is not None and finish.curve:
-        points = [(0.0, finish.before), *((float(epoch), loss) for epoch, loss in enumerate(finish.curve, 1))]
-        chart = line_chart([Line("end to end", points, "after")], "epoch", "held-out KL, nats per token", zero=False)
-        yield Figure(chart, "End to end: all scales trained on the original's predictions.")
+        held = [(0.0, finish.before), *_by_epoch(finish.curve)]
+        lines = [Line("training", _by_epoch(finish.training), "before"), Line("held out", held, "after")]
+        chart = line_chart(lines, "epoch", "KL, nats per token", zero=False)
+        dashed = " Dashed: mean over each epoch of the samples that train." if finish.training else ""
+        yield Figure(chart, f"End to end: all scales trained on the original's predictions; held out.{dashed}")
 
 
 def _curve(name: str, phase: PhaseReport, index: int, blocks: int) -> Line:
     unit = phase.before if phase.before > 0 and math.isfinite(phase.before) else 1.0
     losses = [(float(epoch), None if loss is None else loss / unit) for epoch, loss in enumerate(phase.curve, 1)]
     return Line(name, [(0.0, phase.before / unit), *losses], "after", 0.3 + 0.7 * index / max(1, blocks - 1))
+
+
+def _by_epoch(losses: Sequence[float | None]) -> list[tuple[float, float | None]]:
+    return [(float(epoch), loss) for epoch, loss in enumerate(losses, 1)]
 
 
 def _trainings(report: Report) -> list[Training]:
@@ -167,10 +174,16 @@ def _trainings(report: Report) -> list[Training]:
             phase.phase,
             phase.before,
             phase.after,
+            _first_and_last(phase.training),
             f"{phase.kept_epoch} of {len(phase.curve)}" if phase.curve else "no epochs",
         )
         for place, phase in phases
     ]
+
+
+def _first_and_last(losses: Sequence[float | None]) -> str:
+    ends = (losses[0], losses[-1]) if losses else ()
+    return " → ".join("not finite" if loss is None else f"{loss:.4g}" for loss in ends)
 
 
 def _shown(measured: Sequence[tuple[int, Measured]]) -> list[tuple[int, Measured]]:
@@ -194,7 +207,9 @@ def _distributions(block: Measured) -> Iterator[Figure]:
 def _cost_figures(blocks: Sequence[BlockReport]) -> Iterator[Figure]:
     names = [f"block {index}: {block.seconds:.1f} s" for index, block in enumerate(blocks)]
     yield Figure(bar_chart([block.seconds for block in blocks], names, "block", "seconds"), "Time for each block.")
-    peaks = [(float(index), block.peak_bytes / 1e9) for index, block in enumerate(blocks) if block.peak_bytes]
-    if peaks:
-        chart = line_chart([Line("peak memory", peaks, "after")], "block", "GB")
-        yield Figure(chart, "Most memory that the process had held until then.")
+    host = [(float(index), block.peak_bytes / 1e9) for index, block in enumerate(blocks) if block.peak_bytes]
+    device = [(float(i), block.device_peak_bytes / 1e9) for i, block in enumerate(blocks) if block.device_peak_bytes]
+    if host:
+        chart = line_chart([Line("host", host, "after"), Line("device", device, "before")], "block", "GB")
+        dashed = " Dashed: its tensors on the device." if device else ""
+        yield Figure(chart, f"Most memory that the process had held until then.{dashed}")

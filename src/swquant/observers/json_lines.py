@@ -64,9 +64,9 @@ class JsonLines:
     def block(self, index: int, report: Mapping[str, Any]) -> None:
         """Write what a block's phases did."""
         self.pace.block(index, report)
-        kept = ("phase", "before", "after", "curve", "kept_epoch", "events")
+        kept = ("phase", "before", "after", "curve", "training", "kept_epoch", "events")
         phases = [{key: phase[key] for key in kept if key in phase} for phase in report["phases"]]
-        told = {key: report[key] for key in ("drift", "seconds", "peak_bytes") if key in report}
+        told = {key: report[key] for key in ("drift", "seconds", "peak_bytes", "device_peak_bytes") if key in report}
         self.write("block", block=index, phases=phases, **told, seconds_left=self._left())
 
     def done(self, report: Report) -> None:

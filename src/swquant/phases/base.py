@@ -69,6 +69,7 @@ class PhaseReport:
         curve: Held-out loss after each round; ``None`` where it was not finite.
         kept_epoch: The round whose state was kept, 0 for the start.
         events: What went wrong and what was done about it.
+        training: Mean over the steps of each round of the training loss; empty in reports of older versions.
         shares: Of the gradient with respect to the block's output, on the held-out samples, for each term of a loss
             that has more than one: ``{"start": {label: share}, "end": {...}}``, with the weights in use there.
     """
@@ -79,6 +80,7 @@ class PhaseReport:
     curve: tuple[float | None, ...] = ()
     kept_epoch: int = 0
     events: tuple[str, ...] = ()
+    training: tuple[float | None, ...] = ()
     shares: Mapping[str, Mapping[str, float]] | None = None
 
 

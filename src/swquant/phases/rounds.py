@@ -58,6 +58,7 @@ class Trail:
         best_epoch: The round behind which it was seen, 0 for the start.
         rate: Factor on the learning rates, halved when a loss is not finite.
         curve: Held-out loss behind each round; ``None`` where a loss was not finite.
+        training: Mean training loss of each round, likewise.
         events: A sentence for each ``None``.
     """
 
@@ -68,6 +69,7 @@ class Trail:
     best_epoch: int = 0
     rate: float = 1.0
     curve: list[float | None] = field(default_factory=list[float | None])
+    training: list[float | None] = field(default_factory=list[float | None])
     events: list[str] = field(default_factory=list[str])
 
     @staticmethod
@@ -81,9 +83,10 @@ class Trail:
         """Whether too many losses were not finite."""
         return len(self.events) > RETRIES
 
-    def note(self, epoch: int, loss: float, thetas: list[Theta]) -> None:
-        """Take in the state behind a round."""
+    def note(self, epoch: int, trained: float, loss: float, thetas: list[Theta]) -> None:
+        """Take in the state behind a round, with the round's training loss and its own on the held-out samples."""
         self.curve.append(loss)
+        self.training.append(trained)
         self.last = snapshot(thetas)
         if loss < self.best_loss:
             self.best, self.best_loss, self.best_epoch = self.last, loss, epoch
@@ -91,6 +94,7 @@ class Trail:
     def lost(self, epoch: int, before: float) -> None:
         """Take in a round whose loss was not finite: the rate halves, or the start is kept and the training ends."""
         self.curve.append(None)
+        self.training.append(None)
         failures = len(self.events)
         self.rate = 0.5 ** (failures + 1)
         self.events.append(f"epoch {epoch}: the loss was not finite; {what_next(failures)}")
@@ -126,7 +130,7 @@ def keep_best(
         trained = run_round(trainee, optimizer, schedule, done, epochs, report)
         held = trainee.held_loss()
         if math.isfinite(trained) and math.isfinite(held):
-            trail.note(done + 1, held, trainee.thetas)
+            trail.note(done + 1, trained, held, trainee.thetas)
         else:
             restore(trainee.thetas, trail.last)
             trail.lost(done + 1, before)

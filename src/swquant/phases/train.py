@@ -98,19 +98,20 @@ class _Job:
         trail = Trail.begin(self.thetas, before)
         keep_best(self, trail, self.open(1.0), phase.optimizer, phase.epochs, before, self.problem.step)
         events = (*trail.events, *self.notes)
-        report = PhaseReport(self.name, before, trail.best_loss, tuple(trail.curve), trail.best_epoch, events)
+        curve, training = tuple(trail.curve), tuple(trail.training)
+        report = PhaseReport(self.name, before, trail.best_loss, curve, trail.best_epoch, events, training)
         return detach(self._apply()), self._with_shares(report, shares)
 
     def keep_last(self) -> tuple[Draft, PhaseReport]:
         self._begin_balance(self.draft)
         before, shares = self._loss_of(self.draft), self._shares(0)
         events: list[str] = []
-        curve: list[float | None] = []
+        curve, training = tuple[float | None, ...](), tuple[float | None, ...]()
         for failures in range(RETRIES + 1):
             if failures:
                 self.thetas = self._init()
                 self._begin_balance(self.draft)
-            curve = self._all_rounds(0.5**failures)
+            curve, training = self._all_rounds(0.5**failures)
             if None not in curve:
                 break
             again = f"began again at {0.5 ** (failures + 1)} of the rate"
@@ -119,20 +120,23 @@ class _Job:
         after = curve[-1] if curve else None
         if after is not None and not after > before:
             final = detach(self._apply())
-            report = PhaseReport(self.name, before, after, tuple(curve), len(curve), (*events, *self.notes))
+            report = PhaseReport(self.name, before, after, curve, len(curve), (*events, *self.notes), training)
             return final, self._with_shares(report, shares)
         if after is not None:
             events.append(f"the trained state's loss {after:.4g} was above the starting point's; kept that")
-        report = PhaseReport(self.name, before, before, tuple(curve), 0, (*events, *self.notes))
+        report = PhaseReport(self.name, before, before, curve, 0, (*events, *self.notes), training)
         return self.draft, self._with_shares(report, shares)
 
     @property
     def name(self) -> str:
         return "+".join(type(learnable).__name__ for learnable in self.phase.learnables)
 
-    def _all_rounds(self, rate: float) -> list[float | None]:
-        """Train from beginning to end; returns the held-out losses, the last of them None where one was not finite."""
-        curve: list[float | None] = []
+    def _all_rounds(self, rate: float) -> tuple[tuple[float | None, ...], tuple[float | None, ...]]:
+        """Train from beginning to end; returns each round's held-out and training loss.
+
+        The last of them are ``None`` where one was not finite.
+        """
+        curve, training = list[float | None](), list[float | None]()
         phase = self.phase
         optimizer = self.open(rate)
         for done in range(phase.epochs):
@@ -143,9 +147,10 @@ class _Job:
             held = self.held_loss()
             good = math.isfinite(trained) and math.isfinite(held)
             curve.append(held if good else None)
+            training.append(trained if good else None)
             if not good:
-                return curve
-        return curve
+                break
+        return tuple(curve), tuple(training)
 
     def enter(self, done: int, optimizer: torch.optim.Optimizer, rate: float) -> torch.optim.Optimizer:
         self._advance(done)
