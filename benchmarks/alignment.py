@@ -5,7 +5,7 @@
 
 For each model, grid and method a line per loss: nats lost (the logarithm of the perplexity over the original's), KL,
 and the share recovered of what the method's own loss lost, paired by seed: (own - with) / own. Means, with Student's
-95 % interval where there are two seeds or more. A row's own loss is the one with an empty `loss`.
+95 % interval where there are two seeds or more. A row's own loss is the one with an empty `loss` and the same options.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
     for row in rows:
         groups.setdefault(_group(row), {}).setdefault(_setting(row), {})[row["seed"]] = row
     for group, settings in groups.items():
-        own = next((found for setting, found in settings.items() if setting.own), {})
         for setting, found in sorted(settings.items(), key=lambda item: _mean(item[1], "nats_lost")):
+            own = settings.get(Setting("", setting.options), {})
             pairs = [(own[seed], row) for seed, row in found.items() if seed in own and not setting.own]
             shares = [_recovered(pairs, metric) for metric in ("nats_lost", "kl")]
             values = (interval([float(row[name]) for row in found.values()], 4) for name in ("nats_lost", "kl"))

@@ -21,7 +21,10 @@ NOTICE = "\nswquant: stopping behind this step; the same signal again stops at o
 
 @dataclass
 class Stop:
-    """A signal handler that remembers the first signal and raises ``KeyboardInterrupt`` at the second."""
+    """A signal handler that remembers the first signal, and an observer that raises ``KeyboardInterrupt`` behind it.
+
+    The second signal raises it at once. Whoever else hears of a run hears of each event before.
+    """
 
     asked: bool = False
 
@@ -37,45 +40,32 @@ class Stop:
         if self.asked:
             raise KeyboardInterrupt
 
-
-@dataclass(frozen=True)
-class Stoppable:
-    """Passes everything on, and stops behind it if that has been asked for."""
-
-    inner: Observer
-    stop: Stop
-
     def stage(self, what: str) -> None:
-        """Pass it on."""
-        self.inner.stage(what)
-        self.stop.check()
+        """Stop here if that has been asked for."""
+        self.check()
 
     def begin(self, blocks: int, done: int, tail: float = 0.0) -> None:
-        """Pass it on."""
-        self.inner.begin(blocks, done, tail)
-        self.stop.check()
+        """Stop here if that has been asked for."""
+        self.check()
 
     def step(self, done: int, total: int) -> None:
-        """Pass it on."""
-        self.inner.step(done, total)
-        self.stop.check()
+        """Stop here if that has been asked for."""
+        self.check()
 
     def block(self, index: int, report: Mapping[str, Any]) -> None:
-        """Pass it on; the block is safe."""
-        self.inner.block(index, report)
-        self.stop.check()
+        """Stop here if that has been asked for; the block is safe."""
+        self.check()
 
     def done(self, report: Report) -> None:
-        """Pass it on; there is nothing left to stop."""
-        self.inner.done(report)
+        """There is nothing left to stop."""
 
 
 @contextmanager
-def stoppable(observer: Observer) -> Generator[Observer]:
-    """``observer``, and within the block both signals stop the run at its next event."""
+def stopping() -> Generator[Observer]:
+    """An observer by which both signals stop the run at its next event."""
     stop = Stop()
     with handled(stop):
-        yield Stoppable(observer, stop)
+        yield stop
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from pathlib import Path
 from swquant.engine.observer import Observer
 from swquant.observers.json_lines import STDERR, json_lines
 from swquant.observers.several import Several
-from swquant.observers.stopping import stoppable
+from swquant.observers.stopping import stopping
 from swquant.observers.tensorboard import tensorboard
 from swquant.observers.wandb import wandb
 from swquant.ui import observer
@@ -40,4 +40,5 @@ def watching(
             everyone.append(stack.enter_context(wandb(wandb_project, name)))
         if log_json != STDERR:
             everyone.insert(0, stack.enter_context(observer()))
-        yield stack.enter_context(stoppable(Several(tuple(everyone))))
+        everyone.append(stack.enter_context(stopping()))
+        yield Several(tuple(everyone))
