@@ -6,6 +6,7 @@ import json
 import shutil
 import zlib
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -261,8 +262,8 @@ def open_journal(root: Path, key: Mapping[str, Any]) -> Journal:
     return journal
 
 
-def lock_directory(root: Path) -> FileLock:
-    """Make ``root`` and hold it for this process until it ends.
+def lock_directory(root: Path) -> AbstractContextManager[object]:
+    """Make ``root`` and hold it for this process, until the context that is returned is left.
 
     Raises:
         SwquantError: If another process holds it, or it is not ours.
@@ -273,12 +274,10 @@ def lock_directory(root: Path) -> FileLock:
         raise SwquantError(
             f"{root} is needed as a working directory but holds {foreign[0]!r}; move it or choose another --out"
         )
-    lock = FileLock(root / "lock")
     try:
-        lock.acquire(timeout=0)
+        return FileLock(root / "lock").acquire(timeout=0)
     except Timeout as error:
         raise SwquantError(f"another process is writing to {root}; wait for it, or choose another --out") from error
-    return lock
 
 
 def _is_ours(name: str) -> bool:
@@ -323,6 +322,8 @@ def _sealed(state: Mapping[str, Any]) -> str:
 def _unsealed(content: bytes) -> dict[str, Any]:
     """Undo :func:`_sealed`; raises ``ValueError``, ``KeyError`` or ``TypeError`` on anything else."""
     state = json.loads(content)
+    if not isinstance(state, dict):
+        raise ValueError("it does not hold a JSON object")
     noted = state.pop("checksum")
     if zlib.crc32(json.dumps(state).encode()) != noted:
         raise ValueError("its checksum is not the one that was noted")
