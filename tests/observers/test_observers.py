@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import math
+import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +17,7 @@ import pytest
 
 from swquant.cli import main
 from swquant.observers.json_lines import JsonLines
+from swquant.observers.stopping import Stop, handled
 
 
 @pytest.fixture
@@ -92,13 +96,32 @@ def test_steps_are_throttled() -> None:
     assert steps[-1] == 100
 
 
-def test_a_log_that_cannot_be_written_is_refused_before_the_run(
-    command: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_number_that_is_not_finite_is_null() -> None:
+    lines = JsonLines(io.StringIO())
+    phase = {"phase": "Train", "before": math.inf, "after": 0.5, "curve": (math.nan, 0.5)}
+    lines.block(0, {"phases": [phase], "drift": math.nan, "seconds": 1.0})
+    (line,) = lines.file.getvalue().splitlines()
+    told = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert told["drift"] is None
+    assert told["phases"] == [{**phase, "before": None, "curve": [None, 0.5]}]
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [("--log-json", "give --log-json another file"), ("--tensorboard", "give --tensorboard another directory")],
+)
+def test_a_place_that_cannot_be_written_is_refused_before_the_run(
+    command: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: str, said: str
 ) -> None:
+    if flag == "--tensorboard":
+        pytest.importorskip("tensorboard")
+    place = tmp_path if flag == "--log-json" else tmp_path / "file"
+    (tmp_path / "file").write_text("precious")
     with pytest.raises(SystemExit) as exit:
-        main(command("--log-json", str(tmp_path)))
+        main(command(flag, str(place)))
     assert exit.value.code == 2
-    assert "give --log-json another file" in capsys.readouterr().err
+    assert said in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "precious"
     assert not (tmp_path / "out.swquant-work").exists()
 
 
@@ -174,3 +197,38 @@ def test_wandb_gets_the_curves(
     assert drifts == [block["drift"] for block in report["blocks"]]
     assert all(client.axes[name] in values for values in client.logged for name in values if name in client.axes)
     assert client.code == 0
+
+
+class RefusalError(Exception):
+    """What W&B's own errors are."""
+
+
+def test_what_wandb_refuses_is_one_sentence(
+    command: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def init(**settings: Any) -> None:
+        raise RefusalError("api_key not configured (no-tty).\nCall wandb.login(key=[your_api_key])")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Error=RefusalError))
+    with pytest.raises(SystemExit) as exit:
+        main(command("--wandb", "quantized"))
+    assert exit.value.code == 2
+    said = capsys.readouterr().err.strip()
+    assert said.startswith("swquant: W&B takes no run (api_key not configured (no-tty). Call")
+    assert said.endswith("leave --wandb out")
+
+
+def test_a_signal_is_remembered_where_nobody_reads_the_notice() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    saved = os.dup(2)
+    os.dup2(writer, 2)
+    stop = Stop()
+    try:
+        with handled(stop):
+            os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(writer)
+    assert stop.asked

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Generator, Mapping
@@ -75,14 +76,27 @@ class JsonLines:
         self.write("done", seconds=report.seconds, bits_per_weight=report.bits_per_weight, quality=quality)
 
     def write(self, event: str, **facts: Any) -> None:
-        """Write a line."""
+        """Write a line; JSON has no number that is not finite, so ``null`` stands for it."""
         line = {"schema": SCHEMA, "time": round(self.clock(), 3), "event": event, **facts}
-        self.file.write(f"{json.dumps(line)}\n")
+        self.file.write(f"{json.dumps(_finite(line))}\n")
         self.file.flush()
 
     def _left(self) -> float | None:
         left = self.pace.left()
         return None if left is None else round(left, 1)
+
+
+def _finite(value: Any) -> Any:
+    """``value`` with ``None`` for each number in it that is not finite."""
+    match value:
+        case dict():
+            return {key: _finite(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_finite(item) for item in value]
+        case float():
+            return value if math.isfinite(value) else None
+        case _:
+            return value
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -33,7 +33,8 @@ class Stop:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
-        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, NOTICE.encode())
+        with suppress(OSError, ValueError):  # nobody may be there to read it
+            os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, NOTICE.encode())
 
     def check(self) -> None:
         """Raise ``KeyboardInterrupt`` if a signal has come."""

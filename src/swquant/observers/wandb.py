@@ -16,13 +16,17 @@ def wandb(project: str, name: str) -> Generator[Scalars]:
     """Curves in the W&B ``project`` as the run ``name``, each over an axis of its own.
 
     Raises:
-        SwquantError: W&B is not installed.
+        SwquantError: W&B is not installed, or takes no run: no key, no network, no such project.
     """
     try:
         client: Any = importlib.import_module("wandb")
     except ImportError as error:
         raise SwquantError("--wandb needs W&B: pip install 'swquant[wandb]'") from error
-    run = client.init(project=project, name=name)
+    try:
+        run = client.init(project=project, name=name)
+    except client.Error as error:
+        reason = " ".join(str(error).split())[:200]
+        raise SwquantError(f"W&B takes no run ({reason}); run 'wandb login', or leave --wandb out") from error
 
     def note(curve: str, value: float, place: int) -> None:
         axis = f"{curve.partition('/')[0]}/place"
