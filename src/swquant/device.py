@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from swquant.errors import SwquantError
 
@@ -25,3 +26,10 @@ def resolve_device(text: str) -> torch.device:
     if device.type not in here or (device.index or 0) >= count:
         raise SwquantError(f"the device {text!r} is not available; this machine has {' and '.join(here)}")
     return device
+
+
+def moved(rows: Tensor, device: torch.device) -> Tensor:
+    """``rows`` on ``device``; a CUDA device takes them out of pinned memory, and nobody waits until it has them."""
+    if device.type == "cuda" and rows.device.type == "cpu":
+        return rows.pin_memory().to(device, non_blocking=True)
+    return rows.to(device)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -52,6 +53,44 @@ def batches(stream: Tensor) -> Iterator[slice]:
     size = max(1, FORWARD_BYTES // (tokens * dim * BYTES))
     for start in range(0, samples, size):
         yield slice(start, min(start + size, samples))
+
+
+def on_device(stream: Tensor, parts: Iterable[slice], device: torch.device) -> Iterator[tuple[slice, Tensor]]:
+    """Each part and its samples ``[part, tokens, dim]`` on ``device``, in order.
+
+    A CPU computes on the file's own pages. For a CUDA device a thread reads the next part into pinned memory while the
+    device has the one before.
+    """
+    if device.type != "cuda":
+        for part in parts:
+            yield part, stream[part].to(device)
+        return
+    for part, rows in read_ahead(stream, parts, Tensor.pin_memory):
+        yield part, rows.to(device, non_blocking=True)
+
+
+def read_ahead(
+    stream: Tensor, parts: Iterable[slice], read: Callable[[Tensor], Tensor]
+) -> Iterator[tuple[slice, Tensor]]:
+    """Each part and what ``read`` makes of its samples, in order; a thread reads one part ahead, and never more.
+
+    Args:
+        stream: ``[samples, tokens, dim]``.
+        parts: Ranges of samples.
+        read: Called in the thread with a view of the stream.
+
+    Raises:
+        Exception: What ``read`` raises, when its part's turn comes.
+    """
+    with ThreadPoolExecutor(1, "read-ahead") as thread:
+        before: tuple[slice, Future[Tensor]] | None = None
+        for part in parts:
+            coming = part, thread.submit(read, stream[part])
+            if before is not None:
+                yield before[0], before[1].result()
+            before = coming
+        if before is not None:
+            yield before[0], before[1].result()
 
 
 def _map(path: Path, shape: tuple[int, int, int]) -> Tensor:

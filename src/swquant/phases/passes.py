@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from swquant.device import moved
 from swquant.distributed.ranks import own_rows
 from swquant.phases.base import Problem
 from swquant.phases.portion import together
@@ -131,4 +132,4 @@ def _own_outputs(problem: Problem, params: Mapping[str, Tensor], own: Tensor) ->
 
 
 def _forward(problem: Problem, params: Mapping[str, Tensor], samples: Tensor) -> Tensor:
-    return problem.forward(params, problem.inputs[samples].to(problem.device))
+    return problem.forward(params, moved(problem.inputs[samples], problem.device))

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from swquant.device import moved
 from swquant.errors import SwquantError
 from swquant.learnables.base import Learnable, Theta
 from swquant.losses.balancing import Balancer, Slopes, shares_of, sum_terms
@@ -237,7 +238,7 @@ class _Job:
     def _targets(self, samples: Tensor) -> list[Tensor]:
         problem = self.problem
         augmented = problem.augmented if self.phase.augmented else None
-        return [part[samples].to(problem.device) for part in (problem.target, augmented) if part is not None]
+        return [moved(part[samples], problem.device) for part in (problem.target, augmented) if part is not None]
 
     @property
     def _steps(self) -> int:
