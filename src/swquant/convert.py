@@ -11,7 +11,7 @@ from swquant import registry
 from swquant.card import licence_of
 from swquant.checkpoint.quantized import Outline
 from swquant.checkpoint.reader import find_model, require_own
-from swquant.checkpoint.writer import publish, require_disk, require_unused
+from swquant.checkpoint.writer import destination, publish, require_disk, require_unused
 from swquant.errors import SwquantError
 from swquant.formats import read_quantized
 from swquant.formats.base import Format
@@ -58,8 +58,9 @@ def convert(
     require_disk(out, sum(_most_bytes(form, model.outline, directory) for form in forms))
     run = _directory_of_the_run(directory)
     model = replace(model, extra_files=_kept(run))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    final = destination(out)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))
     try:
         outputs: list[Output] = []
         for form, said in zip(forms, notes, strict=True):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from swquant.calibration import draw_from_model, eval_windows, load_tokenizer, sample_windows, tokenize
-from swquant.checkpoint.writer import publish, require_disk, require_unused
+from swquant.checkpoint.writer import destination, publish, require_disk, require_unused
 from swquant.distributed.ranks import Alone, Ranks
 from swquant.engine.block import Job, quantize_block
 from swquant.engine.capture import capture, to_device
@@ -123,7 +123,8 @@ def quantize_together(
 
 
 def _work_of(out: Path) -> Path:
-    return out.with_name(f"{out.name}.swquant-work")
+    place = destination(out)
+    return place.parent / f"{place.name}.swquant-work"
 
 
 def _before(out: Path, work: Path, key: Mapping[str, Any]) -> list[Report]:

@@ -111,7 +111,7 @@ def publish(staging: Path, out: Path) -> None:
         SwquantError: ``out`` is in use, or on another file system.
     """
     require_unused(out)
-    target = out.resolve()
+    target = destination(out)
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         if target.exists():
@@ -128,8 +128,13 @@ def publish(staging: Path, out: Path) -> None:
     _sync_directory(target.parent)
 
 
+def destination(out: Path) -> Path:
+    """Where ``out`` leads, links followed: what is staged beside it is on the file system that it is published to."""
+    return Path(os.path.realpath(out))
+
+
 def require_unused(out: Path) -> None:
-    """Refuse a place that is neither free nor an empty directory.
+    """Refuse a place that is neither free nor an empty directory that another can take the place of.
 
     Raises:
         SwquantError: Naming what is there.
@@ -143,6 +148,10 @@ def require_unused(out: Path) -> None:
         return
     if not out.is_dir():
         raise _in_use(out, "it is a file")
+    if os.path.ismount(out):
+        raise _in_use(out, "it is a mount point, which no other directory can replace")
+    if out.samefile(Path.cwd()):
+        raise _in_use(out, "it is the directory that you are in")
     first = min((path.name for path in out.iterdir()), default=None)
     if first is not None:
         raise _in_use(out, f"it holds {first!r}")
