@@ -386,6 +386,17 @@ def main(arguments: list[str] | None = None) -> None:
         _fail("stopped; the same command goes on from the last finished block", INTERRUPTED)
     except OSError as error:
         _fail(f"{error}; what is finished is kept, and the same command goes on from there", FAILURE)
+    except (MemoryError, RuntimeError) as error:
+        from swquant.phases.portion import ran_out
+
+        if not ran_out(error):
+            raise
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        _fail(
+            f"memory ran out ({reason}); what is finished is kept: choose a smaller --seq-len, "
+            "a device with more memory, or see what swquant plan says",
+            FAILURE,
+        )
 
 
 def _fail(sentence: str, code: int) -> None:

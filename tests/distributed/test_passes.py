@@ -218,7 +218,8 @@ def test_outputs_come_in_their_batches_order(crew: RunCrew) -> None:
     expected = [problem.forward({"w": TRUTH}, problem.inputs[samples]) for samples in batches]
 
     def run(ranks: Ranks) -> Any:
-        return list(outputs_by_batch(replace(problem, ranks=ranks, portion=Portion(1)), {"w": TRUTH}, batches))
+        own = replace(problem, ranks=ranks, portion=Portion(1))
+        return list(outputs_by_batch(own, {"w": TRUTH}, batches, pytest.fail))
 
     for size in (1, 2, 3, 4):
         for found in crew(size, run):

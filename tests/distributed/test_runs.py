@@ -21,10 +21,13 @@ from swquant import Recipe, Report, SwquantError, quantize
 from swquant.distributed.group import joined
 from swquant.distributed.ranks import Ranks
 from swquant.engine import durable
+from swquant.engine.end_to_end import TrainedModel
 from swquant.engine.journal import Journal
 from swquant.engine.observer import Silent
 from swquant.engine.skeleton import Block
 from swquant.formats.compressed_tensors import CompressedTensors
+from swquant.phases import passes
+from swquant.phases.base import Problem
 from swquant.quant.qtensor import QTensor
 from swquant.run import quantize_together
 
@@ -193,6 +196,37 @@ def test_a_run_out_of_memory_goes_on_with_less_at_once_and_says_so(
     assert [event.split(";")[-1] for phase in done for event in phase["events"]] == [
         f" went on with {portion}, which changes no result" for portion in (4, 2)
     ]
+    require_alike(tmp_path / "out", tmp_path / "one")
+
+
+@pytest.mark.parametrize("method", ["omniquant(epochs=1, batch_size=8)", "rtn + end_to_end(epochs=1, batch_size=8)"])
+def test_a_run_out_of_memory_where_states_are_compared_goes_on_with_less_at_once(
+    llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    recipe = recipe_of(text, method, samples=24, **({"loss": SW} if "omniquant" in method else {}))
+    quantize(recipe, llama, tmp_path / "one")
+    through_block, through_model, failures = passes._forward, TrainedModel.forward, list[int]()
+
+    def require_few(count: int) -> None:
+        if count > 1:
+            failures.append(count)
+            raise MemoryError
+
+    def small_block(problem: Problem, params: Any, samples: torch.Tensor) -> torch.Tensor:
+        require_few(len(samples))
+        return through_block(problem, params, samples)
+
+    def small_model(self: TrainedModel, hidden: torch.Tensor, keep: bool = True) -> list[torch.Tensor]:
+        require_few(1 if keep else len(hidden))
+        return through_model(self, hidden, keep)
+
+    monkeypatch.setattr(passes, "_forward", small_block)
+    monkeypatch.setattr(TrainedModel, "forward", small_model)
+    report = quantize(recipe, llama, tmp_path / "out")
+    assert failures == ([3] if report.finish is None else [3, 3, 2])
+    first = report.blocks[0]["phases"][0] if report.finish is None else report.finish
+    told = [event for event in first["events"] if event.startswith("memory ran out with")]
+    assert len(told) == len(failures)
     require_alike(tmp_path / "out", tmp_path / "one")
 
 

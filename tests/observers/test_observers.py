@@ -79,6 +79,25 @@ def test_a_failure_and_a_stop_are_the_last_line(
     assert events(log.read_text())[-1]["event"] == "done"
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")])
+def test_memory_that_runs_out_anywhere_is_one_sentence(
+    command: Callable[..., list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: Exception,
+) -> None:
+    monkeypatch.setattr("swquant.run._start", lambda *_: raise_(error))
+    with pytest.raises(SystemExit) as exit:
+        main(command("--log-json", str(tmp_path / "log.jsonl")))
+    assert exit.value.code == 1
+    assert "swquant: memory ran out (" in capsys.readouterr().err
+    assert events((tmp_path / "log.jsonl").read_text())[-1]["kind"] == type(error).__name__
+    monkeypatch.setattr("swquant.run._start", lambda *_: raise_(RuntimeError("a fault of ours")))
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        main(command())
+
+
 def raise_(error: BaseException) -> None:
     raise error
 

@@ -260,14 +260,21 @@ class _Stage:
         """Every state is in the domain."""
 
     def held_loss(self) -> float:
-        total = torch.zeros((), dtype=torch.float64)
-        for samples in own_turns(self.job.ranks, torch.tensor(self.held).split(self.work.batch_size)):
-            for part in self.portion.cut(samples):
-                hidden = self.model.forward(self.inputs[part].to(self.job.device), keep=False)[-1]
-                reference = self.reference[part].to(self.job.device)
-                total += float(self.heads.divergence(reference, hidden)) * len(part)
-        self.job.ranks.sum([total])
+        ranks, size = self.job.ranks, self.work.batch_size
+        own = own_turns(ranks, torch.tensor(self.held).split(size))
+        attempt = partial(together, ranks, partial(self._divergence, own))
+        total = self.portion.fit(attempt, size * ranks.size, ranks, self.notes.append)
+        ranks.sum([total])
         return float(total) / len(self.held)
+
+    def _divergence(self, batches: Sequence[Tensor]) -> Tensor:
+        """Sum over the samples of ``batches``, a portion at a time, float64."""
+        total = torch.zeros((), dtype=torch.float64)
+        for part in (part for samples in batches for part in self.portion.cut(samples)):
+            hidden = self.model.forward(self.inputs[part].to(self.job.device), keep=False)[-1]
+            reference = self.reference[part].to(self.job.device)
+            total += float(self.heads.divergence(reference, hidden)) * len(part)
+        return total
 
     def _save(self, trail: Trail, optimizer: torch.optim.Optimizer, facts: Mapping[str, Any]) -> None:
         self.job.ranks.lead(partial(self._write, trail, optimizer, facts))

@@ -9,6 +9,7 @@ the portion and the number of ranks, and only outputs ``[samples, tokens, dim]``
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,18 +25,23 @@ Objective = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @torch.no_grad()
-def outputs_of(problem: Problem, params: Mapping[str, Tensor], samples: Tensor) -> Tensor:
-    """The block's outputs for ``samples``, ``[samples, tokens, dim]``, on every rank."""
-    return problem.ranks.gather(_own_outputs(problem, params, _own(problem, samples)), len(samples))
+def outputs_of(problem: Problem, params: Mapping[str, Tensor], samples: Tensor, note: Callable[[str], None]) -> Tensor:
+    """The block's outputs for ``samples``, ``[samples, tokens, dim]``, on every rank.
+
+    ``note`` hears where memory ran out, and the portion has halved.
+    """
+    run = partial(_own_outputs, problem, params, _own(problem, samples))
+    outputs = problem.portion.fit(partial(together, problem.ranks, run), len(samples), problem.ranks, note)
+    return problem.ranks.gather(outputs, len(samples))
 
 
 def outputs_by_batch(
-    problem: Problem, params: Mapping[str, Tensor], batches: Sequence[Tensor]
+    problem: Problem, params: Mapping[str, Tensor], batches: Sequence[Tensor], note: Callable[[str], None]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Each batch's samples and outputs, on every rank; as many batches at a time as there are ranks."""
     for first in range(0, len(batches), problem.ranks.size):
         some = batches[first : first + problem.ranks.size]
-        outputs = outputs_of(problem, params, torch.cat(tuple(some)))
+        outputs = outputs_of(problem, params, torch.cat(tuple(some)), note)
         yield from zip(some, outputs.split([len(samples) for samples in some]), strict=True)
 
 

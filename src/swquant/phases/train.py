@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -218,9 +219,12 @@ class _Job:
     @torch.no_grad()
     def _loss_of(self, draft: Draft) -> float:
         context, total = LossContext(self.problem.rng("held")), 0.0
-        for samples, out in outputs_by_batch(self.problem, realize(draft, self.constants), self._held):
+        for samples, out in self._outputs(realize(draft, self.constants), self._held):
             total += float(self._against(out, self._targets(samples), context)) * len(samples)
         return total / len(self.problem.held)
+
+    def _outputs(self, params: Mapping[str, Tensor], batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        return outputs_by_batch(self.problem, params, batches, self.notes.append)
 
     @property
     def _held(self) -> tuple[Tensor, ...]:
@@ -256,7 +260,7 @@ class _Job:
         assert self.balancer is not None
         params, found = realize(draft, self.constants), list[dict[str, float]]()
         first = self.batches(0)[:FIRST_BATCHES]
-        for index, (samples, out) in enumerate(outputs_by_batch(self.problem, params, first)):
+        for index, (samples, out) in enumerate(self._outputs(params, first)):
             context = LossContext(self.problem.rng("balance", index))
             slopes = Slopes.at(self.balancer.loss, out, self._targets(samples), context)
             found.append(slopes.measures(self.problem.balance.kind))
@@ -269,7 +273,7 @@ class _Job:
             return None
         params, context = realize(self._apply(), self.constants), LossContext(self.problem.rng("held"))
         squares = dict.fromkeys((term.label for term in self.balancer.loss.parts), 0.0)
-        for samples, out in outputs_by_batch(self.problem, params, self._held):
+        for samples, out in self._outputs(params, self._held):
             slopes = Slopes.at(self.balancer.loss, out, self._targets(samples), context)
             for label, norm in slopes.measures("gradient").items():
                 squares[label] += (norm * len(samples)) ** 2
