@@ -19,6 +19,7 @@ from swquant.checkpoint.rotation import Source, rotate
 from swquant.device import resolve_device
 from swquant.engine.block import Job, split_held
 from swquant.engine.pace import tail_of
+from swquant.engine.precision import PRECISIONS
 from swquant.engine.skeleton import Skeleton, build_skeleton, check_widths, with_full_names
 from swquant.errors import SwquantError
 from swquant.families import family_for
@@ -71,7 +72,16 @@ class Plan:
         assert samples is not None
         phases, balance = self.pipeline.phases, balance_of(recipe)
         return Job(
-            self.checkpoint, self.skeleton, self.spec, phases, self.loss, samples, recipe.seed, self.device, balance
+            self.checkpoint,
+            self.skeleton,
+            self.spec,
+            phases,
+            self.loss,
+            samples,
+            recipe.seed,
+            self.device,
+            balance,
+            precision=PRECISIONS[recipe.precision],
         )
 
     def tail(self) -> float:

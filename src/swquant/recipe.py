@@ -23,7 +23,7 @@ CHANNEL = "channel"
 GRID_KEYS = ("bits", "group_size", "symmetric")
 """Keys that follow from a K grid."""
 
-LATER_KEYS = ("grid", "balance", "loss_schedule", "loss_depth")
+LATER_KEYS = ("grid", "balance", "loss_schedule", "loss_depth", "precision")
 """Keys younger than the first recipes, whose hashes stay."""
 
 _FOLDER = resources.files("swquant") / "recipes"
@@ -72,6 +72,8 @@ class Recipe:
         evaluation_samples: How many such windows, of ``seq_len`` tokens each; 0 measures nothing.
         preset: ``fast``, ``default`` or ``best``.
         seed: Of everything that is random.
+        precision: Of the matrix products in training within a block: ``float32`` or ``bfloat16``. Losses, what is
+            learned, streams and all else stay in float32.
         device: ``cpu``, an accelerator's name such as ``mps``, or ``auto``.
         format: Format of the output, see ``swquant list formats``; several with commas between them, which are then
             written into a directory each from the same codes; ``None`` is what the runtime reads best, or
@@ -100,6 +102,7 @@ class Recipe:
     evaluation_samples: Annotated[int, Field(ge=0)] = 16
     preset: Literal["fast", "default", "best"] = "default"
     seed: int = 0
+    precision: Literal["float32", "bfloat16"] = "float32"
     device: str = "auto"
     format: str | None = None
     runtime: str | None = None

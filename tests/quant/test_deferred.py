@@ -130,3 +130,20 @@ def test_a_draft_of_round_to_nearest_is_deferred_too() -> None:
     weight = draw(48, 96).bfloat16()
     draft = open_draft({"weight": weight}, ("weight",), SPEC)
     assert torch.equal(solid(realize(draft)["weight"]), snap(weight, draft.slots["weight"]))
+
+
+def test_under_autocast_products_are_short_and_what_is_learned_is_not() -> None:
+    weight, found = draw(48, 96), list[list[Tensor]]()
+    for short in (False, True):
+        x, bias = draw(5, 96, seed=3).requires_grad_(), draw(48, seed=4).requires_grad_()
+        factors, offsets = leaves()
+        deferred = realize(clipped(weight, factors, offsets))["weight"]
+        with torch.autocast("cpu", torch.bfloat16, enabled=short):
+            out = functional.linear(x, deferred, bias)
+        assert out.dtype == (torch.bfloat16 if short else torch.float32)
+        (out.float() * draw(5, 48, seed=5)).sum().backward()
+        found.append([value.grad for value in (x, bias, factors, offsets) if value.grad is not None])
+    for exact, short in zip(*found, strict=True):
+        assert exact.dtype == short.dtype == torch.float32
+        assert not torch.equal(exact, short)
+        assert functional.cosine_similarity(exact.flatten(), short.flatten(), dim=0) > 0.999

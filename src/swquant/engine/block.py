@@ -20,8 +20,9 @@ from swquant.engine.drift import measure_block, measured_samples
 from swquant.engine.journal import STREAMS, Journal
 from swquant.engine.memory import device_peak_bytes, peak_bytes, release
 from swquant.engine.observer import Observer
+from swquant.engine.precision import at_precision
 from swquant.engine.skeleton import Block, Skeleton
-from swquant.engine.streams import batches, create_stream, open_stream
+from swquant.engine.streams import batches, create_stream, on_device, open_stream
 from swquant.errors import SwquantError
 from swquant.learnables.base import BlockFacts, ChannelRange
 from swquant.losses import Loss
@@ -55,6 +56,7 @@ class Job:
         ranks: The processes that do the job together.
         micro_batch: Samples of a batch that each rank takes through a block at once; ``None`` is all that are its own.
             It changes no result but for rounding.
+        precision: Of the matrix products in training; targets and both streams are always float32.
     """
 
     checkpoint: Source
@@ -68,6 +70,7 @@ class Job:
     balance: Balance = field(default_factory=Balance)
     ranks: Ranks = field(default_factory=Alone)
     micro_batch: int | None = None
+    precision: torch.dtype = torch.float32
 
 
 def quantize_block(job: Job, journal: Journal, kwargs: Mapping[str, Any], observer: Observer) -> int | None:
@@ -162,7 +165,7 @@ def _problem(
     inputs = streams.quantized[: job.samples]
     train, held = split_held(job.samples)
     return Problem(
-        forward=bound.forward,
+        forward=at_precision(bound.forward, job.precision),
         facts=_facts(job.skeleton, bound, params, inputs),
         inputs=streams.quantized,
         target=streams.next_reference,
@@ -252,8 +255,8 @@ class _Bound:
     def advance(self, params: Mapping[str, Tensor], source: Tensor, destination: Tensor) -> bool:
         """Write what comes of this rank's samples of ``source`` to ``destination``; returns whether all is finite."""
         floats, finite = in_float(params), True
-        for batch in own_batches(self.ranks, source):
-            out = self.forward(floats, source[batch].to(self.device)).cpu()
+        for batch, hidden in on_device(source, own_batches(self.ranks, source), self.device):
+            out = self.forward(floats, hidden).cpu()
             finite = finite and bool(torch.stack(torch.aminmax(out)).isfinite().all())
             destination[batch] = out
         return finite
@@ -276,8 +279,8 @@ class _Bound:
             for linear in linears:
                 module = self.block.module.get_submodule(linear)
                 hooks.callback(module.register_forward_pre_hook(partial(seen, linear)).remove)
-            for batch in own_batches(self.ranks, source):
-                self.forward(floats, source[batch].to(self.device))
+            for _, hidden in on_device(source, own_batches(self.ranks, source), self.device):
+                self.forward(floats, hidden)
 
     def input_ranges(
         self, params: Mapping[str, Tensor], source: Tensor, linears: Sequence[str]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from swquant.engine.precision import at_precision
 from swquant.engine.skeleton import Skeleton
 from swquant.engine.streams import batches
 from swquant.learnables.base import BlockFacts, ChannelRange
@@ -92,7 +93,7 @@ class Rig:
         """
         job, skeleton = self.plan.job(), self.plan.skeleton
         return Problem(
-            forward=self.forward,
+            forward=at_precision(self.forward, job.precision),
             facts=BlockFacts(skeleton.family, skeleton.heads, skeleton.key_value_heads, self._ranges),
             inputs=self.streams[0],
             target=self.streams[1],

@@ -126,14 +126,25 @@ def _linear(x: Tensor, weight: Deferred, bias: Tensor | None = None) -> Tensor:
     return _Linear.apply(x, None if bias is None else solid(bias), (weight,), *_roots(weight))  # pyright: ignore[reportReturnType]
 
 
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that ``x`` is multiplied in: autocast's where that is on."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 class _Linear(torch.autograd.Function):
-    """``x W^T + b`` for a deferred ``W``; in the backward pass neither ``W`` nor its gradient waits for the other."""
+    """``x W^T + b`` for a deferred ``W``; in the backward pass neither ``W`` nor its gradient waits for the other.
+
+    Under autocast its three products are autocast's; ``W`` is made, and its gradient goes on, in ``W``'s own dtype.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, held: tuple[Deferred], *roots: Tensor) -> Tensor:
+        kind = _product_dtype(x)
+        x = x.to(kind)
         ctx.save_for_backward(x, *roots)
         ctx.held, ctx.roots = held, [id(root) for root in roots]
-        return functional.linear(x, solid(held[0]), bias)
+        return functional.linear(x, solid(held[0]).to(kind), None if bias is None else bias.to(kind))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -144,13 +155,13 @@ class _Linear(torch.autograd.Function):
         leaves = [root.detach().requires_grad_(wants) for root, wants in zip(roots, wanted, strict=True)]
         with torch.set_grad_enabled(any(wanted)):
             weight = solid(_on(ctx.held[0], dict(zip(ctx.roots, leaves, strict=True))))
-        into_x = (slope @ weight.detach()).view(x.shape) if wants_x else None
+        into_x = (slope @ weight.detach().to(x.dtype)).view(x.shape) if wants_x else None
         into_bias = slope.sum(0) if wants_bias else None
         into_roots: list[Tensor | None] = [None] * len(roots)
         if any(wanted):
-            edge = get_gradient_edge(weight)
+            edge, kind = get_gradient_edge(weight), weight.dtype
             del weight
-            into_weight = slope.t() @ x.reshape(-1, x.shape[-1])
+            into_weight = (slope.t() @ x.reshape(-1, x.shape[-1])).to(kind)
             learned = [leaf for leaf in leaves if leaf.requires_grad]
             found = iter(torch.autograd.grad([edge], learned, [into_weight], allow_unused=True))
             into_roots = [next(found) if wants else None for wants in wanted]

@@ -1,0 +1,71 @@
+"""Training in bfloat16 products: what is learned and what is written stays what it was."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import swquant.run as run
+from swquant import Recipe, SwquantError, quantize
+from swquant.engine.precision import at_precision
+from swquant.report import Report
+
+
+def test_float32_is_the_function_itself() -> None:
+    def forward(params: object, hidden: Tensor) -> Tensor:
+        return hidden
+
+    assert at_precision(forward, torch.float32) is forward
+
+
+def test_products_are_short_and_the_output_is_not() -> None:
+    seen: list[torch.dtype] = []
+
+    def forward(params: object, hidden: Tensor) -> Tensor:
+        product = hidden @ hidden.mT
+        seen.append(product.dtype)
+        return product
+
+    hidden = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    out = at_precision(forward, torch.bfloat16)({}, hidden)
+    assert seen == [torch.bfloat16]
+    assert out.dtype == torch.float32
+    assert torch.equal(out, (hidden.bfloat16() @ hidden.bfloat16().mT).float())
+
+
+SLOW = [pytest.param(method, marks=pytest.mark.slow) for method in ("omniquant(epochs=2)", "signround(steps=10)")]
+
+
+@pytest.mark.parametrize("method", ["block_ap(epochs=2)", *SLOW])
+def test_a_run_differs_by_rounding_alone(method: str, llama: Path, text: Path, tmp_path: Path) -> None:
+    recipe = Recipe(
+        method=method,
+        calibration=str(text),
+        samples=8,
+        seq_len=16,
+        evaluation_samples=0,
+        device="cpu",
+        group_size=32,
+    )
+    reports: dict[str, Report] = {}
+    for precision in ("float32", "bfloat16"):
+        reports[precision] = quantize(replace(recipe, precision=precision), llama, tmp_path / precision)
+    exact, short = (report.blocks[-1]["drift"] for report in reports.values())
+    assert exact != short
+    assert short == pytest.approx(exact, rel=0.1)
+
+
+def test_it_is_left_out_of_recipes_that_do_not_ask_for_it() -> None:
+    assert "precision" not in Recipe().to_mapping()
+    assert Recipe(precision="bfloat16").digest() != Recipe().digest()
+    with pytest.raises(SwquantError, match="precision"):
+        Recipe.from_mapping({"precision": "float16"})
+
+
+def test_it_is_a_function_of_the_recipe_alone(llama: Path) -> None:
+    job = run.make_plan(Recipe(precision="bfloat16", samples=2, seq_len=16, device="cpu"), llama).job()
+    assert job.precision == torch.bfloat16
