@@ -17,10 +17,10 @@ import psutil
 import pytest
 import torch
 
-from swquant import Recipe, Report, SwquantError, quantize
+from swquant import Recipe, Report, SwquantError, quantize, run
 from swquant.distributed.group import joined
 from swquant.distributed.ranks import Ranks
-from swquant.engine import durable
+from swquant.engine import block, durable
 from swquant.engine.end_to_end import TrainedModel
 from swquant.engine.journal import Journal
 from swquant.engine.observer import Silent
@@ -139,18 +139,47 @@ def test_one_rank_writes_and_nothing_twice(
     for name in ("save_tensors", "replace_file"):
         monkeypatch.setattr(f"swquant.engine.journal.{name}", noted(name))
 
-    def run(ranks: Ranks) -> Report | None:
+    def noted_run(ranks: Ranks) -> Report | None:
         if ranks.rank == 0:
             leader.append(threading.current_thread().name)
         return quantize_together(recipe, llama, tmp_path / "out", ranks, Silent())
 
     recipe = recipe_of(text, "gptq + end_to_end(epochs=2)")
-    crew(3, run)
+    crew(3, noted_run)
     assert {who for _, who in written} == set(leader)
     counts = Counter(name for name, _ in written)
     assert counts.pop("manifest.json") == 1 + 2 + 2 + 1
     assert set(counts.values()) == {1}
     assert {"block-00000.safetensors", "block-00001.safetensors", "final.safetensors"} <= set(counts)
+
+
+def test_no_stream_is_made_while_a_rank_holds_removed_ones(
+    crew: RunCrew, llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    behind, seen = Counter[str](), list[tuple[str, int]]()
+    through, create = run.quantize_block, block.create_stream
+
+    def late(job: block.Job, *arguments: Any) -> Any:
+        left = through(job, *arguments)
+        time.sleep(0.1 * job.ranks.rank)
+        behind[threading.current_thread().name] += 1
+        return left
+
+    def noted(path: Path, shape: tuple[int, int, int]) -> torch.Tensor:
+        seen.append((path.name, min((*behind.values(), *[0] * (3 - len(behind))))))
+        return create(path, shape)
+
+    monkeypatch.setattr(run, "quantize_block", late)
+    monkeypatch.setattr(block, "create_stream", noted)
+    recipe = recipe_of(text, "rtn + end_to_end(epochs=1)")
+    crew(3, lambda ranks: quantize_together(recipe, llama, tmp_path / "out", ranks, Silent()))
+    assert [(name.partition(".")[0], done) for name, done in seen] == [
+        ("reference-00001", 0),
+        ("quantized-00001", 0),
+        ("reference-00002", 1),
+        ("quantized-00002", 1),
+        ("trained-00002", 2),
+    ]
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(

@@ -195,8 +195,13 @@ def _measured(job: Job, bound: _Bound, streams: _Streams, rounded: Committed, co
 
 
 def create_together(ranks: Ranks, paths: Sequence[Path], shape: tuple[int, int, int]) -> list[Tensor]:
-    """New streams at ``paths``, made by rank 0 and open on every rank; each then writes samples of its own."""
+    """New streams at ``paths``, made by rank 0 and open on every rank; each then writes samples of its own.
+
+    None is made before every rank has let go of the streams that it had: one that is removed and still mapped takes
+    room on the disk.
+    """
     made: list[Tensor] = []
+    ranks.barrier()
     ranks.lead(lambda: made.extend(create_stream(path, shape) for path in paths))
     return made or [open_stream(path, shape) for path in paths]
 
