@@ -20,6 +20,7 @@ from swquant.engine.capture import capture, to_device
 from swquant.engine.end_to_end import train_scales
 from swquant.engine.head import measure
 from swquant.engine.journal import MANIFEST, STREAMS, Journal, lock_directory, open_journal
+from swquant.engine.memory import keep_little
 from swquant.engine.observer import Observer, Silent
 from swquant.engine.skeleton import try_block
 from swquant.engine.streams import create_stream
@@ -91,6 +92,8 @@ def quantize_together(
         On rank 0 the report; the others are done before it is written.
     """
     out, watching = Path(out), observer if ranks.rank == 0 else Silent()
+    if budget is not None and budget.given:
+        keep_little()
     plans: list[Plan] = []
     ranks.lead(lambda: plans.append(make_plan(recipe, source)))
     plan = plans[0] if plans else make_plan(recipe, source)

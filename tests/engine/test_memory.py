@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import platform
+import subprocess
+import sys
 
 import psutil
 import pytest
@@ -47,3 +49,25 @@ def test_freed_memory_is_given_back() -> None:
     release()
     assert psutil.Process().memory_info().rss < held - size * count // 2
     library.free(ctypes.c_void_p(pieces[-1]))
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_a_process_that_keeps_little_gives_back_what_it_frees_at_once() -> None:
+    code = (
+        "import psutil, torch; from swquant.engine.memory import keep_little\n"
+        "keep_little()\n"
+        "torch.ones(1 << 22)\n"
+        "held, wall = [torch.ones(1 << 20) for _ in range(40)], torch.ones(1000)\n"
+        "full = psutil.Process().memory_info().rss; del held\n"
+        "print(full - psutil.Process().memory_info().rss)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE)
+    assert int(found.stdout) > 0.9 * 40 * (4 << 20)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux hands the number of getrusage on")
+def test_a_process_does_not_begin_with_the_peak_of_the_one_that_started_it() -> None:
+    held = torch.ones(100 << 20)
+    code = "from swquant.engine.memory import peak_bytes; print(peak_bytes())"
+    found = int(subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE).stdout)
+    assert found < held.nbytes

@@ -27,6 +27,7 @@ def plan(llama: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
     """Of a run in a process that takes no memory itself."""
     nothing = SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=0))
     monkeypatch.setattr(psutil, "Process", lambda: nothing)
+    monkeypatch.setattr("swquant.estimate.budget.LATER", 0)
     return make_plan(replace(RECIPE, calibration=str(text)), llama)
 
 
@@ -110,7 +111,11 @@ def test_what_was_finished_or_begun_needs_no_room_for_its_start(
     kept = quantize(recipe, llama, tmp_path / "out", budget=Budget(host=1))
     assert len(kept.blocks) == 2
     drawing = make_plan(RECIPE, llama)
-    monkeypatch.setattr("swquant.estimate.budget.drawing_problems", lambda *_: ["no room"])
+
+    def none(plan: Plan, interpreter: int, budget: Budget) -> list[str]:
+        return ["no room"]
+
+    monkeypatch.setattr("swquant.estimate.budget.drawing_problems", none)
     assert portion_within(drawing, Budget(host=1 << 40), 1, begun=True) is None
     with pytest.raises(SwquantError, match="no room"):
         portion_within(drawing, Budget(host=1 << 40), 1)

@@ -137,13 +137,13 @@ def test_sizes() -> None:
 
 
 PEAK = """
-import resource, sys, torch
-from pathlib import Path
+import sys, torch
+from swquant.engine.memory import peak_bytes
 from swquant.recipe import Recipe
 from swquant.run import quantize
 torch.set_num_threads(1)
 quantize(Recipe.load(sys.argv[1]), sys.argv[2], sys.argv[3])
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print(peak_bytes())
 """
 SAID = """
 import sys
@@ -158,7 +158,7 @@ def test_the_memory_is_known_within_15_percent(make_model: MakeModel, text: Path
     sizes = LlamaConfig(hidden_size=2048, intermediate_size=5632, num_attention_heads=16, num_key_value_heads=16)
     kept = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
     settings = {name: getattr(sizes, name) for name in kept}
-    source = make_model("llama", 2, torch.bfloat16, head_dim=128, max_position_embeddings=512, **settings)
+    source = make_model("llama", 1, torch.bfloat16, head_dim=128, max_position_embeddings=512, **settings)
     recipe = replace(RECIPE, samples=3, seq_len=512, evaluation_samples=0, calibration=str(text))
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
     given = [str(tmp_path / "recipe.yaml"), str(source), str(tmp_path / "out")]

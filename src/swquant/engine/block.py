@@ -104,11 +104,13 @@ def quantize_block(job: Job, journal: Journal, kwargs: Mapping[str, Any], observ
     problem = _problem(job, index, bound, params, streams, observer)
     weights = tuple(f"{linear}.weight" for linear in job.skeleton.family.linears)
     draft = open_draft(params, weights, job.spec, bound.block.stored_dtypes(job.checkpoint))
+    release()
     committed, reports = _fold(draft, job.phases, problem)
     require_same(ranks, _tensors(committed), f"block {index}")
     finite = bound.advance(committed.floats(), streams.quantized, streams.next_quantized)
     _require(finite, ranks, f"block {index} puts out, quantized by this recipe,")
     drifted = drift(streams.next_reference, streams.next_quantized, ranks)
+    release()
 
     def finish() -> None:
         report = BlockReport(
@@ -324,4 +326,5 @@ def _fold(draft: Draft, phases: Sequence[Phase], problem: Problem) -> tuple[Comm
     for phase in phases:
         draft, report = phase.run(draft, problem)
         reports.append(report)
+        release()
     return commit(draft), reports

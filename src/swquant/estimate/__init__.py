@@ -8,8 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from swquant.checkpoint.writer import free_disk
 from swquant.estimate.budget import (
     Budget,
@@ -19,6 +17,7 @@ from swquant.estimate.budget import (
     fit,
     memory_problems,
     parameters_of,
+    process_bytes,
     process_problems,
     shape_of,
 )
@@ -83,7 +82,7 @@ def estimate(
     Raises:
         SwquantError: As the run itself would, of whatever can be known before.
     """
-    plan, interpreter = make_plan(recipe, source), psutil.Process().memory_info().rss
+    plan, interpreter = make_plan(recipe, source), process_bytes()
     shape = shape_of(plan)
     disk, kept, whole = disk_of(plan, shape), budget or Budget(), batch_of(plan, 1)
     limit = kept.tensor_limit(plan.device, interpreter)

@@ -10,9 +10,13 @@ import torch
 
 from swquant.errors import SwquantError
 from swquant.estimate.memory import Memory, memory_of
+from swquant.phases.scale_training import ScaleTraining
 from swquant.phases.train import Train
 from swquant.plan import Plan
 from swquant.units import size
+
+LATER = 80_000_000
+"""What a process takes beside tensors once it works: libraries that come in then, and what kernels keep; measured."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ def portion_within(plan: Plan, budget: Budget, ranks: int, *, begun: bool = Fals
     Raises:
         SwquantError: One sample at a time does not fit either, nor does the model where samples are drawn from it.
     """
-    interpreter = psutil.Process().memory_info().rss
+    interpreter = process_bytes()
     problems = process_problems(interpreter, budget)
     problems += [] if begun else drawing_problems(plan, interpreter, budget)
     limit, whole = budget.tensor_limit(plan.device, interpreter), batch_of(plan, ranks)
@@ -67,9 +71,15 @@ def portion_within(plan: Plan, budget: Budget, ranks: int, *, begun: bool = Fals
     return None if portion == whole else portion
 
 
+def process_bytes() -> int:
+    """Of this process as it is, and what it will take beside tensors once it works."""
+    return psutil.Process().memory_info().rss + LATER
+
+
 def batch_of(plan: Plan, ranks: int) -> int:
-    """Most samples that each rank takes through a block in a training step."""
-    batches = [-(-phase.batch_size // ranks) for phase in plan.pipeline.phases if isinstance(phase, Train)]
+    """Most samples that each rank takes at once in a training step."""
+    works = [*plan.pipeline.phases, plan.pipeline.finish]
+    batches = [-(-work.batch_size // ranks) for work in works if isinstance(work, Train | ScaleTraining)]
     return max(batches, default=1)
 
 

@@ -12,15 +12,22 @@ from swquant.engine.block import split_held
 from swquant.engine.head import VOCABULARY_ROWS
 from swquant.estimate.live import Live, without_values
 from swquant.estimate.rig import Rig, arguments
+from swquant.phases.awq_clip import AwqClip
+from swquant.phases.awq_scale import AwqScale
 from swquant.phases.base import Phase
 from swquant.phases.gptq import Gptq
 from swquant.phases.train import Train
 from swquant.plan import Plan
+from swquant.quant.bits import packed_words
 from swquant.quant.deferred import in_float
 from swquant.quant.draft import Draft, commit
 
 HESSIANS = 7
 """Matrices of the inputs' width that GPTQ holds where it factors: moments, damped ones, and copies on the way."""
+
+
+CANDIDATES = 2
+"""Of a search."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,7 @@ def memory_of(plan: Plan, shape: tuple[int, int, int], micro_batch: int | None =
         params = {name: torch.empty(value.shape, dtype=dtypes[name]) for name, value in own}
         rig = Rig(plan, kwargs, params, streams, torch.device("cpu"))
         blocks = _block(rig, live, before, micro_batch)
-        return Memory(blocks, _finish(rig, shape, live))
+        return Memory(blocks, _finish(rig, shape, live, micro_batch))
 
 
 def _block(rig: Rig, live: Live, before: int, micro_batch: int | None) -> dict[str, int]:
@@ -84,14 +91,19 @@ def _block(rig: Rig, live: Live, before: int, micro_batch: int | None) -> dict[s
     committed, rounded = commit(draft), commit(draft)
     rig.advance(committed.floats())
     del rounded
+    _hold([(len(one.codes), packed_words(one.codes.shape[1], one.spec.bits)) for one in committed.quantized.values()])
     note("commit")
     return found
 
 
 def _step(rig: Rig, phase: Phase, draft: Draft, micro_batch: int | None) -> Draft:
-    """The draft behind a phase that was cut to one step."""
+    """The draft behind a phase that was cut to one step, or to :data:`CANDIDATES`, which take turns in memory."""
     if isinstance(phase, Gptq):
         return _gptq(draft)
+    if isinstance(phase, AwqScale):
+        phase = replace(phase, ratios=phase.ratios[:CANDIDATES])
+    if isinstance(phase, AwqClip):
+        phase = replace(phase, factors=phase.factors[:CANDIDATES])
     train, held = split_held(rig.plan.recipe.samples or 1)
     batch = phase.batch_size if isinstance(phase, Train) else 1
     if isinstance(phase, Train):
@@ -104,12 +116,17 @@ def _gptq(draft: Draft) -> Draft:
     params = {name: torch.empty(draft.params[name].shape) for name in draft.slots}
     for value in params.values():
         width = value.shape[1]
-        for held in ([(width, width)] * HESSIANS, [(width, width)] * 3 + [tuple(value.shape)] * 3):
-            _ = [torch.empty(shape) for shape in held]
+        _hold([(width, width)] * HESSIANS)
+        _hold([(width, width)] * 3 + [(len(value), width)] * 3)
     return replace(draft, params={**draft.params, **params})
 
 
-def _finish(rig: Rig, shape: tuple[int, int, int], live: Live) -> int:
+def _hold(shapes: list[tuple[int, int]]) -> None:
+    """Have so many float32 tensors at once, and let go of them."""
+    _ = [torch.empty(shape) for shape in shapes]
+
+
+def _finish(rig: Rig, shape: tuple[int, int, int], live: Live, micro_batch: int | None) -> int:
     """Hidden states in front of each block, scales and their moments, both heads, and a block's pass."""
     plan, work = rig.plan, rig.plan.pipeline.finish
     if work is None:
@@ -117,10 +134,11 @@ def _finish(rig: Rig, shape: tuple[int, int, int], live: Live) -> int:
     before = live.now
     live.mark()
     committed = commit(rig.draft())
-    hidden = torch.empty(work.batch_size, *shape[1:], requires_grad=True)
+    samples = min(work.batch_size, micro_batch or work.batch_size)
+    hidden = torch.empty(samples, *shape[1:], requires_grad=True)
     out = rig.forward(committed.floats(), hidden)
     out.backward(torch.empty_like(out))
     head = plan.checkpoint.tensors[plan.skeleton.head_weight]
-    states = len(plan.skeleton.blocks) * work.batch_size * math.prod(shape[1:]) * 4
+    states = len(plan.skeleton.blocks) * samples * math.prod(shape[1:]) * 4
     groups = sum(rows * plan.spec.groups(columns) for rows, columns in plan.outline.linears.values())
     return live.peak - before + states + 7 * 4 * groups + 2 * head.nbytes + 4 * VOCABULARY_ROWS * head.shape[1]

@@ -39,7 +39,12 @@ class AwqClip:
     Departures from the authors' code: all calibration tokens count instead of 512; on symmetric grids the sign of the
     scale is searched together with ``c``; the range is clipped and not the weight, which codes outside of it then
     stand for in the last level.
+
+    Attributes:
+        factors: The ``c`` that are compared.
     """
+
+    factors: tuple[float, ...] = FACTORS
 
     @property
     def augmented(self) -> bool:
@@ -61,18 +66,18 @@ class AwqClip:
             second = input_moments(problem, draft.params, linears[0]).second
             for name in (f"{linear}.weight" for linear in linears):
                 weight, slot = draft.params[name], draft.slots[name]
-                slots[name] = _clipped(weight, slot.spec, second, problem.ranks)
+                slots[name] = _clipped(weight, slot.spec, second, problem.ranks, self.factors)
                 tally.add(weight, snap(weight, slot), snap(weight, slots[name]), second)
         problem.step(len(sets), len(sets))
         return replace(draft, slots=slots), tally.report("AwqClip")
 
 
-def _clipped(weight: Tensor, spec: QuantSpec, second: Tensor, ranks: Ranks) -> Slot:
+def _clipped(weight: Tensor, spec: QuantSpec, second: Tensor, ranks: Ranks, factors: tuple[float, ...]) -> Slot:
     extent, blocks = extent_of(weight, spec), diagonal_blocks(second, spec)
 
     def search(rows: slice) -> tuple[Tensor, ...]:
         own = Extent(extent.low[rows], extent.high[rows])
-        found = best_range(weight[rows], own, spec, blocks, [_ends(own, factor, spec) for factor in FACTORS])
+        found = best_range(weight[rows], own, spec, blocks, [_ends(own, factor, spec) for factor in factors])
         return found.lo, found.hi, *(() if found.sign is None else (found.sign,))
 
     lo, hi, *sign = by_rows(ranks, len(weight), search)

@@ -38,7 +38,12 @@ class AwqScale:
     module's; under grouped-query attention the value-output pair is scaled too, the query heads of a key head
     sharing the mean of their magnitudes, where the code skips it; the inputs are those that the quantized model so far
     produces; ``Q`` is our grid, with the sign of smaller squared weight error where it is symmetric.
+
+    Attributes:
+        ratios: Those that are compared.
     """
+
+    ratios: tuple[float, ...] = RATIOS
 
     @property
     def augmented(self) -> bool:
@@ -55,7 +60,7 @@ class AwqScale:
         for done, pair in enumerate(pairs):
             problem.step(done, len(pairs))
             moments = input_moments(problem, draft.params, fed_by(pair)[0])
-            scale = _search(pair, moments, draft, problem)
+            scale = _search(pair, moments, draft, problem, self.ratios)
             scales[source_of(pair)] = scale
             for name in _weights(pair):
                 weight, slot = draft.params[name], draft.slots[name]
@@ -70,21 +75,21 @@ class AwqScale:
         return replace(moved, slots=slots), tally.report("AwqScale")
 
 
-def _search(pair: Equivalence, moments: Moments, draft: Draft, problem: Problem) -> Tensor:
+def _search(pair: Equivalence, moments: Moments, draft: Draft, problem: Problem, ratios: tuple[float, ...]) -> Tensor:
     """The pair's scale per channel of the source's output; ranks try the ratios by turns."""
     facts, magnitude = problem.facts, moments.magnitude
     if isinstance(pair, ValueOutput):
         magnitude = per_key_head(magnitude, facts).mean(1).flatten()
-    errors = torch.zeros(len(RATIOS), dtype=torch.float64)
-    for index in own_turns(problem.ranks, range(len(RATIOS))):
-        wide = _wide(pair, _scale(magnitude, RATIOS[index]), facts)
+    errors = torch.zeros(len(ratios), dtype=torch.float64)
+    for index in own_turns(problem.ranks, range(len(ratios))):
+        wide = _wide(pair, _scale(magnitude, ratios[index]), facts)
         for name in _weights(pair):
             weight = draft.params[name]
             snapped = _scaled_and_snapped(weight, wide, draft.slots[name].spec)
             errors[index] += output_error(snapped.sub_(weight), moments.second)
     problem.ranks.sum([errors])
     best, least = torch.ones_like(magnitude), math.inf
-    for ratio, error in zip(RATIOS, errors.tolist(), strict=True):
+    for ratio, error in zip(ratios, errors.tolist(), strict=True):
         if error < least:
             best, least = _scale(magnitude, ratio), error
     return best

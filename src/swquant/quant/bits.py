@@ -7,6 +7,9 @@ import sys
 import torch
 from torch import Tensor
 
+AT_ONCE = 1 << 20
+"""Codes that are packed at a time."""
+
 
 def packed_words(count: int, bits: int) -> int:
     """Words that ``count`` codes of ``bits`` bits take: ``ceil(count * bits / 32)``."""
@@ -26,6 +29,13 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     Returns:
         ``int32 [..., ceil(n * bits / 32)]``.
     """
+    rows = codes.reshape(codes.shape[:-1].numel(), codes.shape[-1])
+    parts = [_pack_rows(some, bits) for some in rows.split(max(1, AT_ONCE // max(1, rows.shape[1])))]
+    return torch.cat(parts).view(*codes.shape[:-1], -1)
+
+
+def _pack_rows(codes: Tensor, bits: int) -> Tensor:
+    """:func:`pack` for ``[rows, n]``, by way of eight bytes for each code."""
     count = codes.shape[-1]
     words = packed_words(count, bits)
     block = _codes_per_period(bits)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from swquant.quant.deferred import solid
 from swquant.quant.grid import Grid, group
@@ -158,8 +159,11 @@ def _rows(values: Tensor | None, up: bool, rows: slice, spec: QuantSpec) -> Roun
 
 
 def _chunks(weight: Tensor) -> Iterator[slice]:
-    """Row ranges whose temporaries stay in a CPU's cache; all rows at once on accelerators."""
+    """Row ranges whose temporaries stay in a CPU's cache; all rows at once on accelerators.
+
+    Of a weight without values the first range alone: the others would take the same memory and yield nothing else.
+    """
     rows, width = weight.shape
     step = max(1, _CPU_CHUNK // max(1, width)) if weight.device.type == "cpu" else rows
-    for start in range(0, rows, step):
+    for start in range(0, step if isinstance(weight, FakeTensor) else rows, step):
         yield slice(start, start + step)
