@@ -1,22 +1,27 @@
-"""Kill runs at random moments, a hundred times, and compare what they end in with a run that nobody killed.
+"""Kill runs a hundred times, spread over everything that a run does, and compare what they end in with an unkilled one.
 
-Each run is a process of its own and dies by SIGKILL at a moment drawn evenly over the time that a whole run takes; the
-same call is then made again until it comes through. After every kill the output must be absent or whole; at the end of
-every run its bits must be those of the run that was left alone.
+Each run is a process of its own. It is killed once in each stage, in their order, and started again by the same call
+each time: as it enters the stage, or for the second time, it sets a timer of the kernel, drawn evenly over the time
+that the stage took in a run that was left alone. The timer's signal ends it as SIGKILL would, without another
+instruction. A kill is counted where the process was when it died. After every kill the output must be absent or whole;
+at the end of every run its bits must be those of the run that was left alone.
 
-    python benchmarks/faults.py --kills 100
+    python benchmarks/faults.py --kills 100 --out benchmarks/results/faults.json
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import multiprocessing
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,23 +29,52 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import swquant.run
 from swquant import Recipe
 from swquant.demo import ASSETS
-from swquant.run import quantize
+from swquant.engine.journal import Journal
+from swquant.phases.gptq import Gptq
+from swquant.phases.train import Train
+from swquant.plan import versions
 
 IGNORED = ("report.json", "report.html", "README.md")
 """Files with times in them."""
 
 TIMED = ("blocks", "finish", "seconds", "advice")
 
+ELSEWHERE = "between"
+STAGES: dict[str, tuple[Any, str]] = {
+    "sampling": (swquant.run, "_samples"),
+    "first streams": (Journal, "begin"),
+    "block: GPTQ": (Gptq, "run"),
+    "block: training": (Train, "run"),
+    "block: commit": (Journal, "finish_block"),
+    "end to end: training": (swquant.run, "train_scales"),
+    "end to end: save of an epoch": (Journal, "save_training"),
+    "end to end: commit": (Journal, "finish_training"),
+    "measuring": (swquant.run, "_quality"),
+    "writing the output": (swquant.run, "write_output"),
+    "publishing": (swquant.run, "publish"),
+    "clearing up": (Journal, "clear"),
+}
+"""Where kills are aimed at: functions by what they do; the innermost counts."""
+
+NAMES = (ELSEWHERE, *STAGES)
+REPEATED = ("block: GPTQ", "block: training", "block: commit", "end to end: save of an epoch")
+"""Those that a run comes to several times."""
+
 
 @dataclass
 class Tally:
     """What happened."""
 
-    kills: int = 0
     runs: int = 0
-    stages: dict[str, int] = field(default_factory=dict)
+    stages: dict[str, int] = field(default_factory=lambda: dict.fromkeys(NAMES, 0))
+
+    @property
+    def kills(self) -> int:
+        """In all stages together."""
+        return sum(self.stages.values())
 
 
 def main() -> None:
@@ -48,17 +82,21 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--text", type=Path, default=Path(str(ASSETS / "calibration.txt")))
+    parser.add_argument("--out", type=Path, default=None, help="where the results go as JSON")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         source = small_model(Path(folder) / "model")
         tally = kill(source, recipe(asked.text), Path(folder), asked.kills, random.Random(asked.seed))
     print(f"{tally.kills} kills, {tally.runs} runs came through with the same bits")
-    for stage, count in sorted(tally.stages.items()):
+    for stage, count in tally.stages.items():
         print(f"{count:4d} {stage}")
+    if asked.out is not None:
+        found = {"kills": tally.kills, "runs_with_the_same_bits": tally.runs, "by_stage": tally.stages}
+        asked.out.write_text(json.dumps({**found, "seed": asked.seed, "versions": versions()}, indent=1) + "\n")
 
 
 def small_model(folder: Path) -> Path:
-    """A LLaMA of random weights with the demo's tokenizer; its blocks take so little that kills meet every stage."""
+    """A LLaMA of random weights with the demo's tokenizer."""
     assets = Path(str(ASSETS / "model"))
     vocabulary = json.loads((assets / "config.json").read_text())["vocab_size"]
     config = LlamaConfig(
@@ -90,39 +128,93 @@ def recipe(text: Path) -> Recipe:
     )
 
 
-def kill(source: Path, what: Recipe, folder: Path, kills: int, moments: random.Random) -> Tally:
-    """Kill runs of ``what`` until there have been ``kills``, each run until it comes through."""
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["swquant.run"])
+@dataclass(frozen=True)
+class Aim:
+    """When to die: ``delay`` seconds behind the beginning of visit number ``visit`` to a stage."""
 
-    def start(out: Path) -> Any:
-        process = processes.Process(target=quantize, args=(what, source, out))
+    stage: str
+    visit: int
+    delay: float
+
+
+class Tracker:
+    """Where a run is, in memory that outlives it, and the timer that ends it."""
+
+    def __init__(self, place: Any, longest: Any, aim: Aim | None) -> None:
+        self.place, self.longest, self.aim, self.left = place, longest, aim, 0 if aim is None else aim.visit
+
+    def around(self, work: Callable[..., Any], number: int) -> Callable[..., Any]:
+        """``work``, known as stage ``number`` while it is done."""
+
+        @functools.wraps(work)
+        def run(*arguments: Any, **named: Any) -> Any:
+            before, self.place.value = self.place.value, number
+            began = time.monotonic()
+            if self.aim is not None and NAMES[number] == self.aim.stage:
+                self.left -= 1
+                if self.left < 0:
+                    signal.setitimer(signal.ITIMER_REAL, self.aim.delay)
+            try:
+                return work(*arguments, **named)
+            finally:
+                self.place.value = before
+                self.longest[number] = max(self.longest[number], time.monotonic() - began)
+
+        return run
+
+
+def victim(place: Any, longest: Any, aim: Aim | None, what: Recipe, source: Path, out: Path) -> None:
+    """The run, in a process of its own that says where it is."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    tracker = Tracker(place, longest, aim)
+    for number, (owner, name) in enumerate(STAGES.values(), 1):
+        setattr(owner, name, tracker.around(getattr(owner, name), number))
+    swquant.run.quantize(what, source, out)
+
+
+class Bench:
+    """Starts runs of ``what`` on ``source`` and looks at where they die."""
+
+    def __init__(self, what: Recipe, source: Path) -> None:
+        self.what, self.source = what, source
+        self.processes = multiprocessing.get_context("forkserver")
+        self.processes.set_forkserver_preload(["swquant.run"])
+        self.place = self.processes.Value("i", 0, lock=False)
+        self.longest = self.processes.Array("d", len(NAMES), lock=False)
+
+    def killed(self, out: Path, aim: Aim | None) -> str | None:
+        """The stage in which the run died, and ``None`` if it came through."""
+        self.place.value = 0
+        arguments = (self.place, self.longest, aim, self.what, self.source, out)
+        process = self.processes.Process(target=victim, args=arguments)
         process.start()
-        return process
+        process.join()
+        if process.exitcode == -signal.SIGALRM:
+            return NAMES[self.place.value]
+        if process.exitcode:
+            sys.exit(f"a run ended with code {process.exitcode}")
+        return None
 
-    start(folder / "warm").join()
-    began = time.monotonic()
-    start(folder / "expected").join()
-    whole = time.monotonic() - began
-    expected, tally = bits(folder / "expected"), Tally()
+
+def kill(source: Path, what: Recipe, folder: Path, kills: int, moments: random.Random) -> Tally:
+    """Kill runs of ``what`` until there have been ``kills``, each run in one stage after the other."""
+    bench, tally = Bench(what, source), Tally()
+    bench.killed(folder / "expected", None)
+    expected, longest = bits(folder / "expected"), dict(zip(NAMES, bench.longest, strict=True))
     while tally.kills < kills:
         out = folder / f"out-{tally.runs}"
-        while True:
-            process = start(out)
-            process.join(moments.uniform(0, 1.1 * whole) if tally.kills < kills else None)
-            if process.exitcode is None:
-                process.kill()
-                process.join()
-                tally.kills += 1
-                stage = stage_of(out)
-                tally.stages[stage] = tally.stages.get(stage, 0) + 1
-                continue
-            if process.exitcode:
-                sys.exit(f"a run that was killed before ended with code {process.exitcode}")
-            break
+        for stage in STAGES:
+            aim = Aim(stage, moments.randrange(2) if stage in REPEATED else 0, moments.uniform(1e-6, longest[stage]))
+            died = bench.killed(out, aim) if tally.kills < kills else None
+            if died is not None:
+                tally.stages[died] += 1
+                require_whole(out, expected)
+        bench.killed(out, None)
         if bits(out) != expected:
             sys.exit(f"{out} has other bits than the run that was left alone")
         tally.runs += 1
+        shutil.rmtree(out)
     return tally
 
 
@@ -133,21 +225,10 @@ def bits(out: Path) -> dict[str, bytes]:
     return {**found, "report": json.dumps({key: report[key] for key in report if key not in TIMED}).encode()}
 
 
-def stage_of(out: Path) -> str:
-    """Where a run was when it was killed; an output must be whole if there is one."""
-    work = out.with_name(f"{out.name}.swquant-work")
-    if out.exists():
-        bits(out)
-        return "behind publishing"
-    manifest = work / "manifest.json"
-    if not manifest.exists():
-        return "before the first block" if work.exists() else "before the start"
-    state = json.loads(manifest.read_bytes())
-    if state["final"] is not None:
-        return "writing the output" if (work / "output").exists() else "behind the end-to-end stage"
-    if state["training"] is not None:
-        return f"end to end, behind epoch {state['training']['epoch']}"
-    return f"behind {len(state['reports'])} blocks"
+def require_whole(out: Path, expected: dict[str, bytes]) -> None:
+    """An output that is there behind a kill is all there."""
+    if out.exists() and bits(out) != expected:
+        sys.exit(f"{out} was published before it was whole")
 
 
 if __name__ == "__main__":
