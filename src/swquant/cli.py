@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,7 +116,7 @@ def quantize(
     """
     from swquant.checkpoint.hub import push, require_push
     from swquant.distributed.group import joined
-    from swquant.engine.observer import Silent
+    from swquant.observers.stopping import following
     from swquant.observers.watch import watching as everyone
     from swquant.run import quantize_together
     from swquant.ui import print_report
@@ -129,7 +128,7 @@ def quantize(
     budget = _budget(device_memory, host_memory)
     with (
         joined(os.environ, recipe.device) as ranks,
-        everyone(out.name, **asked) if ranks.rank == 0 else nullcontext(Silent()) as watching,
+        everyone(out.name, **asked) if ranks.rank == 0 else following() as watching,
     ):
         report = quantize_together(recipe, source, out, ranks, watching, budget)
     if report is None:

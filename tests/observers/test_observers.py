@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 
 from swquant.cli import main
+from swquant.errors import LeaderStoppedError, RankLostError
 from swquant.observers.json_lines import JsonLines
-from swquant.observers.stopping import Stop, handled
+from swquant.observers.stopping import Stop, following, handled
 
 
 @pytest.fixture
@@ -235,6 +236,23 @@ def test_what_wandb_refuses_is_one_sentence(
     said = capsys.readouterr().err.strip()
     assert said.startswith("swquant: W&B takes no run (api_key not configured (no-tty). Call")
     assert said.endswith("leave --wandb out")
+
+
+def test_a_rank_leaves_the_first_signal_to_rank_0() -> None:
+    def lose(number: int | None) -> None:
+        with following():
+            if number is not None:
+                os.kill(os.getpid(), number)
+            raise RankLostError("its connections closed")
+
+    with pytest.raises(LeaderStoppedError):
+        lose(signal.SIGTERM)
+    with pytest.raises(RankLostError, match="its connections closed"):
+        lose(None)
+    with following():
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_a_signal_is_remembered_where_nobody_reads_the_notice() -> None:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-from swquant.engine.observer import Observer
+from swquant.engine.observer import Observer, Silent
+from swquant.errors import LeaderStoppedError, RankLostError
 from swquant.report import Report
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -67,6 +68,30 @@ def stopping() -> Generator[Observer]:
     stop = Stop()
     with handled(stop):
         yield stop
+
+
+@contextmanager
+def following() -> Generator[Observer]:
+    """For ranks but 0, who hear nothing: the first signal is for rank 0, which stops behind its step and ends them all.
+
+    Raises:
+        LeaderStoppedError: Rank 0 has gone behind a signal.
+        KeyboardInterrupt: At the second signal.
+    """
+    heard: list[int] = []
+
+    def hear(number: int, frame: FrameType | None) -> None:
+        if heard:
+            raise KeyboardInterrupt
+        heard.append(number)
+
+    try:
+        with handled(hear):
+            yield Silent()
+    except RankLostError as error:
+        if heard:
+            raise LeaderStoppedError("rank 0 has stopped at a signal") from error
+        raise
 
 
 @contextmanager
