@@ -10,11 +10,13 @@ from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from swquant.engine.observer import Observer, Silent
 from swquant.errors import LeaderStoppedError, RankLostError
-from swquant.report import Report
+
+if TYPE_CHECKING:
+    from swquant.engine.observer import Observer
+    from swquant.report import Report
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 NOTICE = "\nswquant: stopping behind this step; the same signal again stops at once\n"
@@ -78,6 +80,8 @@ def following() -> Generator[Observer]:
         LeaderStoppedError: Rank 0 has gone behind a signal.
         KeyboardInterrupt: At the second signal.
     """
+    from swquant.engine.observer import Silent
+
     heard: list[int] = []
 
     def hear(number: int, frame: FrameType | None) -> None:
