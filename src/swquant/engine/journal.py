@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import zlib
 from collections.abc import Mapping
@@ -32,6 +33,10 @@ STREAMS = ("reference", "quantized")
 TRAINED = "trained"
 """The stream that takes the place of the quantized one when the whole model has been trained."""
 FINAL = "final.safetensors"
+_OURS = re.compile(
+    r"(?:manifest|tokens|final|block-\d+|training-\d+)\.(?:safetensors|part)"
+    r"|augmented\.stream|(?:reference|quantized|trained)-\d+\.stream|output"
+)
 _PART_DTYPES = {"scale": torch.bfloat16, "d": torch.float16, "dmin": torch.float16}
 
 
@@ -281,7 +286,7 @@ def lock_directory(root: Path) -> AbstractContextManager[object]:
 
 
 def _is_ours(name: str) -> bool:
-    return name.endswith((".stream", ".safetensors", ".part")) or name == "output"
+    return _OURS.fullmatch(name) is not None
 
 
 def _to_tensors(committed: Committed) -> dict[str, Tensor]:
