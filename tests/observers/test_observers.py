@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from swquant import run
+from swquant.checkpoint import hub
 from swquant.cli import main
 from swquant.errors import LeaderStoppedError, RankLostError
 from swquant.observers.json_lines import JsonLines
@@ -236,6 +238,24 @@ def test_what_wandb_refuses_is_one_sentence(
     said = capsys.readouterr().err.strip()
     assert said.startswith("swquant: W&B takes no run (api_key not configured (no-tty). Call")
     assert said.endswith("leave --wandb out")
+
+
+def test_a_signal_while_the_output_is_written_keeps_it_from_the_hub(
+    command: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = run.write_output
+
+    def signalled(*arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return write(*arguments)
+
+    monkeypatch.setattr(run, "write_output", signalled)
+    monkeypatch.setattr(hub, "require_push", lambda name: None)
+    monkeypatch.setattr(hub, "push", lambda *_, **__: pytest.fail("it was pushed"))
+    with pytest.raises(SystemExit) as exit:
+        main(command("--push-to-hub", "owner/name"))
+    assert exit.value.code == 130
+    assert (tmp_path / "out" / "report.json").is_file()
 
 
 def test_a_rank_leaves_the_first_signal_to_rank_0() -> None:

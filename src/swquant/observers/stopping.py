@@ -61,7 +61,8 @@ class Stop:
         self.check()
 
     def done(self, report: Report) -> None:
-        """There is nothing left to stop."""
+        """Stop in front of what would come behind, a push to the hub; the output is in its place."""
+        self.check()
 
 
 @contextmanager
