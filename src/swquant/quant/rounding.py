@@ -137,11 +137,10 @@ class _FakeQuantize(torch.autograd.Function):
         for rows in _chunks(weight):
             ratio = _ratio(grouped[rows], scale[rows])
             level = _level(ratio, zero[rows], _rows(values, ctx.up, rows, spec))
-            inside = (level >= 0) & (level <= spec.max_code)
-            flow = grad[rows] * inside
+            codes = level.clamp(0, spec.max_code)
+            flow = level.eq_(codes).mul_(grad[rows])
             if out[2] is not None:
-                codes = level.clamp_(0, spec.max_code).sub_(zero[rows])
-                out[2][rows] = codes.mul_(grad[rows]).sum(-1, keepdim=True)
+                out[2][rows] = codes.sub_(zero[rows]).mul_(grad[rows]).sum(-1, keepdim=True)
             if out[3] is not None:
                 out[3][rows] = (flow - grad[rows]).sum(-1, keepdim=True).mul_(step[rows])
             if out[4] is not None:
