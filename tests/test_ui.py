@@ -10,7 +10,7 @@ from rich.progress import Progress
 
 from swquant.cli import main
 from swquant.engine.observer import Observer
-from swquant.ui import Bar
+from swquant.ui import Bar, observer
 
 
 def test_without_a_terminal_it_prints_a_line_for_each_block(
@@ -25,6 +25,12 @@ def test_without_a_terminal_it_prints_a_line_for_each_block(
     facts = ("perplexity", "KL to the original", "bits per quantized weight", "CompressedTensorsConfig")
     for said in (*facts, str(tmp_path / "out" / "report.html")):
         assert said in captured.out
+
+
+def test_names_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    with observer() as watching:
+        watching.stage("Writing a[/x]b [red]c :warning:")
+    assert capsys.readouterr().err == "Writing a[/x]b [red]c :warning:\n"
 
 
 def test_the_bar_counts_steps_as_parts_of_blocks() -> None:

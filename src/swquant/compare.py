@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -16,6 +15,7 @@ from swquant.errors import SwquantError
 from swquant.html.comparison import Run, cautions_of, comparison_page, rows_of
 from swquant.output import REPORT, load_report
 from swquant.report import Report
+from swquant.terminal import plain_console
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Comparison:
         for row in rows_of(self.runs):
             cells = (_plain(value, "bold" if place in row.best else "") for place, value in enumerate(row.values))
             table.add_row(row.name, *cells)
-        console = Console(highlight=False)
+        console = plain_console()
         console.print(table)
         for caution in self.cautions:
             console.print(_plain(caution), soft_wrap=True)

@@ -21,19 +21,20 @@ from swquant.html.facts import opened
 from swquant.inspection import Inspection
 from swquant.output import PAGE
 from swquant.report import Output, Report
+from swquant.terminal import plain_console
 from swquant.units import size, span
 
 
 @contextmanager
 def observer(label: str = "") -> Generator[Observer]:
     """An observer for this terminal: a progress bar, or plain lines where the output is no terminal."""
-    console = Console(stderr=True, highlight=False)
+    console = plain_console(stderr=True)
     if not console.is_terminal:
         yield Lines(console, label)
         return
     pace = Pace()
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.percentage:3.0f}%"),
         TimeElapsedColumn(),
@@ -138,7 +139,7 @@ class Bar:
 
 def print_report(report: Report, out: Path, recipe: str | None = None) -> None:
     """Print what a person wants to know of a finished run; ``recipe`` is the name or the file of the recipe."""
-    console = Console(highlight=False)
+    console = plain_console()
     table = Table(title=f"{report.source} -> {out}", title_justify="left", show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold")
     table.add_column()
@@ -151,20 +152,20 @@ def print_report(report: Report, out: Path, recipe: str | None = None) -> None:
 
 def print_outputs(outputs: Sequence[Output], out: Path) -> None:
     """Print how each output in ``out`` is loaded and served."""
-    console = Console(highlight=False)
+    console = plain_console()
     for output in outputs:
         place = out / output.directory
         console.print(f"\nTo load {place} ({output.format}):\n", soft_wrap=True)
-        console.print(output.loading, markup=False, soft_wrap=True)
+        console.print(output.loading, soft_wrap=True)
         if output.command is not None:
             command = output.command.replace("PATH", shlex.quote(str(place)))
             console.print("\nTo serve it:\n")
-            console.print(command, markup=False, soft_wrap=True)
+            console.print(command, soft_wrap=True)
 
 
 def print_inspection(found: Inspection) -> None:
     """Print what a quantized model holds."""
-    console = Console(highlight=False)
+    console = plain_console()
     quantized, plain = found.parameters
     symmetry = "symmetric" if found.symmetric else "asymmetric"
     console.print(f"{found.directory}: {found.format}, {found.model_type}, {found.grid} {symmetry}", soft_wrap=True)
@@ -185,7 +186,7 @@ def print_inspection(found: Inspection) -> None:
 
 def print_measured(found: Measured) -> None:
     """Print what was measured of one model."""
-    console = Console(highlight=False)
+    console = plain_console()
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold")
     table.add_column()
@@ -205,7 +206,7 @@ def print_measured(found: Measured) -> None:
 
 def print_gain(gain: Gain) -> None:
     """Print what some models recover of what others lost."""
-    console = Console(highlight=False)
+    console = plain_console()
     table = Table(box=None, pad_edge=False)
     for title in ("", "without", "with", "original", "recovered", "interval"):
         table.add_column(title, justify="left" if not title else "right")
