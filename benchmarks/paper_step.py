@@ -6,7 +6,7 @@ The same random LLaMA block, tokens, grid (2 bits, groups of 64, asymmetric), lo
 128 slices) and optimizer, no augmented loss, float32, one thread. Theirs is written as it is there: every linear fakes
 its weight's quantization by plain operations under autograd, the loss projects, sorts over the tokens by `torch.sort`
 and takes the mean absolute difference, it is read before the backward pass, the norm of all gradients behind it. Steps
-of both alternate, so that both see the same machine. Medians.
+of both alternate, so that both see the same machine. Medians of the processor's time.
 """
 
 from __future__ import annotations

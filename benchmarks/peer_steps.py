@@ -114,10 +114,11 @@ SIZES = (Size(1024, 2048, 1, 8), Size(None, 256, 8, 64), Size(None, 256, 1, 64))
 class Side:
     """A process that takes steps when it is told to."""
 
-    def __init__(self, python: str, code: str, job: Path, log: Path) -> None:
+    def __init__(self, python: str, code: str, job: Path, variables: Mapping[str, str]) -> None:
         go, self._go = os.pipe()
         self._done, done = os.pipe()
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        single = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        environment, log = {**os.environ, **single, **variables}, job.with_suffix(".log")
         if python != sys.executable:
             environment.pop("PYTHONPATH", None)
         with log.open("wb") as output:
@@ -165,20 +166,28 @@ def copy_model(size: Size, folder: Path) -> None:
             shutil.copy(path, folder)
 
 
-@contextmanager
-def sides(size: Size, peer: str, folder: Path) -> Generator[dict[str, Side]]:
+def prepare(size: Size, folder: Path, settings: Mapping[str, Mapping[str, object]]) -> dict[str, Path]:
+    """Write the model, the tokens and a job for each side, by its name."""
     model, tokens = folder / "model", folder / "tokens.safetensors"
     copy_model(size, model)
     rng = torch.Generator().manual_seed(0)
     save_file({"tokens": torch.randint(2, 256, (size.samples, size.tokens), generator=rng)}, tokens)
     shared = {"model": str(model), "tokens": str(tokens), "steps": STEPS, "batch": size.batch}
+    jobs = {name: folder / f"job-{index}.json" for index, name in enumerate(settings)}
+    for name, job in jobs.items():
+        job.write_text(json.dumps({**shared, "bits": BITS, "group": GROUP, "settings": settings[name]}))
+    return jobs
+
+
+@contextmanager
+def sides(size: Size, peer: str, folder: Path) -> Generator[dict[str, Side]]:
+    """All sides, ready to take turns."""
+    jobs = prepare(size, folder, SETTINGS)
     open_sides: dict[str, Side] = {}
     try:
-        for name, settings in SETTINGS.items():
-            job = folder / f"job-{len(open_sides)}.json"
-            job.write_text(json.dumps({**shared, "bits": BITS, "group": GROUP, "settings": settings}))
+        for name, job in jobs.items():
             python, code = (sys.executable, OURS) if name in (OWN, OWN_SHORT) else (peer, THEIRS)
-            open_sides[name] = Side(python, code, job, job.with_suffix(".log"))
+            open_sides[name] = Side(python, code, job, {})
         yield open_sides
     finally:
         for side in open_sides.values():
