@@ -27,6 +27,7 @@ from swquant.engine.streams import create_stream
 from swquant.estimate.budget import Budget, portion_within, shape_of
 from swquant.estimate.disk import disk_of
 from swquant.output import REPORT, load_report, write_output
+from swquant.phases.portion import named
 from swquant.phases.train import Train
 from swquant.plan import Plan, make_plan
 from swquant.recipe import Recipe
@@ -116,9 +117,11 @@ def quantize_together(
         journal = _train(plan, job, work, key, watching)
         if ranks.rank > 0:
             return None
-        quality = _quality(plan, journal, watching)
+        with named("in measuring the quantized model"):
+            quality = _quality(plan, journal, watching)
         watching.stage(f"Writing {out}")
-        report = write_output(plan, journal, quality, key, _named(source))
+        with named("in writing the output"):
+            report = write_output(plan, journal, quality, key, _named(source))
         publish(work / "output", out)
         journal.clear()
     watching.done(report)
@@ -165,7 +168,8 @@ def _make_ready(
         if begun:
             journal.verify()
         else:
-            _start(plan, journal, out, watching)
+            with named("in making the samples and their way to the first block"):
+                _start(plan, journal, out, watching)
     return portion
 
 
@@ -191,7 +195,8 @@ def _train(plan: Plan, job: Job, work: Path, key: Mapping[str, Any], watching: O
         journal = journal if ranks.rank == 0 else open_journal(work, key)
     finish = plan.pipeline.finish
     if finish is not None and journal.final is None:
-        train_scales(job, finish, journal, to_device(arguments, plan.device), watching)
+        with named("in the end-to-end training"):
+            train_scales(job, finish, journal, to_device(arguments, plan.device), watching)
     return journal
 
 

@@ -28,7 +28,7 @@ from swquant.learnables.base import BlockFacts, ChannelRange
 from swquant.losses import Loss
 from swquant.losses.balancing import Balance
 from swquant.phases.base import Phase, PhaseReport, Problem
-from swquant.phases.portion import Portion
+from swquant.phases.portion import Portion, named
 from swquant.quant.deferred import in_float
 from swquant.quant.draft import Committed, Draft, commit, open_draft
 from swquant.quant.spec import QuantSpec
@@ -94,21 +94,25 @@ def quantize_block(job: Job, journal: Journal, kwargs: Mapping[str, Any], observ
     params = bound.block.load(job.checkpoint)
     params = {name: value.to(job.device) for name, value in params.items()}
     forward = time.monotonic()
-    finite = bound.advance(params, streams.reference, streams.next_reference)
+    with named(f"in the original model's block {index}"):
+        finite = bound.advance(params, streams.reference, streams.next_reference)
     forward = (time.monotonic() - forward) / len(streams.reference)
-    _require(finite, ranks, f"the original model's block {index} puts out")
+    require_finite(finite, ranks, f"the original model's block {index} puts out")
     if streams.augmented is not None:
-        bound.advance(params, streams.quantized[: job.samples], streams.augmented[: job.samples])
+        with named(f"in the original model's block {index}"):
+            bound.advance(params, streams.quantized[: job.samples], streams.augmented[: job.samples])
     ranks.barrier()
 
     problem = _problem(job, index, bound, params, streams, observer)
     weights = tuple(f"{linear}.weight" for linear in job.skeleton.family.linears)
-    draft = open_draft(params, weights, job.spec, bound.block.stored_dtypes(job.checkpoint))
+    with named(f"in rounding block {index} to the nearest"):
+        draft = open_draft(params, weights, job.spec, bound.block.stored_dtypes(job.checkpoint))
     release()
-    committed, reports = _fold(draft, job.phases, problem)
+    committed, reports = _fold(draft, job.phases, problem, index)
     require_same(ranks, _tensors(committed), f"block {index}")
-    finite = bound.advance(committed.floats(), streams.quantized, streams.next_quantized)
-    _require(finite, ranks, f"block {index} puts out, quantized by this recipe,")
+    with named(f"in the quantized block {index}"):
+        finite = bound.advance(committed.floats(), streams.quantized, streams.next_quantized)
+    require_finite(finite, ranks, f"block {index} puts out, quantized by this recipe,")
     drifted = drift(streams.next_reference, streams.next_quantized, ranks)
     release()
 
@@ -127,7 +131,8 @@ def quantize_block(job: Job, journal: Journal, kwargs: Mapping[str, Any], observ
         (journal.root / AUGMENTED).unlink(missing_ok=True)
         observer.block(index, values)
 
-    ranks.lead(finish)
+    with named(f"in measuring and saving block {index}"):
+        ranks.lead(finish)
     release()
     return problem.portion.samples
 
@@ -208,7 +213,12 @@ def create_together(ranks: Ranks, paths: Sequence[Path], shape: tuple[int, int, 
     return made or [open_stream(path, shape) for path in paths]
 
 
-def _require(finite: bool, ranks: Ranks, whose: str) -> None:
+def is_finite(values: Tensor) -> bool:
+    """Whether all of them are, in one pass."""
+    return bool(torch.stack(torch.aminmax(values)).isfinite().all())
+
+
+def require_finite(finite: bool, ranks: Ranks, whose: str) -> None:
     """Refuse NaN and infinite values on every rank if one of them has put out some."""
     if on_any(ranks, not finite):
         raise SwquantError(
@@ -264,7 +274,7 @@ class _Bound:
         floats, finite = in_float(params), True
         for batch, hidden in on_device(source, own_batches(self.ranks, source), self.device):
             out = self.forward(floats, hidden).cpu()
-            finite = finite and bool(torch.stack(torch.aminmax(out)).isfinite().all())
+            finite = finite and is_finite(out)
             destination[batch] = out
         return finite
 
@@ -321,10 +331,12 @@ def _tensors(committed: Committed) -> Iterator[Tensor]:
     yield from committed.params.values()
 
 
-def _fold(draft: Draft, phases: Sequence[Phase], problem: Problem) -> tuple[Committed, list[PhaseReport]]:
+def _fold(draft: Draft, phases: Sequence[Phase], problem: Problem, index: int) -> tuple[Committed, list[PhaseReport]]:
     reports: list[PhaseReport] = []
     for phase in phases:
-        draft, report = phase.run(draft, problem)
+        with named(f"in {type(phase).__name__} on block {index}"):
+            draft, report = phase.run(draft, problem)
         reports.append(report)
         release()
-    return commit(draft), reports
+    with named(f"in turning block {index} into codes"):
+        return commit(draft), reports

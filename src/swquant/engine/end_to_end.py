@@ -18,6 +18,7 @@ weights exist at a time, and memory grows with the number of blocks by hidden st
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -28,11 +29,12 @@ import torch
 from torch import Tensor
 
 from swquant.distributed.ranks import own_rows, own_turns, require_same
-from swquant.engine.block import Job, create_together, own_batches, split_held
+from swquant.engine.block import Job, create_together, is_finite, own_batches, require_finite, split_held
 from swquant.engine.capture import capture
 from swquant.engine.head import Heads
 from swquant.engine.journal import TRAINED, Journal, stored_part
 from swquant.engine.observer import Observer
+from swquant.errors import SwquantError
 from swquant.learnables.base import Theta
 from swquant.phases.base import PhaseReport
 from swquant.phases.optimizers import Optimizer, trainable
@@ -70,7 +72,7 @@ def train_scales(
     job.ranks.lead(begin)
     stage = _Stage(job, work, TrainedModel(job, journal, arguments, work.norms), journal, stream, observer)
     report = stage.run()
-    stage.model.advance(stream[job.samples :])
+    require_finite(stage.model.advance(stream[job.samples :]), job.ranks, "the model with trained scales puts out")
     job.ranks.barrier()
     require_same(job.ranks, (gain for theta in stage.thetas for gain in theta.values()), "the trained scales")
 
@@ -148,10 +150,10 @@ class TrainedModel:
             slope = hidden.grad
 
     @torch.no_grad()
-    def advance(self, stream: Tensor) -> None:
+    def advance(self, stream: Tensor) -> bool:
         """Replace the hidden states in front of the first block by those behind the last, in place.
 
-        Each rank takes samples of its own.
+        Each rank takes samples of its own; returns whether all of these end in finite values.
         """
         own = list(own_batches(self._job.ranks, stream))
         for index in range(len(self.gains)):
@@ -159,6 +161,7 @@ class TrainedModel:
             for part in own:
                 hidden = stream[part].to(self._job.device)
                 stream[part] = self._job.skeleton.block(index).forward(floats, hidden, self._arguments[index]).cpu()
+        return all(is_finite(stream[part]) for part in own)
 
     @torch.no_grad()
     def final(self) -> dict[str, Tensor]:
@@ -199,6 +202,11 @@ class _Stage:
         began, spent = time.monotonic(), 0.0
         if self.journal.training is None:
             before = self.held_loss()
+            if not math.isfinite(before):
+                raise SwquantError(
+                    "the quantized model's predictions, or the original's, are NaN or infinite on the held-out "
+                    "samples, so that nothing can be trained end to end; choose a method without end_to_end"
+                )
             trail, optimizer = Trail.begin(self.thetas, before), self.open(1.0)
         else:
             before, spent = self.journal.training["before"], self.journal.training["seconds"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -20,6 +21,10 @@ SIGNS = ("can't allocate memory", "not enough memory", "out of memory")
 
 class NoRoomError(Exception):
     """Memory ran out on one of the ranks."""
+
+
+class NoRoomForOneError(SwquantError):
+    """It did so on a single sample."""
 
 
 @dataclass
@@ -47,7 +52,7 @@ class Portion:
             note: Hears what was done, a sentence.
 
         Raises:
-            SwquantError: Memory does not suffice for one sample.
+            NoRoomForOneError: Memory does not suffice for one sample.
         """
         while True:
             try:
@@ -57,7 +62,7 @@ class Portion:
             largest = -(-batch // ranks.size)
             before = min(self.samples or largest, largest)
             if before == 1:
-                raise SwquantError(
+                raise NoRoomForOneError(
                     f"memory ran out in a step on a single sample ({reason}): "
                     "choose a smaller --seq-len, a loss with fewer slices, or a device with more memory"
                 )
@@ -77,10 +82,35 @@ def together(ranks: Ranks, work: Callable[[], Result]) -> Result:
     except Exception as error:
         if not ran_out(error):
             raise
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = reason_of(error)
     if on_any(ranks, not result):
         raise NoRoomError(reason or "on another rank")
     return result[0]
+
+
+@contextmanager
+def named(place: str) -> Generator[None]:
+    """Say where memory ran out, e.g. ``in GPTQ on block 3``, where nothing could be done about it.
+
+    Raises:
+        SwquantError: In the place of every error that says so; what is finished is on the disk.
+    """
+    try:
+        yield
+    except NoRoomForOneError as error:
+        raise SwquantError(f"{place}, {error}") from error
+    except Exception as error:
+        if not ran_out(error):
+            raise
+        raise SwquantError(
+            f"{place}, memory ran out ({reason_of(error)}); what is finished is kept, and with more memory the same "
+            "command goes on; a smaller --seq-len needs less, and is another run"
+        ) from error
+
+
+def reason_of(error: Exception) -> str:
+    """What the error says, on one line."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def ran_out(error: Exception) -> bool:
