@@ -365,3 +365,17 @@ def quantize_alone(model: Path, text: Path, out: Path, method: str) -> str:
 def test_ranks_that_are_not_started_by_torchrun_are_refused() -> None:
     with pytest.raises(SwquantError, match="WORLD_SIZE is 2 and LOCAL_RANK is not set: start the ranks with torchrun"):
         joined({"WORLD_SIZE": "2", "RANK": "0"}, "cpu").__enter__()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"LOCAL_RANK": "x"}, "LOCAL_RANK is 'x' and should be a number from 0 on: start the ranks with torchrun"),
+        ({"RANK": "-1"}, "RANK is '-1' and should be a number"),
+        ({"RANK": "5"}, "RANK is 5 of 2, and ranks count from 0"),
+    ],
+)
+def test_numbers_of_ranks_that_are_none_are_refused(wrong: Mapping[str, str], said: str) -> None:
+    told = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    with pytest.raises(SwquantError, match=said):
+        joined({**told, **wrong}, "cpu").__enter__()

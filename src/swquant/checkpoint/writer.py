@@ -97,7 +97,7 @@ def write_beside(directory: Path, config: Mapping[str, object], extra_files: Map
     for name, content in extra_files.items():
         _write_file(directory / name, content)
     _write_file(directory / "config.json", json.dumps(config, indent=2) + "\n")
-    _sync_directory(directory)
+    sync_directory(directory)
 
 
 def publish(staging: Path, out: Path) -> None:
@@ -125,7 +125,7 @@ def publish(staging: Path, out: Path) -> None:
                 f"{staging} and {out} are on different file systems; choose an --out beside it"
             ) from error
         raise
-    _sync_directory(target.parent)
+    sync_directory(target.parent)
 
 
 def destination(out: Path) -> Path:
@@ -246,7 +246,7 @@ def _sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
     """Flush a directory's entries to the disk; Windows has no handle to a directory that could be flushed."""
     if os.name == "nt":
         return

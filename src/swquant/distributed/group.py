@@ -117,6 +117,8 @@ class Group:
     def _connected(self) -> Generator[None]:
         try:
             yield
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             reason = " ".join(str(error).split())[-160:]
             raise RankLostError(
@@ -145,17 +147,25 @@ def joined(environment: Mapping[str, str], device: str) -> Generator[Ranks]:
         raise SwquantError(
             f"WORLD_SIZE is {environment['WORLD_SIZE']} and {missing[0]} is not set: start the ranks with torchrun"
         )
-    _take_device(device, int(environment["LOCAL_RANK"]))
+    rank, size, local = (_number(environment, name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if rank >= size:
+        raise SwquantError(f"RANK is {rank} of {size}, and ranks count from 0: start the ranks with torchrun")
+    _take_device(device, local)
     try:
         store, rank, size = next(iter(rendezvous("env://", timeout=PATIENCE)))
         dist.init_process_group(store=store, rank=rank, world_size=size, timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[-160:]
-        raise RankLostError(
-            f"rank {environment['RANK']} did not find the others ({reason}): start them again"
-        ) from error
+        raise RankLostError(f"rank {rank} did not find the others ({reason}): start them again") from error
     yield Group(rank, size, store)
     dist.destroy_process_group()
+
+
+def _number(environment: Mapping[str, str], name: str) -> int:
+    value = environment[name]
+    if not value.isdecimal():
+        raise SwquantError(f"{name} is {value!r} and should be a number from 0 on: start the ranks with torchrun")
+    return int(value)
 
 
 def _take_device(device: str, index: int) -> None:

@@ -15,6 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from swquant.checkpoint.writer import sync_directory
+
 CHUNK = 1 << 24
 """Bytes that one thread takes through CRC-32 at a time."""
 
@@ -56,11 +58,7 @@ def replace_file(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     part.replace(path)
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_directory(path.parent)
 
 
 def flush(path: Path) -> None:
@@ -89,6 +87,6 @@ def allocate(path: Path, size: int) -> None:
 
 
 def _chunk_checksum(path: Path, start: int) -> int:
-    with path.open("rb", buffering=0) as file:
+    with path.open("rb") as file:
         file.seek(start)
         return zlib.crc32(file.read(CHUNK))

@@ -27,7 +27,7 @@ from swquant.quant.ktensor import KTensor, ktensor
 from swquant.quant.qtensor import QTensor
 from swquant.quant.spec import QuantSpec
 
-MANIFEST = "manifest.json"
+MANIFEST, LOCK = "manifest.json", "lock"
 TOKENS = "tokens.safetensors"
 STREAMS = ("reference", "quantized")
 TRAINED = "trained"
@@ -179,12 +179,16 @@ class Journal:
         self._commit(self.stream_path(STREAMS[1], self.done).name, *([] if before is None else [before["file"]]))
 
     def clear(self) -> None:
-        """Remove the working directory, the manifest last: what is killed here is known for ours and cleared again."""
+        """Remove the working directory: the manifest behind all it tells of, and the lock last.
+
+        What is killed here is known for ours and cleared again, and nobody else begins while it lasts.
+        """
         for path in self.root.glob("*"):
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
-            elif path.name != MANIFEST:
+            elif path.name not in (MANIFEST, LOCK):
                 path.unlink(missing_ok=True)
+        (self.root / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(self.root, ignore_errors=True)
 
     def _checked(self, name: str) -> dict[str, Tensor]:
@@ -274,13 +278,13 @@ def lock_directory(root: Path) -> AbstractContextManager[object]:
         SwquantError: If another process holds it, or it is not ours.
     """
     root.mkdir(parents=True, exist_ok=True)
-    foreign = [path.name for path in root.iterdir() if path.name != "lock"]
+    foreign = [path.name for path in root.iterdir() if path.name != LOCK]
     if foreign and not (root / MANIFEST).exists() and not all(_is_ours(name) for name in foreign):
         raise SwquantError(
             f"{root} is needed as a working directory but holds {foreign[0]!r}; move it or choose another --out"
         )
     try:
-        return FileLock(root / "lock").acquire(timeout=0)
+        return FileLock(root / LOCK).acquire(timeout=0)
     except Timeout as error:
         raise SwquantError(f"another process is writing to {root}; wait for it, or choose another --out") from error
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from rich.console import Console
 from rich.table import Table
 
 from swquant.estimate import Estimate
+from swquant.terminal import plain_console
 from swquant.units import size, span
 
 
 def print_estimate(found: Estimate, recipe: str | None) -> None:
     """Print what a run will take; ``recipe`` is the name or the file of the recipe."""
-    console = Console(highlight=False)
+    console = plain_console()
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold")
     table.add_column()
