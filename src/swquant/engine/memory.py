@@ -47,8 +47,8 @@ def device_peak_bytes(device: torch.device) -> int | None:
 def keep_little() -> None:
     """From now on give what is freed back to the system at once (glibc), pieces of :data:`KEPT` bytes and more.
 
-    By itself glibc keeps pieces of up to 32 MiB for the next who asks. Asking the system anew each time costs time: a
-    fifth of a run on a block of width 2048, less on larger ones, whose pieces glibc does not keep either.
+    By itself glibc keeps pieces of up to 32 MiB for the next who asks. Asking the system anew each time costs time on
+    small blocks; pieces of larger ones glibc does not keep either.
     """
     if _is_glibc():
         ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, KEPT)
