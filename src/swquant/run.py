@@ -58,7 +58,8 @@ def quantize(
             returned.
         observer: Hears of the progress.
         budget: Memory that the run may take. A batch then goes through a block in portions that fit, which changes the
-            result by rounding alone; where one sample does not fit, the run is refused before it starts.
+            result by rounding alone; where one sample does not fit, the run is refused before it starts. From then on
+            glibc gives freed memory back at once in this process, see :func:`swquant.engine.memory.keep_little`.
 
     Returns:
         The report that also stands in ``out/report.json``.
