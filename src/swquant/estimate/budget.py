@@ -16,7 +16,7 @@ from swquant.plan import Plan
 from swquant.units import size
 
 LATER = 80_000_000
-"""What a process takes beside tensors once it works: libraries that come in then, and what kernels keep; measured."""
+"""For what comes in beside tensors once a process works: some 50 MB of libraries were measured, the rest is margin."""
 
 
 @dataclass(frozen=True)
