@@ -44,7 +44,7 @@ def test_the_largest_portion_that_fits_is_taken(plan: Plan) -> None:
 
 
 def test_ranks_share_the_batch_before_it_is_cut(plan: Plan) -> None:
-    assert portion_within(plan, Budget(host=needed(plan, 3)), 2) is None
+    assert portion_within(plan, Budget(host=needed(plan, 3)), 2) == 3
 
 
 def test_a_budget_that_no_portion_keeps_is_refused_with_flags_that_help(plan: Plan) -> None:

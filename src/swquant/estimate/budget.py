@@ -51,6 +51,8 @@ class Budget:
 def portion_within(plan: Plan, budget: Budget, ranks: int, *, begun: bool = False) -> int | None:
     """Samples of a batch that each rank may take through a block at once; ``None`` is all of them.
 
+    Several ranks hear a number in any case: where states are compared, each takes whole batches in turn.
+
     Args:
         plan: The run; no weight of it is read.
         budget: What each process may take.
@@ -68,7 +70,7 @@ def portion_within(plan: Plan, budget: Budget, ranks: int, *, begun: bool = Fals
     problems += memory_problems(plan, memory.peak, limit, portion)
     if problems:
         raise SwquantError(problems[0])
-    return None if portion == whole else portion
+    return None if portion == whole and ranks == 1 else portion
 
 
 def process_bytes() -> int:

@@ -63,11 +63,14 @@ class Portion:
             before = min(self.samples or largest, largest)
             if before == 1:
                 raise NoRoomForOneError(
-                    f"memory ran out in a step on a single sample ({reason}): "
+                    f"memory ran out on a single sample ({reason}): "
                     "choose a smaller --seq-len, a loss with fewer slices, or a device with more memory"
                 )
             self.samples = before // 2
-            note(f"memory ran out with {before} samples at once; went on with {self.samples}, which changes no result")
+            note(
+                f"memory ran out with {before} samples at once; went on with {self.samples}, "
+                "which changes the result by rounding alone"
+            )
 
 
 def together(ranks: Ranks, work: Callable[[], Result]) -> Result:
