@@ -274,7 +274,8 @@ def test_where_memory_runs_out_the_portion_halves_once_and_nothing_else_changes(
         assert small.failures == [at_once]
         assert portion.samples == 2
         assert report.events == (
-            f"step 1: memory ran out with {at_once} samples at once; went on with 2, which changes the result by rounding alone",
+            f"step 1: memory ran out with {at_once} samples at once; went on with 2, "
+            "which changes the result by rounding alone",
         )
         assert report.curve == pytest.approx(plain.curve, rel=1e-9)
         torch.testing.assert_close(realize(draft)["w"], realize(expected)["w"], rtol=1e-7, atol=1e-9)
