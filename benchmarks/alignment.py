@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import csv
 import math
+import re
 import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,6 +22,9 @@ from typing import NamedTuple
 from scipy.stats import t
 
 Row = dict[str, str]
+
+OPTIONS = re.compile(r"\(([^()]*)\)")
+"""What stands in the parentheses behind a method's name."""
 
 
 class Group(NamedTuple):
@@ -77,13 +81,13 @@ def _group(row: Row) -> Group:
     groups = f"g{row['group_size']}" if row["group_size"].isdigit() else "per channel"
     model = Path(row["model"])
     name = model.parent.name if model.name == "model" else model.name
-    return Group(name, f"W{row['bits']} {groups}", row["method"].partition("(")[0])
+    return Group(name, f"W{row['bits']} {groups}", OPTIONS.sub("", row["method"]))
 
 
 def _setting(row: Row) -> Setting:
     balance = row.get("balance", "")
     loss = row["loss"] if balance in ("", "fixed") or not row["loss"] else f"{row['loss']}, by {balance}"
-    return Setting(loss, row["method"].partition("(")[2].removesuffix(")"))
+    return Setting(loss, "; ".join(OPTIONS.findall(row["method"])))
 
 
 def _name(setting: Setting) -> str:
