@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from swquant.errors import SwquantError
+from swquant.errors import SwquantError, reason_of
 from swquant.seeds import generator
 
 LEAST_SHARE = 4
@@ -76,7 +76,7 @@ def _read_dataset(source: str) -> str:
         rows: Any = datasets.load_dataset(path, **settings)
         documents: list[str] = list(rows["text"])
     except Exception as error:  # the library raises whatever its loaders, file systems and the hub do
-        reason = " ".join(str(error).split())[:200]
+        reason = reason_of(error)
         raise SwquantError(f"the dataset {source!r} cannot be read: {reason}") from error
     return "\n\n".join(documents)
 
@@ -107,7 +107,7 @@ def load_tokenizer(directory: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizer files fail in as many ways as there are tokenizers
-        reason = " ".join(str(error).split())[:200]
+        reason = reason_of(error)
         raise SwquantError(f"{directory} has no tokenizer that loads: {reason}") from error
 
 

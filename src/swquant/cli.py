@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from swquant import __version__
-from swquant.errors import LeaderStoppedError, RankLostError, SwquantError, did_you_mean
+from swquant.errors import LeaderStoppedError, RankLostError, SwquantError, did_you_mean, reason_of
 from swquant.observers.stopping import handled, interrupt
 
 if TYPE_CHECKING:
@@ -391,7 +391,7 @@ def main(arguments: list[str] | None = None) -> None:
 
         if not ran_out(error):
             raise
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = reason_of(error)
         _fail(
             f"memory ran out ({reason}); what is finished is kept: choose a smaller --seq-len, "
             "a device with more memory, or see what swquant plan says",

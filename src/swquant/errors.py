@@ -27,3 +27,12 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     words = sorted(known)
     near = difflib.get_close_matches(word, words, n=1, cutoff=0.55)
     return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(words)}"
+
+
+def reason_of(error: BaseException, longest: int = 200) -> str:
+    """What an error of other code says, for a sentence of ours: one line of printable characters, cut where it is long.
+
+    Where it says nothing, its class stands for it.
+    """
+    line = " ".join(str(error).split())[:longest]
+    return "".join(letter if letter.isprintable() else "?" for letter in line) or type(error).__name__

@@ -10,7 +10,7 @@ from typing import Any, TypeVar, get_type_hints
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from swquant.errors import SwquantError, did_you_mean
+from swquant.errors import SwquantError, did_you_mean, reason_of
 
 T = TypeVar("T")
 
@@ -33,7 +33,7 @@ def read_yaml(text: str, what: str) -> Any:
     try:
         return yaml.load(text, _Loader)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        reason = " ".join(str(error).split())
+        reason = reason_of(error, 300)
         raise SwquantError(f"{what} is not valid YAML: {reason}") from error
 
 

@@ -90,13 +90,13 @@ def test_memory_that_runs_out_anywhere_is_one_sentence(
     capsys: pytest.CaptureFixture[str],
     error: Exception,
 ) -> None:
-    monkeypatch.setattr("swquant.run._start", lambda *_: raise_(error))
+    monkeypatch.setattr("swquant.run.publish", lambda *_: raise_(error))
     with pytest.raises(SystemExit) as exit:
         main(command("--log-json", str(tmp_path / "log.jsonl")))
     assert exit.value.code == 1
     assert "swquant: memory ran out (" in capsys.readouterr().err
     assert events((tmp_path / "log.jsonl").read_text())[-1]["kind"] == type(error).__name__
-    monkeypatch.setattr("swquant.run._start", lambda *_: raise_(RuntimeError("a fault of ours")))
+    monkeypatch.setattr("swquant.run.publish", lambda *_: raise_(RuntimeError("a fault of ours")))
     with pytest.raises(RuntimeError, match="a fault of ours"):
         main(command())
 

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from swquant.checkpoint.reader import Checkpoint
 from swquant.checkpoint.rotation import Source
-from swquant.errors import SwquantError
+from swquant.errors import SwquantError, reason_of
 from swquant.families import Family, family_for
 from swquant.quant.deferred import in_float
 from swquant.quant.spec import QuantSpec
@@ -129,7 +129,7 @@ def build_skeleton(checkpoint: Source) -> Skeleton:
                 config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
             )
     except Exception as error:  # transformers raises whatever the file makes it run into
-        reason = " ".join(str(error).split())[:200]
+        reason = reason_of(error)
         raise SwquantError(f"{checkpoint.directory / 'config.json'} does not describe a model: {reason}") from error
     model.eval().requires_grad_(False)
     _check_parameters(model, checkpoint, tied=bool(config.tie_word_embeddings), head=family.head)
@@ -176,7 +176,7 @@ def try_block(skeleton: Skeleton, checkpoint: Source, hidden: Tensor, kwargs: Ma
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # torch and transformers raise whatever the settings make them run into
-        reason = " ".join(str(error).split())[:200]
+        reason = reason_of(error)
         raise SwquantError(
             f"{checkpoint.directory / 'config.json'} does not describe a model that runs: {reason}"
         ) from error

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from swquant.errors import SwquantError, did_you_mean
+from swquant.errors import SwquantError, did_you_mean, reason_of
 from swquant.validation import read_yaml
 
 NAMES: Mapping[str, str] = {
@@ -90,7 +90,7 @@ def run_tasks(
             model=wrapped, tasks=specs, task_manager=manager, limit=items, log_samples=True, bootstrap_iters=0
         )
     except Exception as error:  # lm-eval raises whatever its tasks, their data sets and the hub do
-        reason = " ".join(str(error).split())[:300]
+        reason = reason_of(error, 300)
         raise SwquantError(f"lm-eval cannot run {', '.join(tasks)}: {type(error).__name__}: {reason}") from error
     return tuple(_task_run(name, found) for name in found["samples"])
 

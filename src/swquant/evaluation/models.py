@@ -15,7 +15,7 @@ from swquant.checkpoint.quantized import QUANTIZATION_CONFIG, QuantizedModel
 from swquant.checkpoint.reader import read_config
 from swquant.checkpoint.shards import INDEX, SINGLE
 from swquant.engine.skeleton import empty_model
-from swquant.errors import SwquantError
+from swquant.errors import SwquantError, reason_of
 from swquant.formats import read_quantized
 from swquant.runtime import load
 
@@ -99,5 +99,5 @@ def _assembled(quantized: QuantizedModel) -> Any:
 
 
 def _does_not_load(directory: Path, error: Exception) -> SwquantError:
-    reason = " ".join(str(error).split())[:200]
+    reason = reason_of(error)
     return SwquantError(f"{directory} does not load: {reason}")

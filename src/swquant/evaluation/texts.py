@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from swquant.calibration import eval_windows, read_text, tokenize
-from swquant.errors import SwquantError
+from swquant.errors import SwquantError, reason_of
 
 WINDOWS = 256
 """Windows that both C4 protocols measure on."""
@@ -132,7 +132,7 @@ def _load(name: str, protocol: Protocol) -> list[str]:
         rows: Any = datasets.load_dataset(protocol.dataset, **protocol.settings)
         return list(rows[protocol.field])
     except Exception as error:  # the library raises whatever its loaders, file systems and the hub do
-        reason = " ".join(str(error).split())[:200]
+        reason = reason_of(error)
         raise SwquantError(
             f"{name} ({protocol.dataset}) cannot be read: {reason}; or give a file, {name}=FILE.jsonl"
         ) from error

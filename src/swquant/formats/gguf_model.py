@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
-from swquant.errors import SwquantError
+from swquant.errors import SwquantError, reason_of
 from swquant.families import Family, family_for
 from swquant.families.base import NormLinears
 from swquant.quant.ktensor import KTensor
@@ -157,7 +157,7 @@ def _with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
     try:
         settings = AutoConfig.for_model(**deepcopy(dict(config))).to_dict()
     except Exception as error:  # transformers checks settings in as many ways as there are settings
-        reason = " ".join(str(error).split())[:200]
+        reason = reason_of(error)
         raise SwquantError(f"config.json is not accepted by transformers: {reason}") from error
     if settings.get("num_key_value_heads") is None:
         settings["num_key_value_heads"] = settings["num_attention_heads"]

@@ -16,7 +16,7 @@ from typing import Any
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from swquant.errors import SwquantError
+from swquant.errors import SwquantError, reason_of
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """Kinds of tokens in a GGUF file."""
@@ -113,7 +113,7 @@ def _load(directory: Path) -> PreTrainedTokenizerFast:
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizer files fail in as many ways as there are tokenizers
-        reason = " ".join(str(error).split())[:200]
+        reason = reason_of(error)
         raise SwquantError(f"{directory} has no tokenizer that loads: {reason}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise _unknown(directory, "has no tokenizer.json and cannot be converted to one")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from swquant.errors import SwquantError
+from swquant.errors import SwquantError, reason_of
 from swquant.families import family_for
 
 MODEL = "model.onnx"
@@ -116,7 +116,7 @@ def decoder_layout(config: Mapping[str, Any]) -> DecoderLayout:
     except SwquantError:
         raise
     except Exception as error:  # transformers raises whatever the file makes it run into
-        reason = " ".join(str(error).split())[:200]
+        reason = reason_of(error)
         raise SwquantError(f"config.json does not describe a {family} model: {reason}") from error
 
 

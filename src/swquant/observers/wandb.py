@@ -7,7 +7,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
-from swquant.errors import SwquantError
+from swquant.errors import SwquantError, reason_of
 from swquant.observers.scalars import Scalars
 
 
@@ -25,7 +25,7 @@ def wandb(project: str, name: str) -> Generator[Scalars]:
     try:
         run = client.init(project=project, name=name)
     except client.Error as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = reason_of(error)
         raise SwquantError(f"W&B takes no run ({reason}); run 'wandb login', or leave --wandb out") from error
 
     def note(curve: str, value: float, place: int) -> None:

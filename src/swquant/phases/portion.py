@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from swquant.distributed.ranks import Ranks, on_any
-from swquant.errors import SwquantError
+from swquant.errors import SwquantError, reason_of
 
 Result = TypeVar("Result")
 
@@ -109,11 +109,6 @@ def named(place: str) -> Generator[None]:
             f"{place}, memory ran out ({reason_of(error)}); what is finished is kept, and with more memory the same "
             "command goes on; a smaller --seq-len needs less, and is another run"
         ) from error
-
-
-def reason_of(error: Exception) -> str:
-    """What the error says, on one line."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def ran_out(error: Exception) -> bool:

@@ -14,7 +14,7 @@ from swquant.checkpoint.quantized import QUANTIZATION_CONFIG, Outline
 from swquant.checkpoint.reader import find_model
 from swquant.device import resolve_device
 from swquant.engine.skeleton import empty_model
-from swquant.errors import SwquantError
+from swquant.errors import SwquantError, reason_of
 from swquant.families import family_for
 from swquant.formats import read_quantized
 from swquant.formats.base import check_dtype
@@ -81,7 +81,7 @@ def _empty_model(outline: Outline, dtype: torch.dtype, kernel: str) -> Any:
     try:
         model = empty_model(outline.config, dtype)
     except Exception as error:  # transformers raises whatever the file makes it run into
-        reason = " ".join(str(error).split())[:200]
+        reason = reason_of(error)
         raise SwquantError(f"config.json of {outline.directory} does not describe a model: {reason}") from error
     model.requires_grad_(False)
     for name, (rows, columns) in outline.linears.items():

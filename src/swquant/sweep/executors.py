@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import torch
 
-from swquant.errors import SwquantError
+from swquant.errors import SwquantError, reason_of
 from swquant.sweep.trial import Order, failed_row, read_row, run_trial, write_row
 
 AUTO, LOCAL, RAY = "auto", "local", "ray"
@@ -102,7 +102,7 @@ class RayTasks:
                     try:
                         ray.get(reference)
                     except ray.exceptions.RayError as error:
-                        reason = " ".join(str(error).split())[:200]
+                        reason = reason_of(error)
                         write_row(order, failed_row(order, f"its Ray worker died: {reason}"))
                     finished(order)
         finally:
