@@ -22,8 +22,8 @@ from swquant.quant.bits import packed_words
 from swquant.quant.deferred import in_float
 from swquant.quant.draft import Draft, commit
 
-HESSIANS = 7
-"""Matrices of the inputs' width that GPTQ holds where it factors: moments, damped ones, and copies on the way."""
+HESSIANS = 3
+"""Matrices of the inputs' width that GPTQ holds where it factors: the moments, and two on the way to the factor."""
 
 
 CANDIDATES = 2
@@ -117,7 +117,7 @@ def _gptq(draft: Draft) -> Draft:
     for value in params.values():
         width = value.shape[1]
         _hold([(width, width)] * HESSIANS)
-        _hold([(width, width)] * 3 + [(len(value), width)] * 3)
+        _hold([(width, width)] * 2 + [(len(value), width)] * 3)
     return replace(draft, params={**draft.params, **params})
 
 

@@ -83,14 +83,22 @@ class _Inputs:
     """What the linears that read one input share.
 
     Attributes:
-        hessian: ``H`` with its damping, ``[in, in]``.
+        second: Mean of ``x x^T``, ``[in, in]``.
+        damping: ``lambda``, so that ``H = second + lambda I``.
         upper: ``U`` of the columns in their order, ``[in, in]``.
         order: The columns in the order in which they are rounded, ``[in]``; ``None`` is their own.
     """
 
-    hessian: Tensor
+    second: Tensor
+    damping: float
     upper: Tensor
     order: Tensor | None
+
+    def blocks(self, spec: QuantSpec) -> Tensor:
+        """Each group's own block of ``H``, ``[groups, width, width]``."""
+        blocks = diagonal_blocks(self.second, spec)
+        blocks.diagonal(dim1=-2, dim2=-1).add_(self.damping)
+        return blocks
 
 
 def _finite(second: Tensor, name: str, events: list[str]) -> Tensor:
@@ -106,29 +114,39 @@ def _factored(second: Tensor, damping: float, act_order: bool, name: str, events
     order = second.diagonal().argsort(descending=True, stable=True) if act_order else None
     mean = float(second.diagonal().mean()) or 1.0
     while True:
-        hessian = second.clone()
-        hessian.diagonal().add_(damping * mean)
-        upper = _inverse_factor(hessian if order is None else hessian[order][:, order])
+        upper = _inverse_factor(second, damping * mean, order)
         if upper is not None:
-            return _Inputs(hessian, upper, order)
+            return _Inputs(second, damping * mean, upper, order)
         damping *= 10
         events.append(f"{name}: the Hessian could not be factored; raised the damping to {damping:.4g}")
 
 
-def _inverse_factor(hessian: Tensor) -> Tensor | None:
+def _inverse_factor(second: Tensor, damping: float, order: Tensor | None) -> Tensor | None:
     """The upper ``U`` with ``H^-1 = U^T U``; ``None`` if ``H`` is not positive definite even in float64.
 
     It is the inverse of the upper ``R`` with ``H = R R^T``, a Cholesky factor from the last column to the first, so
-    ``H`` itself needs no inverse.
+    ``H`` itself needs no inverse. Two matrices of its size are held beside ``second``.
     """
-    for matrix in (hessian, hessian.cpu().double()):
-        lower, failed = torch.linalg.cholesky_ex(matrix.flip(0, 1))
+    for double in (False, True):
+        turned = _turned(second, damping, order)
+        lower, failed = torch.linalg.cholesky_ex(turned.cpu().double() if double else turned)
+        del turned
         if not failed:
-            eye = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-            upper = torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True).to(hessian)
+            factor = lower.flip(0, 1)
+            del lower
+            inverse = torch.eye(len(factor), dtype=factor.dtype, device=factor.device).mT
+            torch.linalg.solve_triangular(factor, inverse, upper=True, out=inverse)
+            upper = inverse.to(second)
             if torch.isfinite(upper).all():
                 return upper
     return None
+
+
+def _turned(second: Tensor, damping: float, order: Tensor | None) -> Tensor:
+    """A copy of ``H`` with its columns, taken in ``order``, from the last to the first, and its rows too."""
+    turned = second.flip(0, 1) if order is None else second[order.flip(0)][:, order.flip(0)]
+    turned.diagonal().add_(damping)
+    return turned
 
 
 def _by_rows(weight: Tensor, slot: Slot, inputs: _Inputs, search: bool, ranks: Ranks) -> tuple[Tensor, Grid]:
@@ -148,7 +166,7 @@ def _by_rows(weight: Tensor, slot: Slot, inputs: _Inputs, search: bool, ranks: R
 
 def _compensated(weight: Tensor, slot: Slot, inputs: _Inputs, search: bool) -> tuple[Tensor, Grid]:
     """Each weight as it was when its column was rounded ``[out, in]``, and the grid."""
-    blocks = diagonal_blocks(inputs.hessian, slot.spec) if search else None
+    blocks = inputs.blocks(slot.spec) if search else None
     groups = open_groups(weight, slot, blocks, late=inputs.order is None)
     order = list(range(weight.shape[1])) if inputs.order is None else inputs.order.tolist()
     alone = QuantSpec(slot.spec.bits, None, slot.spec.symmetric)
