@@ -16,7 +16,7 @@ from torch import Tensor
 
 from swquant.errors import SwquantError
 
-SHARD_BYTES = 64 << 20
+SHARD_BYTES = 16 << 20
 """Parts are merged into one shard up to this size; a larger part is a shard of its own."""
 
 
