@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from swquant.quant import deferred
 from swquant.quant.deferred import Deferred, defer, on_leaves, solid
 from swquant.quant.draft import Draft, Slot, open_draft, realize, snap
 from swquant.quant.rounding import Rounding
@@ -29,6 +30,12 @@ def clipped(weight: Tensor, factors: Tensor, offsets: Tensor) -> Draft:
 
 def leaves() -> tuple[Tensor, Tensor]:
     return draw(48, 3, 1, seed=1).requires_grad_(), (draw(48, 96, seed=2) / 4).requires_grad_()
+
+
+@pytest.fixture(params=["made anew", "kept"], autouse=True)
+def keeping(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test once with weights made anew for the backward pass, and once with weights kept for it."""
+    monkeypatch.setattr(deferred, "KEPT", 0 if request.param == "made anew" else 1 << 30)
 
 
 @pytest.mark.parametrize("biased", [False, True])
@@ -93,8 +100,12 @@ def test_what_is_not_there_is_not_computed_on() -> None:
         torch.add(later, 1)
 
 
-def test_one_weight_exists_at_a_time() -> None:
-    alive = most = 0
+@pytest.mark.parametrize(("kept", "at_once", "times"), [(255, 1, 2), (256, 5, 1)])
+def test_one_weight_exists_at_a_time_but_for_small_ones(
+    monkeypatch: pytest.MonkeyPatch, kept: int, at_once: int, times: int
+) -> None:
+    monkeypatch.setattr(deferred, "KEPT", kept)
+    alive = most = made_in_all = 0
 
     class Counted(torch.autograd.Function):
         @staticmethod
@@ -106,9 +117,9 @@ def test_one_weight_exists_at_a_time() -> None:
             return slopes[0]
 
     def make(value: Tensor) -> Tensor:
-        nonlocal alive, most
+        nonlocal alive, most, made_in_all
         made = Counted.apply(value)
-        alive, most = alive + 1, max(most, alive + 1)
+        alive, most, made_in_all = alive + 1, max(most, alive + 1), made_in_all + 1
 
         def gone() -> None:
             nonlocal alive
@@ -122,7 +133,7 @@ def test_one_weight_exists_at_a_time() -> None:
     for value in values:
         x = functional.linear(x, defer(make, value, shape=value.shape, dtype=value.dtype))
     x.sum().backward()
-    assert (alive, most) == (0, 1)
+    assert (alive, most, made_in_all) == (0, at_once, times * len(values))
     assert all(value.grad is not None for value in values)
 
 
@@ -137,9 +148,9 @@ def test_under_autocast_products_are_short_and_what_is_learned_is_not() -> None:
     for short in (False, True):
         x, bias = draw(5, 96, seed=3).requires_grad_(), draw(48, seed=4).requires_grad_()
         factors, offsets = leaves()
-        deferred = realize(clipped(weight, factors, offsets))["weight"]
+        later = realize(clipped(weight, factors, offsets))["weight"]
         with torch.autocast("cpu", torch.bfloat16, enabled=short):
-            out = functional.linear(x, deferred, bias)
+            out = functional.linear(x, later, bias)
         assert out.dtype == (torch.bfloat16 if short else torch.float32)
         (out.float() * draw(5, 48, seed=5)).sum().backward()
         found.append([value.grad for value in (x, bias, factors, offsets) if value.grad is not None])

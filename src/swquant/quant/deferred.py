@@ -2,11 +2,12 @@
 
 A block's weights on their way to the grid are functions of what is stored and of what is learned. Kept as such, one
 linear's weight exists at a time, in the forward as in the backward pass, instead of all of them with their gradients.
+Small ones are made once and kept in between.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +25,9 @@ _FACTS = frozenset(
     }
 )
 """What is known of a tensor without its values."""
+
+KEPT = 1 << 18
+"""Weights of a linear so small that its weight is kept for the backward pass: making it anew costs more than a MiB."""
 
 
 class Deferred(Tensor):
@@ -123,13 +127,23 @@ def _on(value: Tensor, others: Mapping[int, Tensor]) -> Tensor:
 
 
 def _linear(x: Tensor, weight: Deferred, bias: Tensor | None = None) -> Tensor:
-    return _Linear.apply(x, None if bias is None else solid(bias), (weight,), *_roots(weight))  # pyright: ignore[reportReturnType]
+    kept = torch.is_grad_enabled() and weight.numel() <= KEPT
+    return _Linear.apply(x, None if bias is None else solid(bias), (weight, kept), *_roots(weight))  # pyright: ignore[reportReturnType]
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:
     """The dtype that ``x`` is multiplied in: autocast's where that is on."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def _made_on_leaves(
+    weight: Deferred, names: Sequence[int], roots: Sequence[Tensor], wanted: Sequence[bool]
+) -> tuple[Tensor, list[Tensor]]:
+    """The weight as a function of leaves in the place of its roots, and these; the roots' ``id`` are ``names``."""
+    leaves = [root.detach().requires_grad_(wants) for root, wants in zip(roots, wanted, strict=True)]
+    with torch.set_grad_enabled(any(wanted)):
+        return solid(_on(weight, dict(zip(names, leaves, strict=True)))), leaves
 
 
 class _Linear(torch.autograd.Function):
@@ -139,12 +153,14 @@ class _Linear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, held: tuple[Deferred], *roots: Tensor) -> Tensor:
-        kind = _product_dtype(x)
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, held: tuple[Deferred, bool], *roots: Tensor) -> Tensor:
+        (weight, kept), kind = held, _product_dtype(x)
         x = x.to(kind)
         ctx.save_for_backward(x, *roots)
-        ctx.held, ctx.roots = held, [id(root) for root in roots]
-        return functional.linear(x, solid(held[0]).to(kind), None if bias is None else bias.to(kind))
+        ctx.weight, ctx.roots = weight, [id(root) for root in roots]
+        ctx.made = _made_on_leaves(weight, ctx.roots, roots, ctx.needs_input_grad[3:]) if kept else None
+        made = solid(weight) if ctx.made is None else ctx.made[0].detach()
+        return functional.linear(x, made.to(kind), None if bias is None else bias.to(kind))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -152,9 +168,8 @@ class _Linear(torch.autograd.Function):
         x, *roots = ctx.saved_tensors
         wants_x, wants_bias, _, *wanted = ctx.needs_input_grad
         slope = grad_outputs[0].reshape(-1, grad_outputs[0].shape[-1])
-        leaves = [root.detach().requires_grad_(wants) for root, wants in zip(roots, wanted, strict=True)]
-        with torch.set_grad_enabled(any(wanted)):
-            weight = solid(_on(ctx.held[0], dict(zip(ctx.roots, leaves, strict=True))))
+        weight, leaves = ctx.made or _made_on_leaves(ctx.weight, ctx.roots, roots, wanted)
+        ctx.made = None
         into_x = (slope @ weight.detach().to(x.dtype)).view(x.shape) if wants_x else None
         into_bias = slope.sum(0) if wants_bias else None
         into_roots: list[Tensor | None] = [None] * len(roots)
