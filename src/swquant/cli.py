@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from swquant import __version__
-from swquant.errors import LeaderStoppedError, RankLostError, SwquantError, did_you_mean, reason_of
+from swquant.errors import LeaderStoppedError, OutOfMemoryError, RankLostError, SwquantError, did_you_mean, reason_of
 from swquant.observers.stopping import handled, interrupt
 
 if TYPE_CHECKING:
@@ -376,7 +376,7 @@ def main(arguments: list[str] | None = None) -> None:
             app.main(arguments, prog_name="swquant", standalone_mode=False)
     except LeaderStoppedError:
         sys.exit(FAILURE)
-    except RankLostError as error:
+    except (RankLostError, OutOfMemoryError) as error:
         _fail(str(error), FAILURE)
     except SwquantError as error:
         _fail(str(error), USER_ERROR)

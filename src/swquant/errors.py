@@ -14,6 +14,10 @@ class SwquantError(Exception):
     """
 
 
+class OutOfMemoryError(SwquantError):
+    """Memory ran out, and nothing more could be done about it; the command line exits with code 1."""
+
+
 class RankLostError(SwquantError):
     """Another process of the run was killed, failed or fell silent."""
 

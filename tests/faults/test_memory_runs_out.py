@@ -60,7 +60,7 @@ def test_a_sentence_names_the_place(
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, failing(getattr(owner, name), at, error))
-        said = run.fails(capsys, tmp_path / "out", 2)
+        said = run.fails(capsys, tmp_path / "out", 1)
     assert said.startswith(f"swquant: {place}, memory ran out (")
     assert "what is finished is kept, and with more memory the same command goes on" in said
     assert not (tmp_path / "out").exists()
@@ -75,6 +75,6 @@ def test_one_sample_that_is_too_large_is_named_with_its_block(
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "realize", full)
-        said = run.fails(capsys, tmp_path / "out", 2)
+        said = run.fails(capsys, tmp_path / "out", 1)
     assert said.startswith("swquant: in Train on block 0, memory ran out")
     run.finish(tmp_path / "out")

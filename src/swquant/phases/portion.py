@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from swquant.distributed.ranks import Ranks, on_any
-from swquant.errors import SwquantError, reason_of
+from swquant.errors import OutOfMemoryError, reason_of
 
 Result = TypeVar("Result")
 
@@ -23,7 +23,7 @@ class NoRoomError(Exception):
     """Memory ran out on one of the ranks."""
 
 
-class NoRoomForOneError(SwquantError):
+class NoRoomForOneError(OutOfMemoryError):
     """It did so on a single sample."""
 
 
@@ -96,16 +96,16 @@ def named(place: str) -> Generator[None]:
     """Say where memory ran out, e.g. ``in GPTQ on block 3``, where nothing could be done about it.
 
     Raises:
-        SwquantError: In the place of every error that says so; what is finished is on the disk.
+        OutOfMemoryError: In the place of every error that says so; what is finished is on the disk.
     """
     try:
         yield
     except NoRoomForOneError as error:
-        raise SwquantError(f"{place}, {error}") from error
+        raise OutOfMemoryError(f"{place}, {error}") from error
     except Exception as error:
         if not ran_out(error):
             raise
-        raise SwquantError(
+        raise OutOfMemoryError(
             f"{place}, memory ran out ({reason_of(error)}); what is finished is kept, and with more memory the same "
             "command goes on; a smaller --seq-len needs less, and is another run"
         ) from error
