@@ -45,7 +45,7 @@ def test_the_folder_holds_the_formats() -> None:
     odd=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-def test_decoding_gives_back_the_codes_or_the_stored_weight(
+def test_decoding_gives_back_the_codes_or_the_stored_weight_and_the_size_is_known_before(
     name: str, spec: QuantSpec, dtype: torch.dtype, out: int, width: int, odd: bool, seed: int, make_qtensor: Make
 ) -> None:
     if FORMATS[name].refusal(spec) is not None:
@@ -60,6 +60,8 @@ def test_decoding_gives_back_the_codes_or_the_stored_weight(
         reject()
     assert all(key.startswith("model.proj.") for key in tensors)
     assert all(tensor.is_contiguous() for tensor in tensors.values())
+    size = FORMATS[name].weight_bytes(outline(spec, dtype), *q.codes.shape)
+    assert sum(tensor.nbytes for tensor in tensors.values()) == size
     decoded = FORMATS[name].decode("model.proj", {**tensors, "model.other.weight": torch.zeros(1)}, spec)
     if isinstance(decoded, QTensor):
         assert torch.equal(decoded.codes, q.codes)

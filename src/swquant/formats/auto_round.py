@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,13 +13,15 @@ from torch import Tensor
 
 from swquant.checkpoint.quantized import QUANTIZATION_CONFIG, Outline, QuantizedModel, read_codes, write_codes
 from swquant.checkpoint.reader import open_checkpoint
+from swquant.checkpoint.shards import Stored
 from swquant.checkpoint.writer import Written
 from swquant.families import family_for
-from swquant.formats.base import require_fits, uniform_only
+from swquant.formats.base import require_fits, stored_bytes, uniform_only
 from swquant.formats.gptq_layout import (
     SUFFIXES,
     decode_weight,
     encode_weight,
+    layout_bytes,
     require_widths,
     rounding_notes,
     shape_of,
@@ -108,3 +110,11 @@ class AutoRound:
     def loading(self, spec: QuantSpec) -> str:
         """Through transformers."""
         return _LOAD
+
+    def weight_bytes(self, outline: Outline, rows: int, columns: int) -> int:
+        """Codes, packed zero points and scales."""
+        return layout_bytes(outline.spec, rows, columns)
+
+    def plain_bytes(self, outline: Outline, plain: Sequence[Stored]) -> int:
+        """As they are."""
+        return stored_bytes(plain)

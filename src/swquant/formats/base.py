@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -10,13 +10,16 @@ import torch
 from torch import Tensor
 
 from swquant.checkpoint.quantized import Outline, QuantizedModel
+from swquant.checkpoint.shards import Stored
 from swquant.checkpoint.writer import Written
 from swquant.errors import SwquantError
+from swquant.quant.bits import packed_words
 from swquant.quant.kgrids import UNIFORM
 from swquant.quant.ktensor import KTensor
 from swquant.quant.qtensor import QTensor
 from swquant.quant.spec import QuantSpec
 
+WORD_BYTES = 4
 STORED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _SCALE_BITS = 8
 _SIGNIFICANT_BITS = {torch.bfloat16: 8, torch.float16: 11, torch.float32: 24}
@@ -102,6 +105,29 @@ class Format(Protocol):
     def loading(self, spec: QuantSpec) -> str:
         """Python code that loads the model from the directory in the variable ``path``."""
         ...
+
+    def weight_bytes(self, outline: Outline, rows: int, columns: int) -> int:
+        """Bytes that one quantized weight ``[rows, columns]`` takes in the output, known before there is one."""
+        ...
+
+    def plain_bytes(self, outline: Outline, plain: Sequence[Stored]) -> int:
+        """Bytes that all else takes there.
+
+        Args:
+            outline: The model.
+            plain: The source's tensors that are not quantized.
+        """
+        ...
+
+
+def stored_bytes(plain: Sequence[Stored]) -> int:
+    """Bytes of tensors that are written as they are."""
+    return sum(stored.nbytes for stored in plain)
+
+
+def packed_bytes(spec: QuantSpec, rows: int, columns: int) -> int:
+    """Bytes of a weight's codes where each row fills whole words."""
+    return WORD_BYTES * rows * packed_words(columns, spec.bits)
 
 
 def require_fits(form: Format, outline: Outline) -> None:

@@ -11,13 +11,16 @@ from torch import Tensor
 
 from swquant.checkpoint.quantized import QUANTIZATION_CONFIG, Outline, QuantizedModel, read_codes, write_codes
 from swquant.checkpoint.reader import Checkpoint, open_checkpoint
+from swquant.checkpoint.shards import Stored
 from swquant.checkpoint.writer import Written
 from swquant.errors import SwquantError
 from swquant.formats.base import (
     cast_exactly,
     dtype_name,
+    packed_bytes,
     require_fits,
     require_tensor,
+    stored_bytes,
     uniform_only,
     weights_are_exact,
 )
@@ -151,6 +154,16 @@ class CompressedTensors:
     def loading(self, spec: QuantSpec) -> str:
         """The default load; for asymmetric models the one that transformers accepts."""
         return _DEFAULT_LOAD if spec.symmetric else _DEQUANTIZING_LOAD
+
+    def weight_bytes(self, outline: Outline, rows: int, columns: int) -> int:
+        """Codes, scales in the model's dtype, packed zero points, and the shape."""
+        spec, groups = outline.spec, outline.spec.groups(columns)
+        zeros = 0 if spec.symmetric else packed_bytes(spec, groups, rows)
+        return packed_bytes(spec, rows, columns) + groups * rows * outline.dtype.itemsize + zeros + 2 * 8
+
+    def plain_bytes(self, outline: Outline, plain: Sequence[Stored]) -> int:
+        """As they are."""
+        return stored_bytes(plain)
 
 
 def _spec_of(directory: Path, settings: Mapping[str, Any]) -> QuantSpec:

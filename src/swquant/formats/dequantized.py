@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from swquant.checkpoint.quantized import Outline, Part, QuantizedModel, write_codes
+from swquant.checkpoint.shards import Stored
 from swquant.checkpoint.writer import Written
 from swquant.errors import SwquantError
-from swquant.formats.base import dtype_name, require_fits, require_tensor, weights_are_exact
+from swquant.formats.base import dtype_name, require_fits, require_tensor, stored_bytes, weights_are_exact
 from swquant.quant.ktensor import KTensor
 from swquant.quant.qtensor import QTensor
 from swquant.quant.spec import QuantSpec
@@ -78,3 +79,11 @@ class Dequantized:
     def loading(self, spec: QuantSpec) -> str:
         """The default load."""
         return _LOAD
+
+    def weight_bytes(self, outline: Outline, rows: int, columns: int) -> int:
+        """The values, in the model's dtype."""
+        return rows * columns * outline.dtype.itemsize
+
+    def plain_bytes(self, outline: Outline, plain: Sequence[Stored]) -> int:
+        """As they are."""
+        return stored_bytes(plain)

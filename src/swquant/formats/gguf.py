@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -10,9 +11,10 @@ import torch
 from torch import Tensor
 
 from swquant.checkpoint.quantized import Outline, QuantizedModel
+from swquant.checkpoint.shards import Stored
 from swquant.checkpoint.writer import Written
 from swquant.errors import SwquantError
-from swquant.formats.base import require_fits, require_tensor
+from swquant.formats.base import require_fits, require_tensor, stored_bytes
 from swquant.formats.gguf_blocks import block_type
 from swquant.formats.gguf_model import describe_model
 from swquant.formats.gguf_reader import read_gguf
@@ -106,6 +108,17 @@ class Gguf:
     def loading(self, spec: QuantSpec) -> str:
         """llama-cpp-python's class."""
         return _LOAD
+
+    def weight_bytes(self, outline: Outline, rows: int, columns: int) -> int:
+        """Blocks of the grid's type, or the model's dtype where there is none."""
+        kind = block_type(outline.spec)
+        return rows * columns * outline.dtype.itemsize if kind is None else rows * kind.row_bytes(columns)
+
+    def plain_bytes(self, outline: Outline, plain: Sequence[Stored]) -> int:
+        """As they are, vectors in float32."""
+        vectors = [stored for stored in plain if len(stored.shape) == 1]
+        others = [stored for stored in plain if len(stored.shape) != 1]
+        return stored_bytes(others) + 4 * sum(math.prod(stored.shape) for stored in vectors)
 
 
 def _pack(name: str, q: QTensor | KTensor) -> Tensor:

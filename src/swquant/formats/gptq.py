@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,13 +13,15 @@ from torch import Tensor
 
 from swquant.checkpoint.quantized import QUANTIZATION_CONFIG, Outline, QuantizedModel, read_codes, write_codes
 from swquant.checkpoint.reader import open_checkpoint
+from swquant.checkpoint.shards import Stored
 from swquant.checkpoint.writer import Written
 from swquant.errors import SwquantError
-from swquant.formats.base import require_fits, require_tensor, uniform_only
+from swquant.formats.base import WORD_BYTES, require_fits, require_tensor, stored_bytes, uniform_only
 from swquant.formats.gptq_layout import (
     SUFFIXES,
     decode_weight,
     encode_weight,
+    layout_bytes,
     require_widths,
     rounding_notes,
     shape_of,
@@ -130,6 +132,14 @@ class Gptq:
     def loading(self, spec: QuantSpec) -> str:
         """Through transformers, past the kernel that ignores zero points."""
         return _LOAD_PLAIN_KERNEL if _loses_zero_points(spec) else _LOAD
+
+    def weight_bytes(self, outline: Outline, rows: int, columns: int) -> int:
+        """AutoRound's tensors and each input's group."""
+        return layout_bytes(outline.spec, rows, columns) + WORD_BYTES * columns
+
+    def plain_bytes(self, outline: Outline, plain: Sequence[Stored]) -> int:
+        """As they are."""
+        return stored_bytes(plain)
 
 
 def _loses_zero_points(spec: QuantSpec) -> bool:

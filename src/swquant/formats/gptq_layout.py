@@ -13,7 +13,7 @@ from torch import Tensor
 from swquant.checkpoint.quantized import Outline, QuantizedModel, model_dtype
 from swquant.checkpoint.reader import Checkpoint
 from swquant.errors import SwquantError
-from swquant.formats.base import cast_exactly, dtype_name, require_tensor, weights_are_exact
+from swquant.formats.base import cast_exactly, dtype_name, packed_bytes, require_tensor, weights_are_exact
 from swquant.formats.reading import require_shape, spec_from
 from swquant.quant.bits import pack, packed_words, unpack
 from swquant.quant.qtensor import QTensor
@@ -36,6 +36,12 @@ def require_widths(form: str, outline: Outline) -> None:
                 f"{form} cannot hold {name} with {columns} inputs and {rows} outputs, "
                 f"expected multiples of {FEATURES}; choose another --format"
             )
+
+
+def layout_bytes(spec: QuantSpec, rows: int, columns: int) -> int:
+    """Bytes of one weight's tensors: codes, packed zero points and float16 scales."""
+    groups = spec.groups(columns)
+    return packed_bytes(spec, rows, columns) + packed_bytes(spec, groups, rows) + 2 * groups * rows
 
 
 def spec_of(

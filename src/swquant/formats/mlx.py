@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,10 +12,20 @@ from torch import Tensor
 
 from swquant.checkpoint.quantized import QUANTIZATION_CONFIG, Outline, QuantizedModel, read_codes, write_codes
 from swquant.checkpoint.reader import Checkpoint, open_checkpoint
+from swquant.checkpoint.shards import Stored
 from swquant.checkpoint.writer import Written
 from swquant.errors import SwquantError
 from swquant.families import family_for
-from swquant.formats.base import cast_exactly, dtype_name, require_fits, require_tensor, uniform_only, weights_are_exact
+from swquant.formats.base import (
+    cast_exactly,
+    dtype_name,
+    packed_bytes,
+    require_fits,
+    require_tensor,
+    stored_bytes,
+    uniform_only,
+    weights_are_exact,
+)
 from swquant.formats.reading import require_shape, spec_from
 from swquant.quant.bits import pack, packed_words, unpack
 from swquant.quant.kgrids import UNIFORM
@@ -139,6 +149,15 @@ class Mlx:
     def loading(self, spec: QuantSpec) -> str:
         """Through mlx-lm."""
         return _LOAD
+
+    def weight_bytes(self, outline: Outline, rows: int, columns: int) -> int:
+        """Codes, and a scale and a bias for each group in the model's dtype."""
+        groups = outline.spec.groups(columns)
+        return packed_bytes(outline.spec, rows, columns) + 2 * groups * rows * outline.dtype.itemsize
+
+    def plain_bytes(self, outline: Outline, plain: Sequence[Stored]) -> int:
+        """As they are."""
+        return stored_bytes(plain)
 
 
 def _old_names(config: Mapping[str, Any]) -> dict[str, object]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from swquant.checkpoint.quantized import Outline, QuantizedModel
+from swquant.checkpoint.shards import Stored
 from swquant.checkpoint.writer import Written
 from swquant.errors import SwquantError
-from swquant.formats.base import cast_exactly, require_fits, require_tensor, uniform_only
+from swquant.formats.base import cast_exactly, require_fits, require_tensor, stored_bytes, uniform_only
 from swquant.formats.onnx_layout import ACCURACY_LEVEL, MODEL, decoder_layout, require_onnx
 from swquant.formats.onnx_reader import read_decoder
 from swquant.formats.onnx_writer import write_decoder
@@ -112,6 +113,19 @@ class Onnx:
     def loading(self, spec: QuantSpec) -> str:
         """onnxruntime-genai's model and tokenizer; its ``Generator`` keeps the cache."""
         return _LOAD
+
+    def weight_bytes(self, outline: Outline, rows: int, columns: int) -> int:
+        """Whole blocks of codes, scales in the model's dtype, zero points in whole bytes a row, and the shape."""
+        spec, block = outline.spec, _block_size(outline.spec)
+        blocks = -(-columns // block)
+        codes, scales = blocks * block * spec.bits // 8, blocks * outline.dtype.itemsize
+        zeros = 0 if spec.symmetric else -(-blocks * spec.bits // 8)
+        return rows * (codes + scales + zeros) + 2 * 8
+
+    def plain_bytes(self, outline: Outline, plain: Sequence[Stored]) -> int:
+        """As they are, and the rotary positions' sines and cosines."""
+        layout = decoder_layout(outline.config)
+        return stored_bytes(plain) + 4 * layout.context * layout.head_dim
 
 
 def _block_size(spec: QuantSpec) -> int:
