@@ -31,6 +31,7 @@ from swquant.phases.base import Phase, PhaseReport, Problem
 from swquant.phases.portion import Portion, named
 from swquant.quant.deferred import in_float
 from swquant.quant.draft import Committed, Draft, commit, open_draft
+from swquant.quant.finite import is_finite
 from swquant.quant.spec import QuantSpec
 from swquant.report import BlockReport, Measured
 from swquant.seeds import generator
@@ -211,11 +212,6 @@ def create_together(ranks: Ranks, paths: Sequence[Path], shape: tuple[int, int, 
     ranks.barrier()
     ranks.lead(lambda: made.extend(create_stream(path, shape) for path in paths))
     return made or [open_stream(path, shape) for path in paths]
-
-
-def is_finite(values: Tensor) -> bool:
-    """Whether all of them are, in one pass."""
-    return bool(torch.stack(torch.aminmax(values)).isfinite().all())
 
 
 def require_finite(finite: bool, ranks: Ranks, whose: str) -> None:

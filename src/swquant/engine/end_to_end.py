@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from swquant.distributed.ranks import own_rows, own_turns, require_same
-from swquant.engine.block import Job, create_together, is_finite, own_batches, require_finite, split_held
+from swquant.engine.block import Job, create_together, own_batches, require_finite, split_held
 from swquant.engine.capture import capture
 from swquant.engine.head import Heads
 from swquant.engine.journal import TRAINED, Journal, stored_part
@@ -42,6 +42,7 @@ from swquant.phases.portion import Portion, together
 from swquant.phases.rounds import Trail, keep_best, snapshot
 from swquant.phases.scale_training import ScaleTraining
 from swquant.quant.draft import Committed
+from swquant.quant.finite import is_finite
 from swquant.quant.through import stored_as
 from swquant.seeds import generator
 

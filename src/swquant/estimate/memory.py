@@ -112,12 +112,16 @@ def _step(rig: Rig, phase: Phase, draft: Draft, micro_batch: int | None) -> Draf
 
 
 def _gptq(draft: Draft) -> Draft:
-    """What GPTQ leaves and holds at most, without its columns one by one."""
+    """What GPTQ leaves and holds at most, without its columns one by one.
+
+    At its columns it holds the moments, the factor, where a row is one group a copy of the moments, and three weights.
+    """
     params = {name: torch.empty(draft.params[name].shape) for name in draft.slots}
-    for value in params.values():
+    for name, value in params.items():
         width = value.shape[1]
         _hold([(width, width)] * HESSIANS)
-        _hold([(width, width)] * 2 + [(len(value), width)] * 3)
+        matrices = 2 if draft.slots[name].spec.group_size else 3
+        _hold([(width, width)] * matrices + [(len(value), width)] * 3)
     return replace(draft, params={**draft.params, **params})
 
 

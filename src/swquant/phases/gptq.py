@@ -12,6 +12,7 @@ from swquant.phases.base import PhaseReport, Problem
 from swquant.phases.column_grids import open_groups
 from swquant.phases.hessian import ErrorTally, by_rows, diagonal_blocks, input_moments, input_sets
 from swquant.quant.draft import Draft, Slot, realize, snap
+from swquant.quant.finite import is_finite
 from swquant.quant.grid import Grid, grid_from
 from swquant.quant.rounding import fake_quantize
 from swquant.quant.spec import QuantSpec
@@ -74,6 +75,7 @@ class Gptq:
                 params[name], grid = _by_rows(weight, slot, inputs, self.search, problem.ranks)
                 slots[name] = Slot(slot.spec, grid=grid)
                 tally.add(weight, snap(weight, slot), snap(params[name], slots[name]), second)
+            del second, inputs  # so that the next set's are not made beside them
         problem.step(len(sets), len(sets))
         return replace(draft, params=params, slots=slots), tally.report("Gptq", events)
 
@@ -103,7 +105,7 @@ class _Inputs:
 
 def _finite(second: Tensor, name: str, events: list[str]) -> Tensor:
     """The second moments, or the identity where they are not finite, which is noted."""
-    if torch.isfinite(second).all():
+    if is_finite(second):
         return second
     events.append(f"{name}: the second moments of its inputs are not finite; rounded to the nearest")
     return torch.eye(len(second), dtype=second.dtype, device=second.device)
@@ -125,19 +127,22 @@ def _inverse_factor(second: Tensor, damping: float, order: Tensor | None) -> Ten
     """The upper ``U`` with ``H^-1 = U^T U``; ``None`` if ``H`` is not positive definite even in float64.
 
     It is the inverse of the upper ``R`` with ``H = R R^T``, a Cholesky factor from the last column to the first, so
-    ``H`` itself needs no inverse. Two matrices of its size are held beside ``second``.
+    ``H`` itself needs no inverse. Two matrices of its size are held beside ``second``, and in float64 more.
     """
     for double in (False, True):
         turned = _turned(second, damping, order)
-        lower, failed = torch.linalg.cholesky_ex(turned.cpu().double() if double else turned)
+        if double:
+            turned = turned.cpu().double()
+        lower, failed = torch.linalg.cholesky_ex(turned)
         del turned
         if not failed:
             factor = lower.flip(0, 1)
             del lower
             inverse = torch.eye(len(factor), dtype=factor.dtype, device=factor.device).mT
             torch.linalg.solve_triangular(factor, inverse, upper=True, out=inverse)
+            del factor
             upper = inverse.to(second)
-            if torch.isfinite(upper).all():
+            if is_finite(upper):
                 return upper
     return None
 
