@@ -114,11 +114,13 @@ def test_the_recommended_recipe(asked: dict[str, object], name: str) -> None:
 
 
 def test_another_method_starts_without_the_old_ones_options() -> None:
-    recipe = Recipe(method="omniquant", options={"alpha": 0.3}, epochs=3)
+    recipe = Recipe(method="omniquant", options={"alpha": 0.3}, epochs=3, loss="l1")
     assert recipe.override({"method": "rtn"}) == Recipe(method="rtn")
     changed = recipe.override({"method": "tesseraq", "options": {"rounds": 4}})
     assert changed == Recipe(method="tesseraq", options={"rounds": 4})
-    assert recipe.override({"options": {"shift": False}}).options == {"alpha": 0.3, "shift": False}
+    assert recipe.override({"method": "tesseraq", "loss": "l1"}).loss == "l1"
+    kept = recipe.override({"options": {"shift": False}})
+    assert (kept.options, kept.loss) == ({"alpha": 0.3, "shift": False}, "l1")
 
 
 @pytest.mark.parametrize("text", ["1e-3", "1.5E-3", "-2e3", "5e+2"])

@@ -177,13 +177,13 @@ class Recipe:
     def override(self, values: Mapping[str, Any]) -> Recipe:
         """This recipe with ``values`` in place of its own.
 
-        Options are merged one by one; another method starts without this one's options and epochs.
+        Options are merged one by one; another method starts without this one's options, epochs and loss.
         """
         base = self.to_mapping()
         if values.get("grid", self.grid) != self.grid:
             base = {key: value for key, value in base.items() if key not in GRID_KEYS}
         if values.get("method", self.method) != self.method:
-            base |= {"options": {}, "epochs": None}
+            base |= {"options": {}, "epochs": None, "loss": None}
         merged = {**base, **values}
         if "options" in values and values.get("method", self.method) == self.method:
             merged["options"] = {**self.options, **values["options"]}
