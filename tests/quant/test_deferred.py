@@ -35,7 +35,7 @@ def leaves() -> tuple[Tensor, Tensor]:
 @pytest.fixture(params=["made anew", "kept"], autouse=True)
 def keeping(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test once with weights made anew for the backward pass, and once with weights kept for it."""
-    monkeypatch.setattr(deferred, "KEPT", 0 if request.param == "made anew" else 1 << 30)
+    monkeypatch.setattr(deferred, "SMALL", 0 if request.param == "made anew" else 1 << 30)
 
 
 @pytest.mark.parametrize("biased", [False, True])
@@ -100,11 +100,11 @@ def test_what_is_not_there_is_not_computed_on() -> None:
         torch.add(later, 1)
 
 
-@pytest.mark.parametrize(("kept", "at_once", "times"), [(255, 1, 2), (256, 5, 1)])
+@pytest.mark.parametrize(("small", "at_once", "times"), [(255, 1, 2), (256, 5, 1)])
 def test_one_weight_exists_at_a_time_but_for_small_ones(
-    monkeypatch: pytest.MonkeyPatch, kept: int, at_once: int, times: int
+    monkeypatch: pytest.MonkeyPatch, small: int, at_once: int, times: int
 ) -> None:
-    monkeypatch.setattr(deferred, "KEPT", kept)
+    monkeypatch.setattr(deferred, "SMALL", small)
     alive = most = made_in_all = 0
 
     class Counted(torch.autograd.Function):

@@ -26,8 +26,8 @@ _FACTS = frozenset(
 )
 """What is known of a tensor without its values."""
 
-KEPT = 1 << 18
-"""Weights of a linear so small that its weight is kept for the backward pass: making it anew costs more than a MiB."""
+SMALL = 1 << 18
+"""Weights of a linear up to which they are kept for the backward pass: a few MiB, and making them anew takes longer."""
 
 
 class Deferred(Tensor):
@@ -127,7 +127,7 @@ def _on(value: Tensor, others: Mapping[int, Tensor]) -> Tensor:
 
 
 def _linear(x: Tensor, weight: Deferred, bias: Tensor | None = None) -> Tensor:
-    kept = torch.is_grad_enabled() and weight.numel() <= KEPT
+    kept = torch.is_grad_enabled() and weight.numel() <= SMALL
     return _Linear.apply(x, None if bias is None else solid(bias), (weight, kept), *_roots(weight))  # pyright: ignore[reportReturnType]
 
 
@@ -142,7 +142,7 @@ def _made_on_leaves(
 ) -> tuple[Tensor, list[Tensor]]:
     """The weight as a function of leaves in the place of its roots, and these; the roots' ``id`` are ``names``."""
     leaves = [root.detach().requires_grad_(wants) for root, wants in zip(roots, wanted, strict=True)]
-    with torch.set_grad_enabled(any(wanted)):
+    with torch.set_grad_enabled(any(wanted)), torch.autocast(weight.device.type, enabled=False):
         return solid(_on(weight, dict(zip(names, leaves, strict=True)))), leaves
 
 
@@ -158,9 +158,9 @@ class _Linear(torch.autograd.Function):
         x = x.to(kind)
         ctx.save_for_backward(x, *roots)
         ctx.weight, ctx.roots = weight, [id(root) for root in roots]
-        ctx.made = _made_on_leaves(weight, ctx.roots, roots, ctx.needs_input_grad[3:]) if kept else None
-        made = solid(weight) if ctx.made is None else ctx.made[0].detach()
-        return functional.linear(x, made.to(kind), None if bias is None else bias.to(kind))
+        made = _made_on_leaves(weight, ctx.roots, roots, [kept and wants for wants in ctx.needs_input_grad[3:]])
+        ctx.made = made if kept else None
+        return functional.linear(x, made[0].detach().to(kind), None if bias is None else bias.to(kind))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
