@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from swquant.engine import block, end_to_end
+from swquant.engine import block, end_to_end, skeleton
 from swquant.phases import gptq, train
 
 MESSAGE = (
@@ -36,6 +36,7 @@ HOST, DEVICE, PYTHON = RuntimeError(MESSAGE), torch.OutOfMemoryError("CUDA out o
 @pytest.mark.parametrize(
     ("owner", "name", "at", "place", "error"),
     [
+        (skeleton.Block, "forward", 1, "in making the samples and their way to the first block", HOST),
         (block._Bound, "advance", 1, "in the original model's block 0", HOST),
         (block, "open_draft", 2, "in rounding block 1 to the nearest", PYTHON),
         (gptq, "input_moments", 6, "in Gptq on block 1", DEVICE),

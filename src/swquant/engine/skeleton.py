@@ -16,6 +16,7 @@ from swquant.checkpoint.reader import Checkpoint
 from swquant.checkpoint.rotation import Source
 from swquant.errors import SwquantError, reason_of
 from swquant.families import Family, family_for
+from swquant.phases.portion import ran_out
 from swquant.quant.deferred import in_float
 from swquant.quant.spec import QuantSpec
 
@@ -173,9 +174,9 @@ def try_block(skeleton: Skeleton, checkpoint: Source, hidden: Tensor, kwargs: Ma
     params = in_float(block.load(checkpoint))
     try:
         block.forward(params, hidden, kwargs)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # torch and transformers raise whatever the settings make them run into
+        if ran_out(error):
+            raise
         reason = reason_of(error)
         raise SwquantError(
             f"{checkpoint.directory / 'config.json'} does not describe a model that runs: {reason}"

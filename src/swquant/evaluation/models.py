@@ -17,6 +17,7 @@ from swquant.checkpoint.shards import INDEX, SINGLE
 from swquant.engine.skeleton import empty_model
 from swquant.errors import SwquantError, reason_of
 from swquant.formats import read_quantized
+from swquant.phases.portion import ran_out
 from swquant.runtime import load
 
 
@@ -57,6 +58,8 @@ def load_model(directory: Path, device: torch.device, *, packed: bool = False) -
                 **extra,
             )
     except Exception as error:  # transformers raises whatever the file makes it run into
+        if ran_out(error):
+            raise
         raise _does_not_load(directory, error) from error
     return model.to(device).eval()
 
@@ -94,6 +97,8 @@ def _assembled(quantized: QuantizedModel) -> Any:
     except SwquantError:
         raise
     except Exception as error:  # transformers and torch raise whatever the file makes them run into
+        if ran_out(error):
+            raise
         raise _does_not_load(outline.directory, error) from error
     return model
 
