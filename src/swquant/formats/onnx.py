@@ -115,7 +115,7 @@ class Onnx:
         return _LOAD
 
     def weight_bytes(self, outline: Outline, rows: int, columns: int) -> int:
-        """Whole blocks of codes, scales in the model's dtype, zero points in whole bytes a row, and the shape."""
+        """Whole blocks of codes, scales in the model's dtype, zero points in whole bytes a row, the shape."""
         spec, block = outline.spec, _block_size(outline.spec)
         blocks = -(-columns // block)
         codes, scales = blocks * block * spec.bits // 8, blocks * outline.dtype.itemsize
