@@ -110,9 +110,11 @@ class Gguf:
         return _LOAD
 
     def weight_bytes(self, outline: Outline, rows: int, columns: int) -> int:
-        """Blocks of the grid's type, or the model's dtype where there is none."""
+        """Blocks of the grid's type."""
         kind = block_type(outline.spec)
-        return rows * columns * outline.dtype.itemsize if kind is None else rows * kind.row_bytes(columns)
+        if kind is None:
+            raise ValueError(f"gguf cannot hold {outline.spec.label}: see refusal")
+        return rows * kind.row_bytes(columns)
 
     def plain_bytes(self, outline: Outline, plain: Sequence[Stored]) -> int:
         """As they are, vectors in float32."""
