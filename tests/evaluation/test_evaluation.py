@@ -142,3 +142,20 @@ def test_every_format_measures_what_the_run_reported(llama: Path, text: Path, fo
 def test_plain_weights_have_nothing_packed(llama: Path, text: Path) -> None:
     with pytest.raises(SwquantError, match="holds no quantized model"):
         evaluate(llama, str(text), context=32, device="cpu", packed=True)
+
+
+def test_memory_that_runs_out_while_loading_is_not_taken_for_a_broken_model(
+    llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantized = tmp_path / "quantized"
+    recipe = Recipe(method="rtn", format="gptq", calibration=str(text), samples=2, seq_len=16, device="cpu")
+    quantize(recipe, llama, quantized)
+
+    def full(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", full)
+    monkeypatch.setattr("swquant.evaluation.models.empty_model", full)
+    for model in (llama, quantized):
+        with pytest.raises(MemoryError):
+            evaluate(model, str(text), context=16, windows=1, device="cpu")
