@@ -30,6 +30,7 @@ from swquant.engine.observer import Silent
 from swquant.methods.end_to_end import LEARNING_RATE
 from swquant.phases.scale_training import ScaleTraining
 from swquant.plan import make_plan
+from swquant.quant import deferred
 from swquant.quant.qtensor import QTensor
 from swquant.run import _start
 
@@ -250,6 +251,7 @@ def test_no_more_than_one_weight_is_dequantized_at_a_time(
         return out
 
     monkeypatch.setattr(QTensor, "dequantize", counted)
+    monkeypatch.setattr(deferred, "SMALL", 0)
     states = model.forward(torch.randn(2, *journal.shape[1:]))
     model.backward(states[:-1], torch.randn_like(states[-1]))
     assert len(alive) == 3 * 5 * 7

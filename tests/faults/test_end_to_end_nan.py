@@ -50,7 +50,7 @@ def test_in_a_steps_activations(run, tmp_path: Path, monkeypatch: pytest.MonkeyP
     report = quantize(run.recipe, run.source, tmp_path / "out")
     assert report.finish is not None
     assert list(report.finish["events"]) == [
-        "epoch 1: the loss was not finite; went on from the last good state at 0.5 of the rate"
+        "epoch 1: the loss was not finite; went on from the best state at 0.5 of the rate"
     ]
     assert report.finish["training"][0] is None
     assert all(bool(value.isfinite().all()) for value in load_file(tmp_path / "out" / "model.safetensors").values())

@@ -105,14 +105,17 @@ def test_without_trouble_the_kept_state_is_below_the_start(keep_best: bool) -> N
     assert torch.equal(draft.slots["w"].hi, again.slots["w"].hi)
 
 
-def test_the_best_state_goes_on_from_the_last_good_one_at_half_the_rate() -> None:
-    spy, bad = Spy(), STEPS + 1
+@pytest.mark.parametrize(("lost", "best"), [(2, 0), (4, 3)])
+def test_training_goes_on_from_the_best_state_at_half_the_rate(lost: int, best: int) -> None:
+    spy, bad = Spy(), (lost - 1) * STEPS + 1
     draft, report = phase_of(True, spy).run(DRAFT, problem_of(Fragile(frozenset({bad}))))
-    assert report.events == ("epoch 2: the loss was not finite; went on from the last good state at 0.5 of the rate",)
-    assert [value is None for value in report.curve] == [False, True, False, False, False]
-    assert [value is None for value in report.training] == [False, True, False, False, False]
-    assert spy.entered[1][1] == spy.entered[2][1]
-    assert report.after < report.before
+    assert report.events == (f"epoch {lost}: the loss was not finite; went on from the best state at 0.5 of the rate",)
+    assert [value is None for value in report.curve] == [epoch == lost for epoch in range(1, ROUNDS + 1)]
+    assert [value is None for value in report.training] == [epoch == lost for epoch in range(1, ROUNDS + 1)]
+    losses = [report.before, *report.curve][:lost]
+    assert losses[best] == min(value for value in losses if value is not None)
+    assert spy.entered[lost][1] == spy.entered[best][1]
+    assert report.after <= report.before
     assert bool(draft.slots["w"].hi.isfinite().all())
     gentle = Spy(learning_rate=0.05)
     _, slow = phase_of(True, gentle).run(DRAFT, problem_of(Fragile()))

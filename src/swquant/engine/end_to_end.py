@@ -208,7 +208,7 @@ class _Stage:
                     "the quantized model's predictions, or the original's, are NaN or infinite on the held-out "
                     "samples, so that nothing can be trained end to end; choose a method without end_to_end"
                 )
-            trail, optimizer = Trail.begin(self.thetas, before), self.open(1.0)
+            trail, optimizer = Trail.begin(before), self.open(1.0)
         else:
             before, spent = self.journal.training["before"], self.journal.training["seconds"]
             trail, optimizer = self._resume(self.journal.training)
@@ -224,6 +224,9 @@ class _Stage:
         curve, training = tuple(trail.curve), tuple(trail.training)
         report = PhaseReport(NAME, before, trail.best_loss, curve, trail.best_epoch, events, training)
         return {**asdict(report), "seconds": round(spent + time.monotonic() - began, 3)}
+
+    def begun(self) -> list[Theta]:
+        return [{key: torch.zeros_like(value) for key, value in theta.items()} for theta in self.thetas]
 
     def open(self, rate: float) -> torch.optim.Optimizer:
         params = [gain for theta in self.thetas for gain in trainable(theta)]
@@ -291,7 +294,7 @@ class _Stage:
     def _write(self, trail: Trail, optimizer: torch.optim.Optimizer, facts: Mapping[str, Any]) -> None:
         tensors: dict[str, Tensor] = {}
         moments = optimizer.state_dict()["state"]
-        for index, (key, gain, best) in enumerate(self._named(trail.best)):
+        for index, (key, gain, best) in enumerate(self._named(trail.best or self.begun())):
             tensors |= {f"{key}:last": gain, f"{key}:best": best}
             tensors |= {f"{key}:{part}": value for part, value in moments.get(index, {}).items()}
         tensors = {key: value.detach().cpu().clone() for key, value in tensors.items()}
@@ -305,7 +308,7 @@ class _Stage:
     @torch.no_grad()
     def _resume(self, stand: Mapping[str, Any]) -> tuple[Trail, torch.optim.Optimizer]:
         """The trail and the optimizer that :meth:`_save` saved."""
-        tensors, start, optimizer = self.journal.training_state(), snapshot(self.thetas), self.open(stand["rate"])
+        tensors, optimizer = self.journal.training_state(), self.open(stand["rate"])
         self.notes = list(stand["notes"])
         best, state = snapshot(self.thetas), optimizer.state_dict()
         for index, (key, gain, kept) in enumerate(self._named(best)):
@@ -315,9 +318,9 @@ class _Stage:
             if moments:
                 state["state"][index] = moments
         optimizer.load_state_dict(state)
-        last, best_loss, best_epoch = snapshot(self.thetas), stand["best_loss"], stand["best_epoch"]
+        best_loss, best_epoch = stand["best_loss"], stand["best_epoch"]
         curves = (stand["curve"], stand["training"])
-        trail = Trail(start, best, last, best_loss, best_epoch, stand["rate"], *curves, stand["events"])
+        trail = Trail(best, best_loss, best_epoch, stand["rate"], *curves, stand["events"])
         return trail, optimizer
 
     def _named(self, states: list[Theta]) -> Iterator[tuple[str, Tensor, Tensor]]:

@@ -29,6 +29,9 @@ HESSIANS = 3
 CANDIDATES = 2
 """Of a search."""
 
+SCALE_COPIES = 5
+"""Of the scales that are trained end to end: themselves, gradients, two moments, and the best state."""
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -97,7 +100,10 @@ def _block(rig: Rig, live: Live, before: int, micro_batch: int | None) -> dict[s
 
 
 def _step(rig: Rig, phase: Phase, draft: Draft, micro_batch: int | None) -> Draft:
-    """The draft behind a phase that was cut to one step, or to :data:`CANDIDATES`, which take turns in memory."""
+    """The draft behind a phase that was cut to one step, or to :data:`CANDIDATES`, which take turns in memory.
+
+    Where a phase keeps its best state, that of a round before is there beside the step.
+    """
     if isinstance(phase, Gptq):
         return _gptq(draft)
     if isinstance(phase, AwqScale):
@@ -105,10 +111,14 @@ def _step(rig: Rig, phase: Phase, draft: Draft, micro_batch: int | None) -> Draf
     if isinstance(phase, AwqClip):
         phase = replace(phase, factors=phase.factors[:CANDIDATES])
     train, held = split_held(rig.plan.recipe.samples or 1)
-    batch = phase.batch_size if isinstance(phase, Train) else 1
-    if isinstance(phase, Train):
-        phase = replace(phase, epochs=min(1, phase.epochs), steps=None if phase.steps is None else 1)
-    return phase.run(draft, rig.problem(phase, train[:batch], held[:batch], micro_batch=micro_batch))[0]
+    if not isinstance(phase, Train):
+        return phase.run(draft, rig.problem(phase, train[:1], held[:1], micro_batch=micro_batch))[0]
+    batch, step = phase.batch_size, replace(phase, epochs=min(1, phase.epochs), steps=phase.steps and 1)
+    problem = rig.problem(step, train[:batch], held[:batch], micro_batch=micro_batch)
+    best = [part.init(draft, problem.facts) for part in phase.learnables] if phase.keep_best else []
+    behind, _ = step.run(draft, problem)
+    del best
+    return behind
 
 
 def _gptq(draft: Draft) -> Draft:
@@ -145,4 +155,6 @@ def _finish(rig: Rig, shape: tuple[int, int, int], live: Live, micro_batch: int 
     head = plan.checkpoint.tensors[plan.skeleton.head_weight]
     states = len(plan.skeleton.blocks) * samples * math.prod(shape[1:]) * 4
     groups = sum(rows * plan.spec.groups(columns) for rows, columns in plan.outline.linears.values())
-    return live.peak - before + states + 7 * 4 * groups + 2 * head.nbytes + 4 * VOCABULARY_ROWS * head.shape[1]
+    return (
+        live.peak - before + states + SCALE_COPIES * 4 * groups + 2 * head.nbytes + 4 * VOCABULARY_ROWS * head.shape[1]
+    )

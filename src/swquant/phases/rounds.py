@@ -21,6 +21,10 @@ class Trainee(Protocol):
 
     thetas: list[Theta]
 
+    def begun(self) -> list[Theta]:
+        """The state in the beginning, made anew."""
+        ...
+
     def open(self, rate: float) -> torch.optim.Optimizer:
         """A new optimizer of the state, with ``rate`` times the learning rates."""
         ...
@@ -48,12 +52,12 @@ class Trainee(Protocol):
 
 @dataclass
 class Trail:
-    """The states worth going back to, and what happened on the way.
+    """The state worth going back to, and what happened on the way.
+
+    A copy of a state is as large as what is trained, so there is one.
 
     Attributes:
-        start: The state in the beginning.
-        best: The state with the least held-out loss.
-        last: The last state whose losses were finite.
+        best: The state with the least held-out loss; ``None`` is that of the beginning.
         best_loss: Held-out loss of ``best``.
         best_epoch: The round behind which it was seen, 0 for the start.
         rate: Factor on the learning rates, halved when a loss is not finite.
@@ -62,9 +66,7 @@ class Trail:
         events: A sentence for each ``None``.
     """
 
-    start: list[Theta]
-    best: list[Theta]
-    last: list[Theta]
+    best: list[Theta] | None
     best_loss: float
     best_epoch: int = 0
     rate: float = 1.0
@@ -73,10 +75,9 @@ class Trail:
     events: list[str] = field(default_factory=list[str])
 
     @staticmethod
-    def begin(thetas: list[Theta], loss: float) -> Trail:
+    def begin(loss: float) -> Trail:
         """The trail of a state with this held-out loss."""
-        state = snapshot(thetas)
-        return Trail(state, state, state, loss if math.isfinite(loss) else math.inf)
+        return Trail(None, loss if math.isfinite(loss) else math.inf)
 
     @property
     def ended(self) -> bool:
@@ -87,9 +88,12 @@ class Trail:
         """Take in the state behind a round, with the round's training loss and its own on the held-out samples."""
         self.curve.append(loss)
         self.training.append(trained)
-        self.last = snapshot(thetas)
         if loss < self.best_loss:
-            self.best, self.best_loss, self.best_epoch = self.last, loss, epoch
+            self.best_loss, self.best_epoch = loss, epoch
+            if self.best is None:
+                self.best = snapshot(thetas)
+            else:
+                restore(self.best, thetas)
 
     def lost(self, epoch: int, before: float) -> None:
         """Take in a round whose loss was not finite: the rate halves, or the start is kept and the training ends."""
@@ -99,7 +103,7 @@ class Trail:
         self.rate = 0.5 ** (failures + 1)
         self.events.append(f"epoch {epoch}: the loss was not finite; {what_next(failures)}")
         if self.ended:
-            self.best, self.best_loss, self.best_epoch = self.start, before, 0
+            self.best, self.best_loss, self.best_epoch = None, before, 0
 
 
 def keep_best(
@@ -115,7 +119,7 @@ def keep_best(
     """Train until ``trail`` has ``epochs`` rounds behind it; the trainee ends in the trail's best state.
 
     Args:
-        trainee: What is trained; its state is the trail's last.
+        trainee: What is trained.
         trail: Where the training stands.
         optimizer: The state's.
         schedule: The learning rate's course.
@@ -132,11 +136,15 @@ def keep_best(
         if math.isfinite(trained) and math.isfinite(held):
             trail.note(done + 1, trained, held, trainee.thetas)
         else:
-            restore(trainee.thetas, trail.last)
             trail.lost(done + 1, before)
+            _go_back(trainee, trail.best)
             optimizer = trainee.open(trail.rate)
         behind(optimizer)
-    restore(trainee.thetas, trail.best)
+    _go_back(trainee, trail.best)
+
+
+def _go_back(trainee: Trainee, state: list[Theta] | None) -> None:
+    restore(trainee.thetas, trainee.begun() if state is None else state)
 
 
 def run_round(
@@ -165,7 +173,7 @@ def what_next(failures: int) -> str:
     """What is done about a loss that is not finite when ``failures`` were so before."""
     if failures >= RETRIES:
         return "kept the starting point"
-    return f"went on from the last good state at {0.5 ** (failures + 1)} of the rate"
+    return f"went on from the best state at {0.5 ** (failures + 1)} of the rate"
 
 
 def snapshot(thetas: list[Theta]) -> list[Theta]:
@@ -175,7 +183,7 @@ def snapshot(thetas: list[Theta]) -> list[Theta]:
 
 @torch.no_grad()
 def restore(thetas: list[Theta], state: list[Theta]) -> None:
-    """Set the state to a copy that :func:`snapshot` made."""
+    """Set a state to the values of another."""
     for theta, saved in zip(thetas, state, strict=True):
         for key, value in theta.items():
             value.copy_(saved[key])

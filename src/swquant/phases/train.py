@@ -38,7 +38,7 @@ class Train:
     kept unless the draft that the phase was given has a smaller loss; no copy of the state is made, which is for states
     as large as the weights that only mean something at the end.
 
-    If a loss is not finite, the last good state comes back (without ``keep_best``: the start) and the learning rates
+    If a loss is not finite, the best state so far comes back (without ``keep_best``: the start) and the learning rates
     halve, up to three times; then the phase ends where it started. Both are reported.
 
     Where the problem balances the terms of its loss (:class:`swquant.losses.balancing.Balance`), weights follow from
@@ -90,14 +90,14 @@ class _Job:
         self.balanced = self.balancer is not None and not problem.balance.plain
         self.notes: list[str] = []
         self.constants: dict[str, Tensor] = {}
-        self.thetas = self._init()
+        self.thetas = self.begun()
         self._fix_constants()
 
     def keep_best(self) -> tuple[Draft, PhaseReport]:
         phase = self.phase
         self._begin_balance(self._apply())
         before, shares = self.held_loss(), self._shares(0)
-        trail = Trail.begin(self.thetas, before)
+        trail = Trail.begin(before)
         keep_best(self, trail, self.open(1.0), phase.optimizer, phase.epochs, before, self.problem.step)
         events = (*trail.events, *self.notes)
         curve, training = tuple(trail.curve), tuple(trail.training)
@@ -111,7 +111,7 @@ class _Job:
         curve, training = tuple[float | None, ...](), tuple[float | None, ...]()
         for failures in range(RETRIES + 1):
             if failures:
-                self.thetas = self._init()
+                self.thetas = self.begun()
                 self._begin_balance(self.draft)
             curve, training = self._all_rounds(0.5**failures)
             if None not in curve:
@@ -284,7 +284,7 @@ class _Job:
         end = self._shares(max(self._steps - 1, 0))
         return report if start is None or end is None else replace(report, shares={"start": start, "end": end})
 
-    def _init(self) -> list[Theta]:
+    def begun(self) -> list[Theta]:
         return [learnable.init(self.draft, self.problem.facts) for learnable in self.phase.learnables]
 
     def _apply(self) -> Draft:
