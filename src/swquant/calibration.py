@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from swquant.errors import SwquantError, reason_of
+from swquant.phases.portion import ran_out
 from swquant.seeds import generator
 
 LEAST_SHARE = 4
@@ -112,8 +113,18 @@ def load_tokenizer(directory: Path) -> Any:
 
 
 def tokenize(tokenizer: Any, text: str) -> Tensor:
-    """``int64 [tokens]``: the text tokenised once in whole, with the special tokens that the tokenizer adds."""
-    return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
+    """``int64 [tokens]``: the text tokenised once in whole, with the special tokens that the tokenizer adds.
+
+    Raises:
+        SwquantError: The tokenizer's settings are such that it cannot.
+    """
+    try:
+        return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
+    except Exception as error:  # some settings are read only here
+        if ran_out(error):
+            raise
+        reason = reason_of(error)
+        raise SwquantError(f"the tokenizer of {tokenizer.name_or_path} does not tokenize: {reason}") from error
 
 
 def sample_windows(tokens: Tensor, samples: int, seq_len: int, seed: int) -> Tensor:
