@@ -35,7 +35,7 @@ WAYS = (
     Way("RTN", {"method": "rtn"}),
     Way("OmniQuant", {"method": "omniquant", "loss": "mse", "epochs": EPOCHS}),
     Way("OmniQuant + SW", {"method": "omniquant", "loss": "0.9*mse + 0.1*sliced_wasserstein", "epochs": EPOCHS}),
-    Way("recipe, short", {"method": "gptq + block_ap(epochs=4) + end_to_end(epochs=3)", "loss": "huber(delta=1)"}),
+    Way("recipe, short", {"method": "gptq + block_ap(epochs=3) + end_to_end(epochs=3)", "loss": "huber(delta=1)"}),
 )
 
 
