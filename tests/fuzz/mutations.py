@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from copy import deepcopy
 from typing import Any
 
 from hypothesis import strategies as st
@@ -78,13 +79,13 @@ def damaged_value(draw: st.DrawFn, seed: Any) -> Any:
         holder, key = draw(st.sampled_from(places)) if places else (None, None)
         match draw(st.sampled_from(["replace", "replace", "remove", "add"])):
             case "replace" if holder is not None:
-                holder[key] = draw(st.sampled_from(EVIL))
+                holder[key] = deepcopy(draw(st.sampled_from(EVIL)))
             case "remove" if holder is not None:
                 del holder[key]
             case "add" if isinstance(value, dict):
-                value[draw(st.sampled_from(KEYS))] = draw(st.sampled_from(EVIL))
+                value[draw(st.sampled_from(KEYS))] = deepcopy(draw(st.sampled_from(EVIL)))
             case _:
-                value = draw(st.sampled_from(EVIL))
+                value = deepcopy(draw(st.sampled_from(EVIL)))
     return value
 
 
