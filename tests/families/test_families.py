@@ -93,3 +93,10 @@ def test_a_missing_or_misshapen_tensor_is_named(make_model: MakeModel) -> None:
     config.write_text(config.read_text().replace('"intermediate_size": 128', '"intermediate_size": 96'))
     with pytest.raises(SwquantError, match=r"gate_proj.weight .* has the shape \[128, 64\], .* \[96, 64\]"):
         build_skeleton(open_checkpoint(directory))
+
+
+@pytest.mark.parametrize("named", ["x" * 5000, ["x" * 5000], ["x"] * 5000])
+def test_a_sentence_is_short_whatever_an_architecture_is_called(named: object) -> None:
+    with pytest.raises(SwquantError) as refused:
+        family_for({"architectures": named})
+    assert len(str(refused.value)) < 1000

@@ -28,16 +28,18 @@ def family_for(config: Mapping[str, Any]) -> Family:
     architectures = config.get("architectures")
     if not isinstance(architectures, list) or len(architectures) != 1 or not isinstance(architectures[0], str):
         raise SwquantError(
-            f"config.json names the architectures {architectures!r}, expected one of {', '.join(sorted(known))}"
+            f"config.json names the architectures {architectures!r:.200}, expected one of {', '.join(sorted(known))}"
         )
     architecture = architectures[0]
     if architecture not in known and architecture not in bases:
-        raise SwquantError(f"the architecture {architecture!r} is not known{did_you_mean(architecture, sorted(known))}")
+        raise SwquantError(
+            f"the architecture {architecture!r:.200} is not known{did_you_mean(architecture, sorted(known))}"
+        )
     family = (bases | known)[architecture]
     for key, expected in family.requires.items():
         if config.get(key, expected) != expected:
             raise SwquantError(
-                f"config.json sets {key} to {config[key]!r}; "
+                f"config.json sets {key} to {config[key]!r:.200}; "
                 f"the family {family.name} covers models with {expected!r} only"
             )
     return family
