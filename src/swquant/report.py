@@ -7,14 +7,16 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
 
 from swquant.phases.base import PhaseReport
 
 _FLAT_LIST = re.compile(r"\[\n([^\[\]{}\"]*?)\n *\]")
 """A list of numbers in indented JSON; no line ends within a JSON text, so none is touched."""
+
+_Size = Annotated[int, Field(ge=1)]
 
 
 @dataclass(frozen=True)
@@ -119,8 +121,8 @@ class CodeUse:
         saturated_after: Likewise of the codes that were written.
     """
 
-    shape: tuple[int, int]
-    bits: int
+    shape: tuple[_Size, _Size]
+    bits: _Size
     entropy_before: float
     entropy_after: float
     saturated_before: float

@@ -40,8 +40,7 @@ def test_products_are_short_and_the_output_is_not() -> None:
 SLOW = [pytest.param(method, marks=pytest.mark.slow) for method in ("omniquant(epochs=2)", "signround(steps=10)")]
 
 
-@pytest.mark.parametrize("method", ["block_ap(epochs=2)", *SLOW])
-def test_a_run_differs_by_rounding_alone(method: str, llama: Path, text: Path, tmp_path: Path) -> None:
+def in_both(method: str, model: Path, text: Path, out: Path) -> tuple[Report, Report]:
     recipe = Recipe(
         method=method,
         calibration=str(text),
@@ -51,12 +50,25 @@ def test_a_run_differs_by_rounding_alone(method: str, llama: Path, text: Path, t
         device="cpu",
         group_size=32,
     )
-    reports: dict[str, Report] = {}
-    for precision in ("float32", "bfloat16"):
-        reports[precision] = quantize(replace(recipe, precision=precision), llama, tmp_path / precision)
-    exact, short = (report.blocks[-1]["drift"] for report in reports.values())
+    exact = quantize(recipe, model, out / "float32")
+    return exact, quantize(replace(recipe, precision="bfloat16"), model, out / "bfloat16")
+
+
+@pytest.mark.parametrize("method", ["block_ap(epochs=2)", *SLOW])
+def test_a_run_differs_by_rounding_alone(method: str, llama: Path, text: Path, tmp_path: Path) -> None:
+    exact, short = (report.blocks[-1]["drift"] for report in in_both(method, llama, text, tmp_path))
     assert exact != short
     assert short == pytest.approx(exact, rel=0.1)
+
+
+def test_end_to_end_trains_in_it_and_measures_in_float32(llama: Path, text: Path, tmp_path: Path) -> None:
+    both = in_both("rtn + end_to_end(epochs=2)", llama, text, tmp_path)
+    exact, short = (report.finish_report for report in both)
+    assert exact is not None
+    assert short is not None
+    assert short.before == exact.before
+    assert short.training != exact.training
+    assert short.training == pytest.approx(exact.training, rel=0.05)
 
 
 def test_it_is_left_out_of_recipes_that_do_not_ask_for_it() -> None:

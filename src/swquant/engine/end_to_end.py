@@ -14,6 +14,7 @@ On a K grid it is ``d`` and ``dmin`` of each super-block that have a ``g`` and a
 Codes stay packed on the disk. A step goes forward block by block and keeps the hidden states in front of each,
 ``[blocks, samples, tokens, dim]``; then backward block by block, running each again with a graph. So one block's
 weights exist at a time, and memory grows with the number of blocks by hidden states, scales and AdamW's moments alone.
+The blocks' matrix products are in the job's precision; heads and the held-out loss are in float32.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from swquant.engine.capture import capture
 from swquant.engine.head import Heads
 from swquant.engine.journal import TRAINED, Journal, stored_part
 from swquant.engine.observer import Observer
+from swquant.engine.precision import at_precision
 from swquant.errors import SwquantError
 from swquant.learnables.base import Theta
 from swquant.phases.base import PhaseReport
@@ -121,17 +123,21 @@ class TrainedModel:
         }
         return Committed(quantized, params)
 
-    def _run(self, index: int, hidden: Tensor) -> Tensor:
+    def _run(self, index: int, hidden: Tensor, precision: torch.dtype) -> Tensor:
         """Block number ``index`` on ``hidden [samples, tokens, dim]``."""
-        floats = self._block(index).floats()
-        return self._job.skeleton.block(index).forward(floats, hidden, self._arguments[index])
+        block = self._job.skeleton.block(index)
+        run = at_precision(partial(block.forward, kwargs=self._arguments[index]), precision)
+        return run(self._block(index).floats(), hidden)
 
     @torch.no_grad()
     def forward(self, hidden: Tensor, keep: bool = True) -> list[Tensor]:
-        """The hidden states in front of each block if ``keep``, and behind the last."""
-        states = [hidden]
+        """The hidden states in front of each block if ``keep``, and behind the last.
+
+        Kept are those of training, in its precision; without ``keep`` all is float32, as it is measured.
+        """
+        states, precision = [hidden], self._job.precision if keep else torch.float32
         for index in range(len(self.gains)):
-            out = self._run(index, states[-1])
+            out = self._run(index, states[-1], precision)
             states = [*states, out] if keep else [out]
         return states
 
@@ -145,7 +151,7 @@ class TrainedModel:
         for index in reversed(range(len(self.gains))):
             hidden = states.pop().detach().requires_grad_()
             with torch.enable_grad():
-                out = self._run(index, hidden)
+                out = self._run(index, hidden, self._job.precision)
             out.backward(slope)
             assert hidden.grad is not None
             slope = hidden.grad

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from swquant.quant.deferred import solid
 from swquant.quant.grid import Grid, group
 from swquant.quant.spec import QuantSpec
 from swquant.quant.through import widened
+from swquant.quant.valueless import valueless
 
 _CPU_CHUNK = 1 << 17
 
@@ -115,10 +117,15 @@ class _FakeQuantize(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(weight, scale, step, zero, values)
         ctx.up, ctx.spec, ctx.one_scale = up, spec, step is scale
+        grouped, offsets = group(weight, spec), None if values is None else group(values, spec)
+        if _fused(weight):
+            from swquant.quant.fused_source import snapped
+
+            return snapped(grouped, scale, step, zero, offsets, up, spec.max_code).view(weight.shape)
         out = torch.empty(weight.shape, dtype=widened(weight[:0]).dtype, device=weight.device)
-        grouped, result = group(weight, spec), group(out, spec)
+        result = group(out, spec)
         for rows in _chunks(weight):
-            rounding = _rows(values, up, rows, spec)
+            rounding = None if offsets is None else Rounding(offsets[rows], up)
             codes = codes_of(grouped[rows], Grid(scale[rows], zero[rows]), spec, rounding)
             torch.mul(codes.sub_(zero[rows]), step[rows], out=result[rows])
         return out
@@ -130,13 +137,22 @@ class _FakeQuantize(torch.autograd.Function):
         spec: QuantSpec = ctx.spec
         grad, grouped = group(grad_outputs[0].contiguous(), spec), group(weight, spec)
         wanted: tuple[bool, ...] = ctx.needs_input_grad[:5]
+        offsets = None if values is None else group(values, spec)
+        if _fused(weight):
+            from swquant.quant.fused_source import gradients
+
+            given = (grouped, scale, step, zero, offsets)
+            found = gradients(grad, given, ctx.up, ctx.one_scale, spec.max_code, wanted)
+            pairs = zip(found, ctx.saved_tensors, strict=True)
+            return (*(one if one is None else one.view_as(like) for one, like in pairs), None, None)
         out = [
-            torch.empty_like(tensor) if need else None
+            torch.empty_like(tensor) if need and tensor is not None else None
             for tensor, need in zip((weight, scale, step, zero, values), wanted, strict=True)
         ]
         for rows in _chunks(weight):
             ratio = _ratio(grouped[rows], scale[rows])
-            level = _level(ratio, zero[rows], _rows(values, ctx.up, rows, spec))
+            rounding = None if offsets is None else Rounding(offsets[rows], ctx.up)
+            level = _level(ratio, zero[rows], rounding)
             codes = level.clamp(0, spec.max_code)
             flow = level.eq_(codes).mul_(grad[rows])
             if out[2] is not None:
@@ -153,8 +169,14 @@ class _FakeQuantize(torch.autograd.Function):
         return (*out, None, None)
 
 
-def _rows(values: Tensor | None, up: bool, rows: slice, spec: QuantSpec) -> Rounding | None:
-    return None if values is None else Rounding(group(values, spec)[rows], up)
+def _fused(weight: Tensor) -> bool:
+    """Whether one kernel each way does it: on CUDA (or ROCm, which torch calls so), with triton installed."""
+    return weight.is_cuda and weight.dtype != torch.float64 and _has_triton()
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def _chunks(weight: Tensor) -> Iterator[slice]:
@@ -164,5 +186,5 @@ def _chunks(weight: Tensor) -> Iterator[slice]:
     """
     rows, width = weight.shape
     step = max(1, _CPU_CHUNK // max(1, width)) if weight.device.type == "cpu" else rows
-    for start in range(0, step if isinstance(weight, FakeTensor) else rows, step):
+    for start in range(0, step if valueless(weight) else rows, step):
         yield slice(start, start + step)
