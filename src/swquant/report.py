@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter
 
@@ -16,7 +16,7 @@ from swquant.phases.base import PhaseReport
 _FLAT_LIST = re.compile(r"\[\n([^\[\]{}\"]*?)\n *\]")
 """A list of numbers in indented JSON; no line ends within a JSON text, so none is touched."""
 
-_Size = Annotated[int, Field(ge=1)]
+_Size = Annotated[int, Field(ge=1, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,24 @@ class BlockReport:
         return json.loads(json.dumps(asdict(self)))
 
 
-_BLOCKS, _PHASE = TypeAdapter(tuple[BlockReport, ...]), TypeAdapter(PhaseReport)
+@dataclass(frozen=True)
+class _RecipeFacts:
+    """What is told of a report's recipe, which may have more keys; see :class:`swquant.recipe.Recipe`."""
+
+    bits: _Size
+    group_size: _Size | Literal["channel"]
+    symmetric: bool
+    method: str
+    loss: str | None
+    calibration: str
+    evaluation: str | None
+    samples: _Size
+    seq_len: _Size
+    preset: str
+    seed: int
+
+
+_BLOCKS, _PHASE, _RECIPE = TypeAdapter(tuple[BlockReport, ...]), TypeAdapter(PhaseReport), TypeAdapter(_RecipeFacts)
 
 
 @dataclass(frozen=True)
@@ -224,9 +241,11 @@ class Report:
     def from_json(text: str) -> Report:
         """Undo :meth:`to_json`; raises ``ValueError`` on anything else."""
         try:
-            return _REPORT.validate_python(json.loads(text))
+            report = _REPORT.validate_python(json.loads(text))
+            _RECIPE.validate_python(report.recipe)
         except RecursionError as error:
             raise ValueError("nested too deeply") from error
+        return report
 
     @cached_property
     def block_reports(self) -> tuple[BlockReport, ...]:

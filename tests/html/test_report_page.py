@@ -140,11 +140,20 @@ def test_texts_of_strangers_stay_texts(report: Report) -> None:
         {"versions": []},
         {"advice": "text"},
         {"recipe": None},
+        {"recipe": {"bits": 2, "method": "rtn"}},
     ],
 )
 def test_what_is_no_report_is_refused(report: Report, change: dict[str, object]) -> None:
     with pytest.raises(ValueError):  # noqa: PT011 - the words are pydantic's
         report_page(Report.from_json(json.dumps(json.loads(report.to_json()) | change)))
+
+
+def test_a_weight_without_rows_is_refused(report: Report) -> None:
+    values = json.loads(report.to_json())
+    for use in values["blocks"][0]["measured"]["codes"].values():
+        use["shape"][0] = 0
+    with pytest.raises(ValueError, match="greater than or equal to 1"):
+        report_page(Report.from_json(json.dumps(values)))
 
 
 def test_deep_nesting_is_refused() -> None:

@@ -35,7 +35,7 @@ TRAINED = "trained"
 FINAL = "final.safetensors"
 _OURS = re.compile(
     r"(?:manifest|tokens|final|block-\d+|training-\d+)\.(?:safetensors|part)"
-    r"|augmented\.stream|(?:reference|quantized|trained)-\d+\.stream|output"
+    rf"|augmented\.stream|(?:{'|'.join((*STREAMS, TRAINED))})-\d+\.stream|output"
 )
 _PART_DTYPES = {"scale": torch.bfloat16, "d": torch.float16, "dmin": torch.float16}
 
