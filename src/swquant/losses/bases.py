@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from swquant.device import moved
+
 EXACT = 512
 """Width up to which principal directions come from a full eigen-decomposition."""
 
@@ -26,7 +28,8 @@ def orthogonal_directions(width: int, slices: int, generator: torch.Generator, l
     Returns:
         [width, slices].
     """
-    normals = torch.randn(width, slices, generator=generator, device=generator.device).to(like)
+    drawn = torch.randn(width, slices, generator=generator, device=generator.device)
+    normals = moved(drawn, like.device).to(like.dtype)
     whole = slices - slices % width
     blocks = torch.linalg.qr(normals[:, :whole].view(width, -1, width).transpose(0, 1)).Q
     return torch.cat((*blocks, torch.linalg.qr(normals[:, whole:]).Q), dim=1)

@@ -8,6 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from swquant.device import moved
 from swquant.losses.base import LossContext, full_precision, without_autocast
 from swquant.losses.clouds import as_points, check_sliced, scaled
 from swquant.losses.transport import sliced_cost
@@ -88,7 +89,8 @@ class Transform:
 
 def draw_transform(width: int, generator: torch.Generator, like: Tensor) -> Transform:
     """Draw the signs, and the orthogonal matrix of a width that has no Hadamard matrix; see `HadamardSliced`."""
-    signs = torch.randint(2, (width,), generator=generator, device=generator.device).to(like) * 2 - 1
+    drawn = torch.randint(2, (width,), generator=generator, device=generator.device)
+    signs = moved(drawn, like.device).to(like.dtype) * 2 - 1
     base, exact = _base(width)
     factors = [hadamard(order) for order in _steps(width // base)]
     if exact and base > 1:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from swquant.device import moved
 from swquant.losses.base import LossContext, full_precision, without_autocast
 from swquant.losses.clouds import as_points, check_sliced, scaled
 from swquant.losses.transport import sliced_cost
@@ -55,6 +56,7 @@ class PairSliced:
 
     def _directions(self, pred: Tensor, target: Tensor, rng: torch.Generator) -> Tensor:
         """[width, slices]; zero for a pair of equal points, whose slice then costs nothing."""
-        ours, theirs = torch.randint(pred.shape[0], (2, self.slices), generator=rng, device=rng.device).to(pred.device)
+        drawn = torch.randint(pred.shape[0], (2, self.slices), generator=rng, device=rng.device)
+        ours, theirs = moved(drawn, pred.device)
         difference = pred[ours] - target[ours if self.matched else theirs]
         return torch.nn.functional.normalize(difference, dim=1, eps=torch.finfo(pred.dtype).tiny).t().contiguous()

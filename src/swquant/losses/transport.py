@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from swquant.device import moved
 from swquant.losses.base import without_autocast
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
@@ -43,7 +44,8 @@ def gaussian_directions(width: int, slices: int, generator: torch.Generator, lik
     Returns:
         [width, slices], each column of Euclidean length 1.
     """
-    normals = torch.randn(width, slices, generator=generator, device=generator.device).to(like)
+    drawn = torch.randn(width, slices, generator=generator, device=generator.device)
+    normals = moved(drawn, like.device).to(like.dtype)
     squares = torch.stack([part.square().sum(0) for part in normals.split(_ROWS_SQUARED)]).sum(0)
     return normals.div_(squares.sqrt_().clamp_min_(torch.finfo(normals.dtype).tiny))
 
