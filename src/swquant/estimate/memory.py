@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from swquant.checkpoint.rotation import RotatedCheckpoint
 from swquant.engine.block import split_held
 from swquant.engine.head import VOCABULARY_ROWS
 from swquant.estimate.live import Live, without_values
@@ -141,7 +142,10 @@ def _hold(shapes: list[tuple[int, int]]) -> None:
 
 
 def _finish(rig: Rig, shape: tuple[int, int, int], live: Live, micro_batch: int | None) -> int:
-    """Hidden states in front of each block, scales and their moments, both heads, and a block's pass."""
+    """Hidden states in front of each block, scales and their moments, heads, and a block's pass.
+
+    The original's head and the output's are one tensor, but where a rotation is merged into them.
+    """
     plan, work = rig.plan, rig.plan.pipeline.finish
     if work is None:
         return 0
@@ -155,6 +159,5 @@ def _finish(rig: Rig, shape: tuple[int, int, int], live: Live, micro_batch: int 
     head = plan.checkpoint.tensors[plan.skeleton.head_weight]
     states = len(plan.skeleton.blocks) * samples * math.prod(shape[1:]) * 4
     groups = sum(rows * plan.spec.groups(columns) for rows, columns in plan.outline.linears.values())
-    return (
-        live.peak - before + states + SCALE_COPIES * 4 * groups + 2 * head.nbytes + 4 * VOCABULARY_ROWS * head.shape[1]
-    )
+    heads = head.nbytes + (4 * math.prod(head.shape) if isinstance(plan.checkpoint, RotatedCheckpoint) else 0)
+    return live.peak - before + states + SCALE_COPIES * 4 * groups + heads + 4 * VOCABULARY_ROWS * head.shape[1]
