@@ -59,7 +59,7 @@ def behind_the_last_block(recipe: Recipe, source: Path, root: Path, norms: bool)
     arguments = capture(plan.skeleton, plan.checkpoint, journal.tokens()["tokens"][:1])
     for index in range(len(plan.skeleton.blocks)):
         quantize_block(job, journal, arguments[index], Silent())
-    return TrainedModel(job, journal, arguments, norms), job, journal
+    return TrainedModel(job, journal, arguments, ScaleTraining(1, 1, 0.01, norms)), job, journal
 
 
 def whole_model(job: Job, journal: Journal) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -103,7 +103,7 @@ def test_the_streamed_gradient_is_that_of_autograd_through_the_whole_model(
     divergence.backward()
     assert float(loss) == pytest.approx(float(divergence.detach()), rel=1e-5)
     gains = {
-        f"{job.skeleton.blocks[i].prefix}.{name}": gain for i, t in enumerate(model.gains) for name, gain in t.items()
+        f"{job.skeleton.blocks[i].prefix}.{name}": gain for i, t in enumerate(model.thetas) for name, gain in t.items()
     }
     assert gains.keys() == leaves.keys()
     greatest = max(float(gain.grad.abs().max()) for gain in gains.values())

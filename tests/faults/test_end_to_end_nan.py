@@ -22,7 +22,7 @@ def test_in_gradients(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when
         backward(model, *arguments)
         calls.append(1)
         if when == "always" or len(calls) == 1:
-            next(iter(model.gains[0].values())).grad[0, 0] = torch.nan
+            next(iter(model.thetas[0].values())).grad[0, 0] = torch.nan
 
     monkeypatch.setattr(TrainedModel, "backward", spoiled)
     report = quantize(run.recipe, run.source, tmp_path / "out")

@@ -1,4 +1,4 @@
-r"""The end-to-end stage: the scales of all blocks, trained together on the original model's predictions.
+r"""The end-to-end stage: the scales of all blocks, and weights where asked, trained on the original's predictions.
 
 Behind the last block, with codes ``c`` and zero points ``z`` as they are, each group's scale becomes
 ``s = s0 * exp(g)`` and ``g``, zero in the beginning, is trained by AdamW on::
@@ -11,9 +11,15 @@ bfloat16 inside of the differentiable path (straight-through), so the model that
 On a K grid it is ``d`` and ``dmin`` of each super-block that have a ``g`` and are rounded to float16; the integers
 ``sc`` and ``m`` of the groups stay as the codes do.
 
+With ``weights`` the codes are trained as well: each weight has a position ``v`` in units of its scale, ``c = z +
+round(v)``, and gradients pass straight through the rounding where ``c`` is not clamped. That is quantization-aware
+training with the original for a teacher (as in LLM-QAT, Liu et al., arXiv 2305.17888), begun where the blocks' training
+ended: ``v`` begins within the cell of its code, as near as that allows to the original's weight over the scale.
+
 Codes stay packed on the disk. A step goes forward block by block and keeps the hidden states in front of each,
 ``[blocks, samples, tokens, dim]``; then backward block by block, running each again with a graph. So one block's
-weights exist at a time, and memory grows with the number of blocks by hidden states, scales and AdamW's moments alone.
+weights exist at a time, and memory grows with the number of blocks by hidden states, by what is learned, its gradient,
+its best state and AdamW's moments alone: 20 bytes for a scale, and for a weight with ``weights``.
 The blocks' matrix products are in the job's precision; heads and the held-out loss are in float32.
 """
 
@@ -24,18 +30,20 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from swquant.distributed.ranks import own_rows, own_turns, require_same
-from swquant.engine.block import Job, create_together, own_batches, require_finite, split_held
+from swquant.engine.block import Job, create_together, require_finite, split_held
 from swquant.engine.capture import capture
 from swquant.engine.head import Heads
-from swquant.engine.journal import TRAINED, Journal, stored_part
+from swquant.engine.journal import TRAINED, Journal
 from swquant.engine.observer import Observer
-from swquant.engine.precision import at_precision
+from swquant.engine.trained_model import POSITION, TrainedModel
 from swquant.errors import SwquantError
 from swquant.learnables.base import Theta
 from swquant.phases.base import PhaseReport
@@ -43,9 +51,6 @@ from swquant.phases.optimizers import Optimizer, trainable
 from swquant.phases.portion import Portion, together
 from swquant.phases.rounds import Trail, keep_best, snapshot
 from swquant.phases.scale_training import ScaleTraining
-from swquant.quant.draft import Committed
-from swquant.quant.finite import is_finite
-from swquant.quant.through import stored_as
 from swquant.seeds import generator
 
 NAME = "EndToEnd"
@@ -73,116 +78,19 @@ def train_scales(
         capture(job.skeleton, job.checkpoint, journal.tokens()["tokens"], write_stored=stream.__setitem__)
 
     job.ranks.lead(begin)
-    stage = _Stage(job, work, TrainedModel(job, journal, arguments, work.norms), journal, stream, observer)
+    stage = _Stage(job, work, TrainedModel(job, journal, arguments, work), journal, stream, observer)
     report = stage.run()
     require_finite(stage.model.advance(stream[job.samples :]), job.ranks, "the model with trained scales puts out")
     job.ranks.barrier()
-    require_same(job.ranks, (gain for theta in stage.thetas for gain in theta.values()), "the trained scales")
+    require_same(
+        job.ranks, (value for theta in stage.thetas for value in theta.values()), "what was trained end to end"
+    )
 
     def finish() -> None:
         observer.stage(f"End to end: held-out KL {report['before']:.4g} -> {report['after']:.4g}")
         journal.finish_training(stage.model.final(), report)
 
     job.ranks.lead(finish)
-
-
-class TrainedModel:
-    """The quantized model's blocks: packed codes in the journal, scales in memory.
-
-    Attributes:
-        gains: For each block the logarithms of factors, float32 leaves: by a weight's name on its scales (``[out,
-            groups]``), or with ``:d`` and ``:dmin`` behind it on a K grid's factors (``[out, supers]``); by a norm's
-            name on its weight (``[dim]``).
-    """
-
-    def __init__(self, job: Job, journal: Journal, arguments: Sequence[Mapping[str, Any]], norms: bool = False) -> None:
-        self._job, self._journal, self._arguments = job, journal, arguments
-        self.gains = [self._start(journal.block(index, job.spec), norms) for index in range(journal.done)]
-
-    def _start(self, block: Committed, norms: bool) -> Theta:
-        shapes = {
-            _key(name, part): value.shape
-            for name, quantized in block.quantized.items()
-            for part, value in quantized.scales.items()
-        }
-        if norms:
-            shapes |= {name: value.shape for name, value in block.params.items() if _is_norm(name, value)}
-        return {name: torch.zeros(shape, device=self._job.device, requires_grad=True) for name, shape in shapes.items()}
-
-    def _block(self, index: int) -> Committed:
-        """The block with its present scales, differentiable in the gains."""
-        block = self._journal.read_block(index, self._job.spec, self._job.device)
-        factors = {name: gain.exp() for name, gain in self.gains[index].items()}
-        quantized = {
-            name: old.rescaled({part: factors[_key(name, part)] for part in old.scales})
-            for name, old in block.quantized.items()
-        }
-        params = {
-            name: stored_as(value.float() * factors[name], value.dtype) if name in factors else value
-            for name, value in block.params.items()
-        }
-        return Committed(quantized, params)
-
-    def _run(self, index: int, hidden: Tensor, precision: torch.dtype) -> Tensor:
-        """Block number ``index`` on ``hidden [samples, tokens, dim]``."""
-        block = self._job.skeleton.block(index)
-        run = at_precision(partial(block.forward, kwargs=self._arguments[index]), precision)
-        return run(self._block(index).floats(), hidden)
-
-    @torch.no_grad()
-    def forward(self, hidden: Tensor, keep: bool = True) -> list[Tensor]:
-        """The hidden states in front of each block if ``keep``, and behind the last.
-
-        Kept are those of training, in its precision; without ``keep`` all is float32, as it is measured.
-        """
-        states, precision = [hidden], self._job.precision if keep else torch.float32
-        for index in range(len(self.gains)):
-            out = self._run(index, states[-1], precision)
-            states = [*states, out] if keep else [out]
-        return states
-
-    def backward(self, states: list[Tensor], slope: Tensor) -> None:
-        """Add to the gains' gradients.
-
-        Args:
-            states: What :meth:`forward` returned but for the last; they are let go of one after the other.
-            slope: Gradient of the loss with respect to the hidden states behind the last block.
-        """
-        for index in reversed(range(len(self.gains))):
-            hidden = states.pop().detach().requires_grad_()
-            with torch.enable_grad():
-                out = self._run(index, hidden, self._job.precision)
-            out.backward(slope)
-            assert hidden.grad is not None
-            slope = hidden.grad
-
-    @torch.no_grad()
-    def advance(self, stream: Tensor) -> bool:
-        """Replace the hidden states in front of the first block by those behind the last, in place.
-
-        Each rank takes samples of its own; returns whether all of these end in finite values.
-        """
-        own = list(own_batches(self._job.ranks, stream))
-        for index in range(len(self.gains)):
-            floats = self._block(index).floats()
-            for part in own:
-                hidden = stream[part].to(self._job.device)
-                stream[part] = self._job.skeleton.block(index).forward(floats, hidden, self._arguments[index]).cpu()
-        return all(is_finite(stream[part]) for part in own)
-
-    @torch.no_grad()
-    def final(self) -> dict[str, Tensor]:
-        """The trained scales and norms as :meth:`Journal.finish_training` takes them."""
-        out: dict[str, Tensor] = {}
-        for index, gains in enumerate(self.gains):
-            block = self._block(index)
-            for name, quantized in block.quantized.items():
-                for part, value in quantized.scales.items():
-                    out[f"{index}/{name}:{part}"] = stored_part(part, value).cpu().contiguous()
-            for name in gains:
-                if name in block.params:
-                    out[f"{index}/{name}:plain"] = block.params[name].cpu().contiguous()
-        return out
 
 
 @dataclass
@@ -197,7 +105,7 @@ class _Stage:
     observer: Observer
 
     def __post_init__(self) -> None:
-        self.thetas = self.model.gains
+        self.thetas = self.model.thetas
         self.reference = self.journal.open_streams()[0]
         self.heads = Heads.load(self.job.skeleton, self.job.checkpoint, self.job.device)
         self.train, self.held = split_held(self.job.samples)
@@ -232,11 +140,19 @@ class _Stage:
         return {**asdict(report), "seconds": round(spent + time.monotonic() - began, 3)}
 
     def begun(self) -> list[Theta]:
-        return [{key: torch.zeros_like(value) for key, value in theta.items()} for theta in self.thetas]
+        return self.model.begun()
 
     def open(self, rate: float) -> torch.optim.Optimizer:
-        params = [gain for theta in self.thetas for gain in trainable(theta)]
-        return COSINE.open([{"params": params, "lr": self.work.learning_rate * rate, "weight_decay": 0.0}])
+        """Groups of the values in the order of :meth:`_named`, which saving relies on: runs of one kind."""
+        values = ((key.endswith(POSITION), value) for key, value, _ in self._named(self.thetas))
+        groups = [
+            {"params": [value for _, value in run], "lr": self._rate(moving) * rate, "weight_decay": 0.0}
+            for moving, run in groupby(values, itemgetter(0))
+        ]
+        return COSINE.open(groups)
+
+    def _rate(self, moving: bool) -> float:
+        return self.work.weight_rate if moving else self.work.learning_rate
 
     def enter(self, done: int, optimizer: torch.optim.Optimizer, rate: float) -> torch.optim.Optimizer:
         return optimizer
@@ -247,15 +163,15 @@ class _Stage:
         return list(train[order].split(self.work.batch_size))
 
     def descend(self, samples: Tensor, step: int) -> Tensor:
-        ranks, gains = self.job.ranks, [gain for theta in self.thetas for gain in trainable(theta)]
+        ranks, learned = self.job.ranks, [value for theta in self.thetas for value in trainable(theta)]
 
         def attempt() -> Tensor:
-            for gain in gains:
-                gain.grad = None
+            for value in learned:
+                value.grad = None
             loss = together(ranks, partial(self._pull, samples))
-            for gain in gains if ranks.size > 1 else ():
-                gain.grad = torch.zeros_like(gain) if gain.grad is None else gain.grad
-            ranks.sum([loss, *(gain.grad for gain in gains if gain.grad is not None)])
+            for value in learned if ranks.size > 1 else ():
+                value.grad = torch.zeros_like(value) if value.grad is None else value.grad
+            ranks.sum([loss, *(value.grad for value in learned if value.grad is not None)])
             return loss
 
         def note(event: str) -> None:
@@ -300,9 +216,9 @@ class _Stage:
     def _write(self, trail: Trail, optimizer: torch.optim.Optimizer, facts: Mapping[str, Any]) -> None:
         tensors: dict[str, Tensor] = {}
         moments = optimizer.state_dict()["state"]
-        for index, (key, gain, best) in enumerate(self._named(trail.best or self.begun())):
-            tensors |= {f"{key}:last": gain, f"{key}:best": best}
-            tensors |= {f"{key}:{part}": value for part, value in moments.get(index, {}).items()}
+        for index, (key, value, best) in enumerate(self._named(trail.best or self.begun())):
+            tensors |= {f"{key}:last": value, f"{key}:best": best}
+            tensors |= {f"{key}:{part}": moment for part, moment in moments.get(index, {}).items()}
         tensors = {key: value.detach().cpu().clone() for key, value in tensors.items()}
         stand = {"curve": trail.curve, "training": trail.training, "events": trail.events, "notes": self.notes}
         best = {"best_loss": trail.best_loss, "best_epoch": trail.best_epoch, "rate": trail.rate}
@@ -317,8 +233,8 @@ class _Stage:
         tensors, optimizer = self.journal.training_state(), self.open(stand["rate"])
         self.notes = list(stand["notes"])
         best, state = snapshot(self.thetas), optimizer.state_dict()
-        for index, (key, gain, kept) in enumerate(self._named(best)):
-            gain.copy_(tensors[f"{key}:last"])
+        for index, (key, value, kept) in enumerate(self._named(best)):
+            value.copy_(tensors[f"{key}:last"])
             kept.copy_(tensors[f"{key}:best"])
             moments = {part: tensors[f"{key}:{part}"] for part in MOMENTS if f"{key}:{part}" in tensors}
             if moments:
@@ -330,16 +246,7 @@ class _Stage:
         return trail, optimizer
 
     def _named(self, states: list[Theta]) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """A key for each gain, the gain, and its counterpart in ``states``."""
+        """A key for each value that is learned, the value, and its counterpart in ``states``."""
         for index, (theta, state) in enumerate(zip(self.thetas, states, strict=True)):
-            for name, gain in theta.items():
-                yield f"{index}/{name}", gain, state[name]
-
-
-def _key(name: str, part: str) -> str:
-    """The name of the gain of one of a weight's scales."""
-    return name if part == "scale" else f"{name}:{part}"
-
-
-def _is_norm(name: str, value: Tensor) -> bool:
-    return value.dim() == 1 and name.endswith(".weight")
+            for name, value in theta.items():
+                yield f"{index}/{name}", value, state[name]

@@ -68,9 +68,10 @@ def block_weight_bytes(spec: QuantSpec, rows: int, columns: int) -> int:
 
 
 def trained_bytes(plan: Plan) -> int:
-    """A state of the end-to-end training: for each scale two values and two moments in float32."""
-    per_row = [rows * _scales(plan.spec, columns) for rows, columns in plan.outline.linears.values()]
-    return 4 * 4 * sum(per_row)
+    """A state of the end-to-end training: of all that is learned two values and two moments in float32."""
+    weights = plan.pipeline.finish is not None and plan.pipeline.finish.weights
+    shapes = plan.outline.linears.values()
+    return 4 * 4 * sum(rows * (_scales(plan.spec, columns) + columns * weights) for rows, columns in shapes)
 
 
 def output_bytes(form: Format, plan: Plan) -> int:

@@ -30,8 +30,8 @@ HESSIANS = 3
 CANDIDATES = 2
 """Of a search."""
 
-SCALE_COPIES = 5
-"""Of the scales that are trained end to end: themselves, gradients, two moments, and the best state."""
+LEARNED_COPIES = 5
+"""Of what is trained end to end: itself, gradients, two moments, and the best state."""
 
 
 @dataclass(frozen=True)
@@ -158,6 +158,7 @@ def _finish(rig: Rig, shape: tuple[int, int, int], live: Live, micro_batch: int 
     out.backward(torch.empty_like(out))
     head = plan.checkpoint.tensors[plan.skeleton.head_weight]
     states = len(plan.skeleton.blocks) * samples * math.prod(shape[1:]) * 4
-    groups = sum(rows * plan.spec.groups(columns) for rows, columns in plan.outline.linears.values())
+    shapes = plan.outline.linears.values()
+    learned = sum(rows * (plan.spec.groups(columns) + columns * work.weights) for rows, columns in shapes)
     heads = head.nbytes + (4 * math.prod(head.shape) if isinstance(plan.checkpoint, RotatedCheckpoint) else 0)
-    return live.peak - before + states + SCALE_COPIES * 4 * groups + heads + 4 * VOCABULARY_ROWS * head.shape[1]
+    return live.peak - before + states + LEARNED_COPIES * 4 * learned + heads + 4 * VOCABULARY_ROWS * head.shape[1]

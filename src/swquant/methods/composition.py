@@ -135,10 +135,11 @@ def build_pipeline(steps: tuple[Step, ...], setting: Setting) -> Pipeline:
             parts.append(part)
     works = [part.work for part in parts]
     finish = [work for work in works if isinstance(work, ScaleTraining)]
+    moved = any("equivalence" in part.decides for part in parts)
     return Pipeline(
         rotate=any(isinstance(work, Rotation) for work in works),
         phases=tuple(work for work in works if not isinstance(work, Rotation | ScaleTraining)),
-        finish=finish[0] if finish else None,
+        finish=replace(finish[0], original=not moved) if finish else None,
         parts=tuple(parts),
     )
 

@@ -7,8 +7,9 @@ from typing import Annotated
 
 from pydantic import Field
 
+from swquant.errors import SwquantError
 from swquant.methods.base import Part, Rate, Setting, Subject
-from swquant.phases.scale_training import ScaleTraining
+from swquant.phases.scale_training import WEIGHT_RATE, ScaleTraining
 
 EPOCHS = 8
 LEARNING_RATE = 1e-2
@@ -19,7 +20,9 @@ K_LEARNING_RATE = 3e-3
 class EndToEnd:
     """EfficientQAT's second step (E2E-QP; Chen et al., arXiv 2407.11062), against the original model's predictions.
 
-    It comes last: codes and zero points stay as the methods before it left them.
+    It comes last: codes and zero points stay as the methods before it left them. With ``weights`` the codes are trained
+    too, which is quantization-aware training with the original for a teacher (as in LLM-QAT, Liu et al., arXiv
+    2305.17888, without its data and its quantized activations).
 
     Attributes:
         epochs: Passes over the calibration samples; ``None`` is 8, times the preset's effort.
@@ -27,17 +30,31 @@ class EndToEnd:
         learning_rate: AdamW's at the beginning, for the logarithm of a scale's magnitude; ``None`` is 1e-2, on K grids,
             where 256 weights share what is trained, 3e-3.
         norms: Train the weights of the blocks' norms too.
+        weights: Train the codes too. It takes 20 bytes of the device's memory for each weight of the whole model.
+        weight_rate: AdamW's at the beginning, for a weight in units of its scale.
     """
 
     epochs: Annotated[int, Field(ge=0)] | None = None
     batch_size: Annotated[int, Field(ge=1)] = 4
     learning_rate: Rate | None = None
     norms: bool = False
+    weights: bool = False
+    weight_rate: Rate = WEIGHT_RATE
 
     def parts(self, setting: Setting) -> tuple[Part, ...]:
-        """One part, behind the last block."""
+        """One part, behind the last block.
+
+        Raises:
+            SwquantError: Weights are to be trained on a K grid.
+        """
+        if self.weights and setting.spec.k_grid is not None:
+            raise SwquantError(
+                f"end_to_end(weights=True) trains codes of uniform grids, and the grid is {setting.spec.grid}: "
+                "leave weights out, and the scales are trained"
+            )
         epochs = self.epochs if self.epochs is not None else setting.scaled(EPOCHS)
         usual = LEARNING_RATE if setting.spec.k_grid is None else K_LEARNING_RATE
-        work = ScaleTraining(epochs, self.batch_size, self.learning_rate or usual, self.norms)
+        rate = self.learning_rate or usual
+        work = ScaleTraining(epochs, self.batch_size, rate, self.norms, self.weights, self.weight_rate)
         decides: set[Subject] = {"scales", "norms"} if self.norms else {"scales"}
         return (Part("end_to_end", work, frozenset(decides), trained=True),)

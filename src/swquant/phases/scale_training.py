@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+WEIGHT_RATE = 1e-3
+
 
 @dataclass(frozen=True)
 class ScaleTraining:
@@ -14,9 +16,16 @@ class ScaleTraining:
         batch_size: Samples per step.
         learning_rate: AdamW's, for the logarithm of a scale's magnitude.
         norms: Train the weights of the blocks' norms too.
+        weights: Train the codes too.
+        weight_rate: AdamW's, for a weight in units of its scale.
+        original: Whether the original's weights tell where within the cells of their codes weights begin; otherwise
+            they begin in the middle.
     """
 
     epochs: int
     batch_size: int
     learning_rate: float
-    norms: bool
+    norms: bool = False
+    weights: bool = False
+    weight_rate: float = WEIGHT_RATE
+    original: bool = True

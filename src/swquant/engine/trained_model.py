@@ -1,0 +1,196 @@
+"""The quantized model while its scales, and perhaps its codes, are trained: one block's weights at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swquant.engine.block import Job, own_batches
+from swquant.engine.journal import Journal, stored_part
+from swquant.engine.precision import at_precision
+from swquant.learnables.base import Theta
+from swquant.phases.scale_training import ScaleTraining
+from swquant.quant.bits import pack
+from swquant.quant.deferred import defer
+from swquant.quant.draft import Committed
+from swquant.quant.finite import is_finite
+from swquant.quant.grid import Grid, group
+from swquant.quant.ktensor import KTensor
+from swquant.quant.qtensor import QTensor
+from swquant.quant.rounding import codes_of, fake_quantize
+from swquant.quant.through import stored_as
+
+POSITION = ":position"
+"""What stands behind a weight's name where its positions are meant."""
+
+EDGE = 0.49
+"""How far from its code a position begins at most; beyond 0.5 it would have another."""
+
+
+class TrainedModel:
+    """The quantized model's blocks: packed codes in the journal, what is learned in memory.
+
+    Attributes:
+        thetas: For each block what is learned, float32 leaves. Logarithms of factors: by a weight's name on its scales
+            (``[out, groups]``), or with ``:d`` and ``:dmin`` behind it on a K grid's factors (``[out, supers]``); by a
+            norm's name on its weight (``[dim]``). Behind them, where weights are trained, their positions in units of
+            the scale (``[out, in]``), by a weight's name with :data:`POSITION` behind it: the code is the zero point
+            plus the nearest integer.
+    """
+
+    def __init__(self, job: Job, journal: Journal, arguments: Sequence[Mapping[str, Any]], work: ScaleTraining) -> None:
+        self._job, self._journal, self._arguments, self._work = job, journal, arguments, work
+        self.thetas = self.begun()
+        for theta in self.thetas:
+            for value in theta.values():
+                value.requires_grad_()
+
+    def begun(self) -> list[Theta]:
+        """The state in the beginning, made anew: every factor 1, every code as the blocks left it."""
+        return [self._begun(index) for index in range(self._journal.done)]
+
+    def _begun(self, index: int) -> Theta:
+        block = self._journal.block(index, self._job.spec)
+        shapes = {
+            _key(name, part): value.shape
+            for name, quantized in block.quantized.items()
+            for part, value in quantized.scales.items()
+        }
+        if self._work.norms:
+            shapes |= {name: value.shape for name, value in block.params.items() if _is_norm(name, value)}
+        theta = {name: torch.zeros(shape, device=self._job.device) for name, shape in shapes.items()}
+        for name, quantized in block.quantized.items() if self._work.weights else ():
+            assert isinstance(quantized, QTensor)
+            theta[name + POSITION] = self._position(index, name, quantized).to(self._job.device)
+        return theta
+
+    def _position(self, index: int, name: str, quantized: QTensor) -> Tensor:
+        """Where a weight begins within the cell of its code: as near as that allows to the original's."""
+        shape, spec = quantized.codes.shape, quantized.spec
+        cells = group(quantized.codes.float(), spec) - quantized.zero.float().unsqueeze(-1)
+        if self._work.original:
+            weight = self._job.checkpoint.read(f"{self._job.skeleton.blocks[index].prefix}.{name}").float()
+            ratio = group(weight, spec) / quantized.scale.unsqueeze(-1)
+            cells = cells + (ratio - cells).clamp_(-EDGE, EDGE)
+        return cells.view(shape)
+
+    def _rescaled(self, index: int) -> Committed:
+        """The block with its present scales and norms, differentiable in their gains, and its first codes."""
+        block, theta = self._journal.read_block(index, self._job.spec, self._job.device), self.thetas[index]
+        quantized = {
+            name: old.rescaled({part: theta[_key(name, part)].exp() for part in old.scales})
+            for name, old in block.quantized.items()
+        }
+        params = {
+            name: stored_as(value.float() * theta[name].exp(), value.dtype) if name in theta else value
+            for name, value in block.params.items()
+        }
+        return Committed(quantized, params)
+
+    def floats(self, index: int) -> dict[str, Tensor]:
+        """The block's parameters as it is now, differentiable in what is learned."""
+        block, theta = self._rescaled(index), self.thetas[index]
+        moving = {
+            name: _snapped_later(theta[name + POSITION], quantized)
+            for name, quantized in block.quantized.items()
+            if name + POSITION in theta
+        }
+        return block.floats() | moving
+
+    def _run(self, index: int, hidden: Tensor, precision: torch.dtype) -> Tensor:
+        """Block number ``index`` on ``hidden [samples, tokens, dim]``."""
+        block = self._job.skeleton.block(index)
+        run = at_precision(partial(block.forward, kwargs=self._arguments[index]), precision)
+        return run(self.floats(index), hidden)
+
+    @torch.no_grad()
+    def forward(self, hidden: Tensor, keep: bool = True) -> list[Tensor]:
+        """The hidden states in front of each block if ``keep``, and behind the last.
+
+        Kept are those of training, in its precision; without ``keep`` all is float32, as it is measured.
+        """
+        states, precision = [hidden], self._job.precision if keep else torch.float32
+        for index in range(len(self.thetas)):
+            out = self._run(index, states[-1], precision)
+            states = [*states, out] if keep else [out]
+        return states
+
+    def backward(self, states: list[Tensor], slope: Tensor) -> None:
+        """Add to the gradients of what is learned.
+
+        Args:
+            states: What :meth:`forward` returned but for the last; they are let go of one after the other.
+            slope: Gradient of the loss with respect to the hidden states behind the last block.
+        """
+        for index in reversed(range(len(self.thetas))):
+            hidden = states.pop().detach().requires_grad_()
+            with torch.enable_grad():
+                out = self._run(index, hidden, self._job.precision)
+            out.backward(slope)
+            assert hidden.grad is not None
+            slope = hidden.grad
+
+    @torch.no_grad()
+    def advance(self, stream: Tensor) -> bool:
+        """Replace the hidden states in front of the first block by those behind the last, in place.
+
+        Each rank takes samples of its own; returns whether all of these end in finite values.
+        """
+        own = list(own_batches(self._job.ranks, stream))
+        for index in range(len(self.thetas)):
+            floats = self.floats(index)
+            for part in own:
+                hidden = stream[part].to(self._job.device)
+                stream[part] = self._job.skeleton.block(index).forward(floats, hidden, self._arguments[index]).cpu()
+        return all(is_finite(stream[part]) for part in own)
+
+    @torch.no_grad()
+    def final(self) -> dict[str, Tensor]:
+        """What has been learned, as :meth:`Journal.finish_training` takes it."""
+        out: dict[str, Tensor] = {}
+        for index, theta in enumerate(self.thetas):
+            block = self._rescaled(index)
+            for name, quantized in block.quantized.items():
+                for part, value in quantized.scales.items():
+                    out[f"{index}/{name}:{part}"] = stored_part(part, value)
+                if name + POSITION in theta:
+                    out[f"{index}/{name}:codes"] = pack(_codes(theta[name + POSITION], quantized), quantized.spec.bits)
+            out |= {f"{index}/{name}:plain": value for name, value in block.params.items() if name in theta}
+        return {name: value.cpu().contiguous() for name, value in out.items()}
+
+
+def _snapped_later(position: Tensor, quantized: QTensor | KTensor) -> Tensor:
+    """The weight ``(code - zero) * scale`` of a position, straight through the rounding; deferred."""
+    assert isinstance(quantized, QTensor)
+
+    def make(position: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        return fake_quantize(position, _unit_grid(zero), quantized.spec, scale.unsqueeze(-1))
+
+    sources = (position, quantized.scale, quantized.zero)
+    return defer(make, *sources, shape=position.shape, dtype=torch.float32)
+
+
+def _codes(position: Tensor, quantized: QTensor | KTensor) -> Tensor:
+    """The codes of a position, ``uint8 [out, in]``."""
+    assert isinstance(quantized, QTensor)
+    levels = codes_of(group(position, quantized.spec), _unit_grid(quantized.zero), quantized.spec)
+    return levels.to(torch.uint8).view(position.shape)
+
+
+def _unit_grid(zero: Tensor) -> Grid:
+    """The grid of positions: a code is worth 1."""
+    levels = zero.float().unsqueeze(-1)
+    return Grid(torch.ones_like(levels), levels)
+
+
+def _key(name: str, part: str) -> str:
+    """The name of the gain of one of a weight's scales."""
+    return name if part == "scale" else f"{name}:{part}"
+
+
+def _is_norm(name: str, value: Tensor) -> bool:
+    return value.dim() == 1 and name.endswith(".weight")

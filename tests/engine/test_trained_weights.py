@@ -1,0 +1,218 @@
+"""The end-to-end stage with weights: its gradient, the codes it ends in, and how it survives being killed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.func import functional_call
+from transformers import AutoModelForCausalLM
+
+from swquant import Recipe, SwquantError, evaluate, quantize
+from swquant.engine.block import Job, quantize_block
+from swquant.engine.capture import capture
+from swquant.engine.head import Heads
+from swquant.engine.journal import Journal, open_journal
+from swquant.engine.observer import Silent
+from swquant.engine.trained_model import EDGE, POSITION, TrainedModel
+from swquant.formats import read_quantized
+from swquant.phases.scale_training import ScaleTraining
+from swquant.plan import make_plan
+from swquant.run import _start
+
+MakeModel = Callable[..., Path]
+
+
+@pytest.fixture
+def recipe(text: Path) -> Recipe:
+    return Recipe(
+        bits=2,
+        group_size=32,
+        method="rtn + end_to_end(epochs=3, batch_size=2, learning_rate=0.01, weights=True, weight_rate=0.03)",
+        calibration=str(text),
+        samples=8,
+        seq_len=32,
+        evaluation_samples=4,
+        device="cpu",
+    )
+
+
+def behind_the_last_block(recipe: Recipe, source: Path, root: Path) -> tuple[TrainedModel, Job, Journal]:
+    root.mkdir()
+    plan = make_plan(recipe, source)
+    journal, job = open_journal(root, plan.key()), plan.job()
+    _start(plan, journal, root, Silent())
+    arguments = capture(plan.skeleton, plan.checkpoint, journal.tokens()["tokens"][:1])
+    for index in range(len(plan.skeleton.blocks)):
+        quantize_block(job, journal, arguments[index], Silent())
+    assert plan.pipeline.finish is not None
+    return TrainedModel(job, journal, arguments, plan.pipeline.finish), job, journal
+
+
+def by_weight(model: TrainedModel, job: Job) -> dict[str, tuple[int, str, Tensor]]:
+    """Block, name within it and position by the name in the whole model."""
+    return {
+        f"{job.skeleton.blocks[index].prefix}.{key.removesuffix(POSITION)}": (index, key.removesuffix(POSITION), value)
+        for index, theta in enumerate(model.thetas)
+        for key, value in theta.items()
+        if key.endswith(POSITION)
+    }
+
+
+def straight_through(position: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    """The weight of a position as the module's text has it, for autograd."""
+    grouped = position.view(*scale.shape, -1)
+    code = (grouped + (grouped.round() - grouped).detach() + zero.unsqueeze(-1)).clamp(0, 2**bits - 1)
+    return ((code - zero.unsqueeze(-1)) * scale.unsqueeze(-1)).view(position.shape)
+
+
+def nudged(model: TrainedModel, seed: int) -> None:
+    """Positions on both sides of the cells' edges, and beyond the grid."""
+    rng = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for theta in model.thetas:
+            for key, value in theta.items():
+                wide = 1.5 if key.endswith(POSITION) else 0.05
+                value += wide * torch.randn(value.shape, generator=rng)
+
+
+@pytest.mark.parametrize(("symmetric", "bits"), [(True, 2), (False, 3)])
+def test_the_streamed_gradient_is_that_of_autograd_through_the_whole_model(
+    make_model: MakeModel, recipe: Recipe, tmp_path: Path, symmetric: bool, bits: int
+) -> None:
+    source = make_model("llama", 3, torch.float32)
+    recipe = replace(recipe, symmetric=symmetric, bits=bits)
+    model, job, journal = behind_the_last_block(recipe, source, tmp_path / "work")
+    nudged(model, 0)
+    tokens = journal.tokens()["tokens"][:2]
+    inputs = torch.empty(2, *journal.shape[1:])
+    capture(job.skeleton, job.checkpoint, tokens, write_stored=inputs.__setitem__)
+    states = model.forward(inputs)
+    loss, slope = Heads.load(job.skeleton, job.checkpoint, job.device).gradient(
+        journal.open_streams()[0][:2], states.pop()
+    )
+    model.backward(states, slope)
+
+    whole: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    leaves: dict[str, Tensor] = {}
+    params: dict[str, Tensor] = {}
+    for full, (index, name, position) in by_weight(model, job).items():
+        old = journal.block(index, job.spec).quantized[name]
+        scale = old.rescaled({"scale": model.thetas[index][name].detach().exp()}).scale
+        leaves[full] = position.detach().clone().requires_grad_()
+        params[full] = straight_through(leaves[full], scale, old.zero.float(), bits)
+    expected = whole(input_ids=tokens).logits.log_softmax(-1).detach()
+    found = functional_call(whole, params, kwargs={"input_ids": tokens}).logits.log_softmax(-1)
+    divergence = (expected.exp() * (expected - found)).sum(-1).mean()
+    divergence.backward()
+    assert float(loss) == pytest.approx(float(divergence.detach()), rel=1e-5)
+    greatest = max(float(leaf.grad.abs().max()) for leaf in leaves.values())
+    for full, (_, _, position) in by_weight(model, job).items():
+        torch.testing.assert_close(position.grad, leaves[full].grad, rtol=1e-3, atol=1e-5 * greatest)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_what_is_trained_is_what_is_written(llama: Path, recipe: Recipe, tmp_path: Path, symmetric: bool) -> None:
+    model, job, journal = behind_the_last_block(replace(recipe, symmetric=symmetric), llama, tmp_path / "work")
+    before = [journal.block(index, job.spec) for index in range(journal.done)]
+    for index, block in enumerate(before):
+        for name, weight in block.floats().items():
+            assert torch.equal(model.floats(index)[name] * 1, weight * 1)
+    nudged(model, 1)
+    shape = journal.shape
+    assert shape is not None
+    stream = journal.stream_path("trained", journal.done)
+    stream.write_bytes(bytes(4 * shape[0] * shape[1] * shape[2]))
+    journal.finish_training(model.final(), {})
+    for index in range(journal.done):
+        after = journal.block(index, job.spec)
+        assert any(
+            not torch.equal(value.codes, before[index].quantized[name].codes) for name, value in after.quantized.items()
+        )
+        for name, weight in after.floats().items():
+            assert torch.equal(model.floats(index)[name] * 1, weight * 1)
+
+
+@pytest.mark.parametrize("start", ["rtn", "awq(clip=False)"])
+def test_positions_begin_within_the_cells_of_their_codes(
+    llama: Path, recipe: Recipe, tmp_path: Path, start: str
+) -> None:
+    """As near to the original as that allows; in the middle where a method has moved the weights elsewhere."""
+    method = f"{start} + end_to_end(weights=True)"
+    model, job, journal = behind_the_last_block(replace(recipe, method=method), llama, tmp_path / "work")
+    for full, (index, name, position) in by_weight(model, job).items():
+        old = journal.block(index, job.spec).quantized[name]
+        middle = straight_through(old.codes.float() - old.zero.float().repeat_interleave(32, 1), old.scale, old.zero, 2)
+        cells = middle / old.scale.repeat_interleave(32, 1)
+        if start == "rtn":
+            ratio = job.checkpoint.read(full).float() / old.scale.repeat_interleave(32, 1)
+            cells = torch.minimum(torch.maximum(ratio, cells - EDGE), cells + EDGE)
+        torch.testing.assert_close(position.detach(), cells, rtol=1e-5, atol=1e-5)
+
+
+def test_it_changes_codes_and_lowers_the_divergence_further(
+    make_model: MakeModel, recipe: Recipe, text: Path, tmp_path: Path
+) -> None:
+    source = make_model("llama", 2, torch.float32)
+    held_out = tmp_path / "held-out.txt"
+    held_out.write_text(text.read_text()[-4000:])
+    recipe = replace(recipe, evaluation=str(held_out))
+    scales = quantize(
+        replace(recipe, method="rtn + end_to_end(epochs=3, batch_size=2, learning_rate=0.01)"), source, tmp_path / "s"
+    )
+    report = quantize(recipe, source, tmp_path / "out")
+    assert report.finish["after"] < scales.finish["after"] < scales.finish["before"] == report.finish["before"]
+    measured = evaluate(tmp_path / "out", str(held_out), reference=source, context=32, windows=4, device="cpu")
+    assert report.quality.kl == pytest.approx(measured.kl, rel=1e-4)
+    codes = [read_quantized(tmp_path / name)[1] for name in ("s", "out")]
+    one, other = ([value for part in model.parts() for value in part.values()] for model in codes)
+    pairs = [(a, b) for a, b in zip(one, other, strict=True) if not isinstance(a, Tensor)]
+    assert all(torch.equal(a.zero, b.zero) for a, b in pairs)
+    assert all(not torch.equal(a.codes, b.codes) for a, b in pairs)
+
+
+@pytest.mark.parametrize("moment", ["save_training", "finish_training"])
+def test_stopped_at_a_commit_it_goes_on_to_the_same_bits(
+    llama: Path, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    expected = quantize(recipe, llama, tmp_path / "whole")
+    calls: list[int] = []
+    original = getattr(Journal, moment)
+
+    def stopping(self: Journal, *arguments: Any) -> None:
+        """In place of the second save, or of the only call of the other."""
+        calls.append(1)
+        if moment == "save_training" and len(calls) == 1:
+            original(self, *arguments)
+        else:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, moment, stopping)
+        with pytest.raises(KeyboardInterrupt):
+            quantize(recipe, llama, tmp_path / "out")
+    resumed = quantize(recipe, llama, tmp_path / "out")
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert resumed.quality == expected.quality
+    assert resumed.finish["curve"] == expected.finish["curve"]
+
+
+def test_the_pipeline_knows_whether_weights_were_moved(llama: Path, recipe: Recipe) -> None:
+    plan = make_plan(replace(recipe, method="gptq + end_to_end(epochs=1, weights=True, weight_rate=0.5)"), llama)
+    assert plan.pipeline.finish == ScaleTraining(1, 4, 0.01, weights=True, weight_rate=0.5, original=True)
+    plan = make_plan(replace(recipe, method="omniquant + end_to_end(epochs=1, weights=True)"), llama)
+    assert plan.pipeline.finish is not None
+    assert plan.pipeline.finish.original == ("equivalence" not in {s for p in plan.pipeline.parts for s in p.decides})
+
+
+def test_k_grids_are_refused(recipe: Recipe, llama: Path) -> None:
+    with pytest.raises(SwquantError, match=r"q2_k.*leave weights out"):
+        make_plan(Recipe(grid="q2_k", method="rtn + end_to_end(weights=True)", calibration=recipe.calibration), llama)
