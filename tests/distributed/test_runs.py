@@ -93,6 +93,7 @@ SLOW: Mapping[str, tuple[str, dict[str, Any]]] = {
     "act_order": ("gptq(act_order=True)", {}),
     "norm_tweaking": ("gptq + norm_tweaking(epochs=2, batch_size=3)", {}),
     "end_to_end": ("rtn + end_to_end(epochs=2, batch_size=4)", {}),
+    "weights_end_to_end": ("rtn + end_to_end(epochs=2, batch_size=4, weights=True)", {}),
 }
 CASES = [
     pytest.param(size, *case, id=f"{name}-{size}", marks=() if quick else pytest.mark.slow)

@@ -219,7 +219,7 @@ class _Stage:
         for index, (key, value, best) in enumerate(self._named(trail.best or self.begun())):
             tensors |= {f"{key}:last": value, f"{key}:best": best}
             tensors |= {f"{key}:{part}": moment for part, moment in moments.get(index, {}).items()}
-        tensors = {key: value.detach().cpu().clone() for key, value in tensors.items()}
+        tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
         stand = {"curve": trail.curve, "training": trail.training, "events": trail.events, "notes": self.notes}
         best = {"best_loss": trail.best_loss, "best_epoch": trail.best_epoch, "rate": trail.rate}
         self.journal.save_training(len(trail.curve), tensors, {**stand, **best, **facts})
