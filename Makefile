@@ -13,7 +13,9 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow and not gpu"
 
+# With Triton, whose kernels run in its interpreter there.
 slow: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test,triton]"
 	$(BIN)/python -m pytest -m slow
 
 # Our outputs in the runtimes themselves, which this installs: llama.cpp, onnxruntime, gptqmodel, auto-round, mlx-lm.

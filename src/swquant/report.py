@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, TypeAdapter
+from pydantic import Field, StrictBool, StrictInt, TypeAdapter
 
 from swquant.phases.base import PhaseReport
 
@@ -116,9 +116,9 @@ class CodeUse:
         shape: ``(out, in)``.
         bits: Of the whole weight, scales and zero points included.
         entropy_before: ``-sum p log2 p`` of the shares of the codes, rounded to the nearest, in bits per code.
-        entropy_after: Likewise of the codes that were written.
+        entropy_after: Likewise of the codes behind the block's own training.
         saturated_before: Share of codes that are the least or the greatest, rounded to the nearest.
-        saturated_after: Likewise of the codes that were written.
+        saturated_after: Likewise of the codes behind the block's own training.
     """
 
     shape: tuple[_Size, _Size]
@@ -184,7 +184,7 @@ class _RecipeFacts:
 
     bits: _Size
     group_size: _Size | Literal["channel"]
-    symmetric: bool
+    symmetric: StrictBool
     method: str
     loss: str | None
     calibration: str
@@ -192,7 +192,7 @@ class _RecipeFacts:
     samples: _Size
     seq_len: _Size
     preset: str
-    seed: int
+    seed: StrictInt
 
 
 _BLOCKS, _PHASE, _RECIPE = TypeAdapter(tuple[BlockReport, ...]), TypeAdapter(PhaseReport), TypeAdapter(_RecipeFacts)

@@ -208,9 +208,19 @@ def test_stopped_at_a_commit_it_goes_on_to_the_same_bits(
 def test_the_pipeline_knows_whether_weights_were_moved(llama: Path, recipe: Recipe) -> None:
     plan = make_plan(replace(recipe, method="gptq + end_to_end(epochs=1, weights=True, weight_rate=0.5)"), llama)
     assert plan.pipeline.finish == ScaleTraining(1, 4, 0.01, weights=True, weight_rate=0.5, original=True)
-    plan = make_plan(replace(recipe, method="omniquant + end_to_end(epochs=1, weights=True)"), llama)
-    assert plan.pipeline.finish is not None
-    assert plan.pipeline.finish.original == ("equivalence" not in {s for p in plan.pipeline.parts for s in p.decides})
+    for method, original in (
+        ("omniquant(transform=True)", False),
+        ("omniquant(transform=False)", True),
+        ("rotate + rtn", True),
+    ):
+        plan = make_plan(replace(recipe, method=f"{method} + end_to_end(weights=True)"), llama)
+        assert plan.pipeline.finish is not None
+        assert plan.pipeline.finish.original is original
+
+
+def test_a_rate_of_weights_without_weights_is_refused(recipe: Recipe, llama: Path) -> None:
+    with pytest.raises(SwquantError, match="weights=True"):
+        make_plan(replace(recipe, method="rtn + end_to_end(weight_rate=0.1)"), llama)
 
 
 def test_k_grids_are_refused(recipe: Recipe, llama: Path) -> None:

@@ -52,6 +52,16 @@ def test_a_budget_that_no_portion_keeps_is_refused_with_flags_that_help(plan: Pl
         portion_within(plan, Budget(host=needed(plan, 1) - 1), 1)
 
 
+def test_weights_end_to_end_that_do_not_fit_are_to_be_left_out(plan: Plan, llama: Path, text: Path) -> None:
+    method = "rtn + end_to_end(epochs=1, weights=True)"
+    large = make_plan(replace(plan.recipe, method=method, calibration=str(text)), llama)
+    weights = sum(rows * columns for rows, columns in large.outline.linears.values())
+    scales = make_plan(replace(large.recipe, method="rtn + end_to_end(epochs=1)"), llama)
+    assert needed(large, 1) == needed(scales, 1) + 20 * weights
+    with pytest.raises(SwquantError, match="holds the whole model.*leave weights out"):
+        portion_within(large, Budget(host=needed(large, 1) - 1), 1)
+
+
 def test_drawing_samples_needs_room_for_the_whole_model(plan: Plan, llama: Path) -> None:
     drawing = make_plan(RECIPE, llama)
     with pytest.raises(SwquantError, match=r"give --calibration TEXT"):

@@ -38,9 +38,10 @@ def test_values_to_the_bit_and_gradients_in_the_interpreter(bits: int) -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("one", [True, False])
 @pytest.mark.parametrize("kind", [0, 1, 2])
 def test_they_compile_with_exact_division(
-    kind: int, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: int, one: bool, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     import triton
@@ -49,7 +50,7 @@ def test_they_compile_with_exact_division(
 
     from swquant.quant import fused_source
 
-    flags = dict.fromkeys(("ONE", "WEIGHT", "SCALE", "STEP", "ZERO", "VALUES"), True)
+    flags = dict.fromkeys(("WEIGHT", "SCALE", "STEP", "ZERO", "VALUES"), True) | {"ONE": one}
     for kernel, dtype in itertools.product((fused_source.forward, fused_source.backward), ("bf16", "fp32")):
         meta: dict[str, Any] = {"KIND": kind, "BLOCK_G": 8, "BLOCK_W": 128, **flags}
         meta = {name: value for name, value in meta.items() if name in kernel.arg_names}
@@ -61,6 +62,19 @@ def test_they_compile_with_exact_division(
         code = triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"]
         assert "div.rn.f32" in code
         assert "div.full" not in code
+
+
+def test_a_triton_that_cannot_build_is_done_without(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It fails as it is imported here, and as its first kernel is built elsewhere; both are told of once."""
+    (tmp_path / "triton.py").write_text("raise RuntimeError('Failed to find C compiler')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "swquant.quant.fused_source", raising=False)
+    monkeypatch.delitem(sys.modules, "triton", raising=False)
+    rounding._triton_works.cache_clear()
+    with pytest.warns(UserWarning, match="Failed to find C compiler"):
+        assert not rounding._triton_works(torch.device("cpu"))
+    assert not rounding._triton_works(torch.device("cpu"))
+    rounding._triton_works.cache_clear()
 
 
 @pytest.mark.gpu

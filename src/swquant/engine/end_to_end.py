@@ -61,7 +61,7 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 def train_scales(
     job: Job, work: ScaleTraining, journal: Journal, arguments: Sequence[Mapping[str, Any]], observer: Observer
 ) -> None:
-    """Train the scales of all finished blocks, run the evaluation samples through the result, and commit both.
+    """Train all finished blocks together, run the evaluation samples through the result, and commit both.
 
     Args:
         job: The run.
@@ -70,7 +70,8 @@ def train_scales(
         arguments: The blocks' keyword arguments beside the hidden states, on the job's device.
         observer: Hears of the steps.
     """
-    observer.stage("Training the scales of all blocks end to end")
+    learned = "scales and weights" if work.weights else "scales"
+    observer.stage(f"Training the {learned} of all blocks end to end")
     assert journal.shape is not None
     stream = create_together(job.ranks, [journal.stream_path(TRAINED, journal.done)], journal.shape)[0]
 
@@ -80,7 +81,7 @@ def train_scales(
     job.ranks.lead(begin)
     stage = _Stage(job, work, TrainedModel(job, journal, arguments, work), journal, stream, observer)
     report = stage.run()
-    require_finite(stage.model.advance(stream[job.samples :]), job.ranks, "the model with trained scales puts out")
+    require_finite(stage.model.advance(stream[job.samples :]), job.ranks, "the model trained end to end puts out")
     job.ranks.barrier()
     require_same(
         job.ranks, (value for theta in stage.thetas for value in theta.values()), "what was trained end to end"
@@ -236,7 +237,7 @@ class _Stage:
         for index, (key, value, kept) in enumerate(self._named(best)):
             value.copy_(tensors[f"{key}:last"])
             kept.copy_(tensors[f"{key}:best"])
-            moments = {part: tensors[f"{key}:{part}"] for part in MOMENTS if f"{key}:{part}" in tensors}
+            moments = {part: tensors[f"{key}:{part}"].clone() for part in MOMENTS if f"{key}:{part}" in tensors}
             if moments:
                 state["state"][index] = moments
         optimizer.load_state_dict(state)

@@ -132,7 +132,7 @@ class Journal:
         self._commit(*(self.stream_path(name, index).name for name in STREAMS))
 
     def block(self, index: int, spec: QuantSpec) -> Committed:
-        """A finished block, with the final scales where there are such."""
+        """A finished block, as the training of the whole model left it where there was one."""
         tensors = self._checked(self.block_path(index).name)
         if self.final is not None:
             tensors |= self._final_tensors(index)

@@ -44,16 +44,19 @@ class TrainedModel:
 
     def __init__(self, job: Job, journal: Journal, arguments: Sequence[Mapping[str, Any]], work: ScaleTraining) -> None:
         self._job, self._journal, self._arguments, self._work = job, journal, arguments, work
-        self.thetas = self.begun()
+        self.thetas = [self._gains(index) | self._positions(index) for index in range(journal.done)]
         for theta in self.thetas:
             for value in theta.values():
                 value.requires_grad_()
 
     def begun(self) -> list[Theta]:
         """The state in the beginning, made anew: every factor 1, every code as the blocks left it."""
-        return [self._begun(index) for index in range(self._journal.done)]
+        return [
+            {key: torch.zeros_like(value) for key, value in theta.items()} | self._positions(index)
+            for index, theta in enumerate(self.thetas)
+        ]
 
-    def _begun(self, index: int) -> Theta:
+    def _gains(self, index: int) -> Theta:
         block = self._journal.block(index, self._job.spec)
         shapes = {
             _key(name, part): value.shape
@@ -62,11 +65,17 @@ class TrainedModel:
         }
         if self._work.norms:
             shapes |= {name: value.shape for name, value in block.params.items() if _is_norm(name, value)}
-        theta = {name: torch.zeros(shape, device=self._job.device) for name, shape in shapes.items()}
-        for name, quantized in block.quantized.items() if self._work.weights else ():
-            assert isinstance(quantized, QTensor)
-            theta[name + POSITION] = self._position(index, name, quantized).to(self._job.device)
-        return theta
+        return {name: torch.zeros(shape, device=self._job.device) for name, shape in shapes.items()}
+
+    def _positions(self, index: int) -> Theta:
+        """Of the block's weights where they are trained; nothing otherwise."""
+        if not self._work.weights:
+            return {}
+        return {
+            name + POSITION: self._position(index, name, quantized).to(self._job.device)
+            for name, quantized in self._journal.block(index, self._job.spec).quantized.items()
+            if isinstance(quantized, QTensor)
+        }
 
     def _position(self, index: int, name: str, quantized: QTensor) -> Tensor:
         """Where a weight begins within the cell of its code: as near as that allows to the original's."""

@@ -21,7 +21,7 @@ from swquant.estimate.budget import (
     process_problems,
     shape_of,
 )
-from swquant.estimate.disk import disk_of
+from swquant.estimate.disk import disk_of, trained_bytes
 from swquant.estimate.memory import memory_of
 from swquant.estimate.timing import Time, time_of
 from swquant.plan import Plan, make_plan
@@ -88,13 +88,14 @@ def estimate(
     limit = kept.tensor_limit(plan.device, interpreter)
     portion, memory = fit(plan, limit, whole) if kept.given else (whole, memory_of(plan, shape))
     on_host = plan.device.type == "cpu"
-    host = interpreter + disk.streams + (memory.peak if on_host else 0)
+    saved = trained_bytes(plan) if plan.pipeline.finish is not None else 0
+    host = interpreter + disk.streams + (memory.peak if on_host else saved)
     free = free_disk(Path(out))
     sizes = list(plan.outline.linears.values())
     quantized = sum(rows * columns for rows, columns in sizes)
     problems = [
         *process_problems(interpreter, kept),
-        *memory_problems(plan, memory.peak, limit, portion),
+        *memory_problems(plan, memory, limit, portion),
         *_cut(plan, memory.peak, limit, whole if not kept.given else 1),
         *_disk_problems(disk.asked, free, out),
         *drawing_problems(plan, interpreter, kept),

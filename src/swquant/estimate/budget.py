@@ -67,7 +67,7 @@ def portion_within(plan: Plan, budget: Budget, ranks: int, *, begun: bool = Fals
     problems += [] if begun else drawing_problems(plan, interpreter, budget)
     limit, whole = budget.tensor_limit(plan.device, interpreter), batch_of(plan, ranks)
     portion, memory = fit(plan, limit, whole)
-    problems += memory_problems(plan, memory.peak, limit, portion)
+    problems += memory_problems(plan, memory, limit, portion)
     if problems:
         raise SwquantError(problems[0])
     return None if portion == whole and ranks == 1 else portion
@@ -93,10 +93,14 @@ def fit(plan: Plan, limit: int, whole: int) -> tuple[int, Memory]:
     return portion, memory
 
 
-def memory_problems(plan: Plan, needed: int, limit: int, portion: int) -> list[str]:
+def memory_problems(plan: Plan, memory: Memory, limit: int, portion: int) -> list[str]:
     """What does not fit; streams are files that the system drops from memory where it has to, and do not count."""
+    needed, finish = memory.peak, plan.pipeline.finish
     if needed <= limit:
         return []
+    if memory.finish == needed and finish is not None and finish.weights:
+        there = f"{size(needed)} of memory, and {size(max(limit, 0))} are there for it"
+        return [f"end_to_end(weights=True) holds the whole model and needs {there}: leave weights out"]
     samples = "one sample" if portion == 1 else f"{portion} samples"
     there = f"{size(needed)} of memory with {samples} at a time, and {size(max(limit, 0))} are there for it"
     return [f"a block at work needs {there}: {advice(plan)}"]

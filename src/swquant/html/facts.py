@@ -35,7 +35,7 @@ class Layer:
         bits_per_weight: Scales and zero points included.
         bytes: Of all.
         share: Of the bytes of all quantized weights.
-        entropy: Mean of the codes' entropies, in bits per code: rounded to the nearest, and written.
+        entropy: Mean of the codes' entropies, in bits per code: rounded to the nearest, and as the blocks left them.
         saturated: Mean share of codes at either end of the grid, likewise.
     """
 

@@ -31,7 +31,7 @@ class EndToEnd:
             where 256 weights share what is trained, 3e-3.
         norms: Train the weights of the blocks' norms too.
         weights: Train the codes too. It takes 20 bytes of the device's memory for each weight of the whole model.
-        weight_rate: AdamW's at the beginning, for a weight in units of its scale.
+        weight_rate: AdamW's at the beginning, for a weight in units of its scale; ``None`` is 1e-3, with ``weights``.
     """
 
     epochs: Annotated[int, Field(ge=0)] | None = None
@@ -39,14 +39,16 @@ class EndToEnd:
     learning_rate: Rate | None = None
     norms: bool = False
     weights: bool = False
-    weight_rate: Rate = WEIGHT_RATE
+    weight_rate: Rate | None = None
 
     def parts(self, setting: Setting) -> tuple[Part, ...]:
         """One part, behind the last block.
 
         Raises:
-            SwquantError: Weights are to be trained on a K grid.
+            SwquantError: Weights are to be trained on a K grid, or they have a rate and are not to be trained.
         """
+        if self.weight_rate is not None and not self.weights:
+            raise SwquantError("end_to_end has a weight_rate and trains no weights: add weights=True, or leave it out")
         if self.weights and setting.spec.k_grid is not None:
             raise SwquantError(
                 f"end_to_end(weights=True) trains codes of uniform grids, and the grid is {setting.spec.grid}: "
@@ -55,6 +57,7 @@ class EndToEnd:
         epochs = self.epochs if self.epochs is not None else setting.scaled(EPOCHS)
         usual = LEARNING_RATE if setting.spec.k_grid is None else K_LEARNING_RATE
         rate = self.learning_rate or usual
-        work = ScaleTraining(epochs, self.batch_size, rate, self.norms, self.weights, self.weight_rate)
+        moving = self.weight_rate or WEIGHT_RATE
+        work = ScaleTraining(epochs, self.batch_size, rate, self.norms, self.weights, moving)
         decides: set[Subject] = {"scales", "norms"} if self.norms else {"scales"}
         return (Part("end_to_end", work, frozenset(decides), trained=True),)

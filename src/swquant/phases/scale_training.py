@@ -1,4 +1,4 @@
-"""What a method may ask for behind the last block: training the committed scales end to end."""
+"""What a method may ask for behind the last block: training scales, and weights where asked, end to end."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ WEIGHT_RATE = 1e-3
 
 @dataclass(frozen=True)
 class ScaleTraining:
-    """Train the committed model's scales against the original's predictions; see `swquant.engine.end_to_end`.
+    """Train the committed model against the original's predictions; see `swquant.engine.end_to_end`.
 
     Attributes:
         epochs: Passes over the calibration samples.

@@ -15,8 +15,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from swquant.quant.valueless import valueless
-
 BLOCK = 1024
 """Values that a program takes at a time."""
 
@@ -83,8 +81,6 @@ def _launch(
     kernel, weight: Tensor, others: Sequence[Tensor | None], rest: Sequence[Tensor | None], most: int, **flags: int
 ) -> None:
     """Run a kernel on all of these; for what is missing it gets the weight, and leaves it alone."""
-    if valueless(weight):
-        return
     places = [weight if tensor is None else tensor for tensor in (weight, *others, *rest)]
     width = weight.shape[-1]
     groups = weight.numel() // width
@@ -102,7 +98,7 @@ def _launch(
 
 @triton.jit
 def _rint(x):
-    """To the nearest integer, to even at halves: beyond ``1.5 * 2**23`` a float32 has no fraction."""
+    """To the nearest integer, to even at halves; what is ``2**22`` or more is beyond every clamp and stays."""
     return tl.where(tl.abs(x) < 4194304.0, (x + 12582912.0) - 12582912.0, x)
 
 
@@ -195,18 +191,18 @@ def backward(
         ratio = tl.div_rn(tl.load(weight_ptr + place, mask=mask, other=0).to(tl.float32), scale)
         level = _integer(ratio, values_ptr, place, mask, KIND) + zero
         code = _clamped(level, most)
-        flow = tl.where(level == code, grad, 0.0)
+        flow = tl.where(level == code, 1.0, 0.0) * grad
         by_scale += flow * ratio
         by_step += (code - zero) * grad
         by_zero += flow - grad
         if WEIGHT:
-            found = flow if ONE else flow * (step / scale)
+            found = flow if ONE else flow * tl.div_rn(step, scale)
             tl.store(weight_out + place, found.to(weight_out.dtype.element_ty), mask=mask)
         if VALUES:
             tl.store(values_out + place, (flow * step).to(values_out.dtype.element_ty), mask=mask)
     sloped = tl.sum(by_scale, 1)[:, None]
     if SCALE:
-        tl.store(scale_out + g, -sloped if ONE else -sloped * (step / scale), mask=g < groups)
+        tl.store(scale_out + g, -sloped if ONE else -sloped * tl.div_rn(step, scale), mask=g < groups)
     if STEP:
         tl.store(step_out + g, tl.sum(by_step, 1)[:, None], mask=g < groups)
     if ZERO:

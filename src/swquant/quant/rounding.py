@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from swquant.errors import reason_of
 from swquant.quant.deferred import solid
 from swquant.quant.grid import Grid, group
 from swquant.quant.spec import QuantSpec
@@ -170,13 +172,24 @@ class _FakeQuantize(torch.autograd.Function):
 
 
 def _fused(weight: Tensor) -> bool:
-    """Whether one kernel each way does it: on CUDA (or ROCm, which torch calls so), with triton installed."""
-    return weight.is_cuda and weight.dtype != torch.float64 and _has_triton()
+    """Whether one kernel each way does it: on CUDA (or ROCm, which torch calls so), where triton works."""
+    return weight.is_cuda and weight.dtype != torch.float64 and _triton_works(weight.device)
 
 
 @cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _triton_works(device: torch.device) -> bool:
+    """Whether a kernel can be built and run; triton may be there without the C compiler that it needs."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    one = torch.ones(1, 1, 1, device=device)
+    try:
+        from swquant.quant.fused_source import snapped
+
+        return bool((snapped(one, one, one, one, None, False, 3) == 1).all())
+    except Exception as error:
+        reason = reason_of(error, 200)
+        warnings.warn(f"triton does not work here ({reason}): quantizing takes several kernels", stacklevel=2)
+        return False
 
 
 def _chunks(weight: Tensor) -> Iterator[slice]:
