@@ -1,11 +1,12 @@
 """What a loss recovers over each method's own, from the tables that `swquant sweep` writes.
 
     swquant sweep benchmarks/sweeps/NAME.yaml --out NAME --workers 1
-    python benchmarks/alignment.py NAME/results.csv ...
+    python benchmarks/alignment.py NAME/results.csv ... [--over METHOD]
 
 For each model, grid and method a line per loss: nats lost (the logarithm of the perplexity over the original's), KL,
 and the share recovered of what the method's own loss lost, paired by seed: (own - with) / own. Means, with Student's
 95 % interval where there are two seeds or more. A row's own loss is the one with an empty `loss` and the same options.
+With `--over` methods are compared with that one, in place of losses with a method's own.
 """
 
 from __future__ import annotations
@@ -77,6 +78,13 @@ def _recovered(pairs: Sequence[tuple[Row, Row]], metric: str) -> str:
     return interval([100 * (1 - float(row[metric]) / float(own[metric])) for own, row in pairs], 1)
 
 
+def over(rows: Sequence[Row], method: str) -> list[Row]:
+    """The rows as if each method were a loss, and ``method`` the one that all had for their own."""
+    named = [f"{row['method']}, {row['loss'] or 'own loss'}" for row in rows]
+    own = f"{method}, own loss"
+    return [row | {"method": "", "loss": "" if name == own else name} for row, name in zip(rows, named, strict=True)]
+
+
 def _group(row: Row) -> Group:
     groups = f"g{row['group_size']}" if row["group_size"].isdigit() else "per channel"
     model = Path(row["model"])
@@ -101,12 +109,13 @@ def _mean(found: dict[str, Row], metric: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tables", type=Path, nargs="+")
+    parser.add_argument("--over", metavar="METHOD", help="compare methods with this one")
     args = parser.parse_args()
     rows: list[Row] = []
     for path in args.tables:
         with path.open(newline="") as file:
             rows += [row for row in csv.DictReader(file) if row["status"] == "done"]
-    print("\n".join(table(rows)))
+    print("\n".join(table(rows if args.over is None else over(rows, args.over))))
 
 
 if __name__ == "__main__":
