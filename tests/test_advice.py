@@ -41,9 +41,23 @@ FLAT = [block(curve=[0.95, 0.94])] * 3
 ROUNDED = [{"phases": [], "drift": 0.1, "seconds": 1.0}] * 3
 FINISH = PHASE | {"curve": [0.95, 0.94], "seconds": 1.0}
 
+SHIFT = dict.fromkeys(("mse", "relative_error", "cosine", "sliced_wasserstein", "mean_shift", "variance_shift"), 0.1)
+USE = {
+    "shape": [100, 1000],
+    "bits": 225_000,
+    **dict.fromkeys(("entropy_before", "entropy_after", "saturated_before", "saturated_after"), 0.1),
+}
+MEASURED = {"tokens": 9, "rms": 1.0, "before": SHIFT, "after": SHIFT, "slices": [], "codes": {"q": USE, "k": USE}}
+SCALES = replace(make(blocks=[block() | {"measured": MEASURED}] * 3), finish=FINISH)
+
 CASES = {
     "nothing_trained": (make(blocks=ROUNDED), make(), "Leave --method out"),
     "end_to_end_missing": (make(), replace(make(), finish=FINISH), "+ end_to_end"),
+    "codes_stayed": (
+        SCALES,
+        replace(SCALES, recipe=SCALES.recipe | {"method": "block_ap + end_to_end(weights = True)"}),
+        "12.00 MB in all",
+    ),
     "asymmetric": (make(), make(symmetric=False), "--asymmetric"),
     "smaller_groups": (make(), make(group_size=32), "--group-size 32"),
     "more_bits": (make(18.0), make(12.0), "--bits 3"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from itertools import pairwise
 from statistics import median
@@ -9,6 +10,7 @@ from statistics import median
 from swquant.phases.base import PhaseReport
 from swquant.quant.qtensor import SCALE_BITS
 from swquant.report import Report
+from swquant.units import size
 
 MUCH, SOME, LITTLE = 1.5, 1.05, 1.01
 """Perplexity over the original's: much, some, and next to nothing lost."""
@@ -26,6 +28,8 @@ FEW_TOKENS = 4000
 
 FINER = {"channel": 128, 128: 64, 64: 32}
 """The next smaller group."""
+
+_WEIGHTS = re.compile(r"weights\s*=\s*True")
 
 Rule = Callable[[Report], str | None]
 
@@ -52,6 +56,26 @@ def end_to_end_missing(report: Report) -> str | None:
     return (
         "No scales were trained end to end. Add + end_to_end to --method: it trains all scales on the original's "
         "predictions, and only the samples' hidden states take more memory."
+    )
+
+
+def codes_stayed(report: Report) -> str | None:
+    """Behind the scales, codes trained on the predictions recover more, where the memory is there."""
+    recipe = report.recipe
+    asked = recipe.get("options", {}).get("weights") or _WEIGHTS.search(str(recipe["method"]))
+    if report.finish is None or asked or int(recipe["bits"]) > 3 or "grid" in recipe or _lost(report) < LITTLE:
+        return None
+    weights = sum(
+        use.shape[0] * use.shape[1]
+        for block in report.block_reports
+        if block.measured is not None
+        for use in block.measured.codes.values()
+    )
+    if not weights:
+        return None
+    return (
+        "Scales were trained end to end and codes were not. With end_to_end(weights=True) they are, which holds 20 "
+        f"bytes for each weight on the device, {size(20 * weights)} in all, and wants many samples."
     )
 
 
@@ -180,6 +204,7 @@ def few_tokens(report: Report) -> str | None:
 RULES: tuple[Rule, ...] = (
     nothing_trained,
     end_to_end_missing,
+    codes_stayed,
     more_samples,
     samples_learned_by_heart,
     more_epochs,

@@ -58,7 +58,7 @@ def test_weights_end_to_end_that_do_not_fit_are_to_be_left_out(plan: Plan, llama
     weights = sum(rows * columns for rows, columns in large.outline.linears.values())
     scales = make_plan(replace(large.recipe, method="rtn + end_to_end(epochs=1)"), llama)
     assert needed(large, 1) == needed(scales, 1) + 20 * weights
-    with pytest.raises(SwquantError, match="holds the whole model.*leave weights out"):
+    with pytest.raises(SwquantError, match=r"holds the whole model.*leave weights out"):
         portion_within(large, Budget(host=needed(large, 1) - 1), 1)
 
 
