@@ -84,6 +84,6 @@ def test_in_the_activations_behind_the_training(
     with monkeypatch.context() as patch:
         patch.setattr(TrainedModel, "advance", spoiled)
         said = run.fails(capsys, tmp_path / "out", 2)
-    assert "the model with trained scales puts out NaN or infinite values" in said
+    assert "the model trained end to end puts out NaN or infinite values" in said
     assert not (tmp_path / "out").exists()
     run.finish(tmp_path / "out")
