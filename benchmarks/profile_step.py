@@ -29,12 +29,12 @@ from swquant.engine.observer import Silent
 from swquant.recipe import Recipe
 
 RESULTS = Path(__file__).parent / "results" / "profile_step.json"
-SIZES = ((1024, 2048, 1), (256, 256, 8))
+SIZES = ((256, 256, 8), (1024, 2048, 1))
 """Width, tokens, samples a step."""
 ALIGNED = "0.9*mse + 0.1*sliced_wasserstein"
 WAYS = {
-    "OmniQuant": ("omniquant(epochs={rounds}, augmented=False)", "mse"),
-    "OmniQuant + SW": ("omniquant(epochs={rounds}, augmented=False)", ALIGNED),
+    "OmniQuant": ("omniquant(epochs={rounds}, batch_size={batch}, augmented=False)", "mse"),
+    "OmniQuant + SW": ("omniquant(epochs={rounds}, batch_size={batch}, augmented=False)", ALIGNED),
     "TesseraQ": ("tesseraq(start=none, rounds={rounds}, iterations=3, batch_size={batch})", "l2"),
     "Block-AP": ("block_ap(epochs={rounds}, batch_size={batch})", "mse"),
     "SignRound": ("signround(steps={steps}, batch_size={batch})", "mse"),

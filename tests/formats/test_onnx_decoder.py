@@ -309,6 +309,17 @@ def test_other_bytes_are_no_graph(content: bytes, written: Path, tmp_path: Path)
         Onnx().read(directory, read_config(directory))
 
 
+@pytest.mark.parametrize("name", [b"q_proj.codes", b"q_proj.scales"])
+def test_names_that_are_no_text_are_refused(name: bytes, written: Path, tmp_path: Path) -> None:
+    """Protobuf hands out a name that is not UTF-8 as bytes."""
+    directory = damage(written, tmp_path / "out", lambda model: None)
+    content = (directory / "model.onnx").read_bytes()
+    assert name in content
+    (directory / "model.onnx").write_bytes(content.replace(name, name[:-1] + b"\xff"))
+    with pytest.raises(SwquantError, match=r"write it again|no such tensor"):
+        tensors_of(Onnx().read(directory, read_config(directory)))  # type: ignore[arg-type]
+
+
 def test_damaged_data_are_refused(written: Path, tmp_path: Path) -> None:
     directory = damage(written, tmp_path / "out", lambda model: None)
     path = directory / "model.onnx.data"

@@ -118,7 +118,7 @@ def _places(directory: Path, model: Any) -> dict[str, _Place]:
     for tensor in model.graph.initializer:
         if tensor.data_location != TensorProto.EXTERNAL:
             continue
-        name, shape = tensor.name, tuple(int(width) for width in tensor.dims)
+        name, shape = _text(tensor.name), tuple(int(width) for width in tensor.dims)
         if tensor.data_type not in dtypes:
             raise SwquantError(f"{directory / MODEL} holds {name!r:.200} in a type that swquant does not write")
         dtype = dtypes[tensor.data_type]
@@ -136,6 +136,11 @@ def _places(directory: Path, model: Any) -> dict[str, _Place]:
     return found
 
 
+def _text(value: str | bytes) -> str:
+    """A name; protobuf leaves one that is not UTF-8 in bytes, and such a name is nobody's."""
+    return value if isinstance(value, str) else ""
+
+
 def _integer(text: str | None) -> int:
     """A number of at most 18 digits; -1 if it is none."""
     return int(text) if text is not None and text.isascii() and text.isdigit() and len(text) < 19 else -1
@@ -148,7 +153,7 @@ def _shapes(directory: Path, model: Any, spec: QuantSpec) -> dict[str, tuple[int
         if node.op_type != "MatMulNBits":
             continue
         numbers = {attribute.name: attribute.i for attribute in node.attribute}
-        codes = node.input[1] if len(node.input) > 2 else ""
+        codes = _text(node.input[1]) if len(node.input) > 2 else ""
         if not codes.endswith(".codes") or numbers.get("bits") != spec.bits or not {"N", "K"} <= numbers.keys():
             raise SwquantError(f"{directory / MODEL} has a MatMulNBits that swquant did not write; write it again")
         shapes[codes.removesuffix(".codes")] = (numbers["N"], numbers["K"])
