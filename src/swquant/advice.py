@@ -8,6 +8,7 @@ from itertools import pairwise
 from statistics import median
 
 from swquant.phases.base import PhaseReport
+from swquant.phases.scale_training import LEARNED_BYTES
 from swquant.quant.qtensor import SCALE_BITS
 from swquant.report import Report
 from swquant.units import size
@@ -74,8 +75,9 @@ def codes_stayed(report: Report) -> str | None:
     if not weights:
         return None
     return (
-        "Scales were trained end to end and codes were not. With end_to_end(weights=True) they are, which holds 20 "
-        f"bytes for each weight on the device, {size(20 * weights)} in all, and wants many samples."
+        "Scales were trained end to end and codes were not. With end_to_end(weights=True) they are, which holds "
+        f"{LEARNED_BYTES} bytes for each weight on the device, {size(LEARNED_BYTES * weights)} in all, and wants many "
+        "samples."
     )
 
 

@@ -21,18 +21,18 @@ from torch.func import functional_call
 from transformers import AutoModelForCausalLM
 
 from swquant import Recipe, SwquantError, evaluate, quantize
-from swquant.engine.block import Job, quantize_block
+from swquant.engine.block import Job
 from swquant.engine.capture import capture
 from swquant.engine.end_to_end import TrainedModel
 from swquant.engine.head import Heads
-from swquant.engine.journal import Journal, open_journal
-from swquant.engine.observer import Silent
+from swquant.engine.journal import Journal
 from swquant.methods.end_to_end import LEARNING_RATE
 from swquant.phases.scale_training import ScaleTraining
 from swquant.plan import make_plan
 from swquant.quant import deferred
 from swquant.quant.qtensor import QTensor
-from swquant.run import _start
+
+from .stage import behind_the_last_block
 
 MakeModel = Callable[..., Path]
 
@@ -49,17 +49,6 @@ def recipe(text: Path) -> Recipe:
         evaluation_samples=4,
         device="cpu",
     )
-
-
-def behind_the_last_block(recipe: Recipe, source: Path, root: Path, norms: bool) -> tuple[TrainedModel, Job, Journal]:
-    root.mkdir()
-    plan = make_plan(recipe, source)
-    journal, job = open_journal(root, plan.key()), plan.job()
-    _start(plan, journal, root, Silent())
-    arguments = capture(plan.skeleton, plan.checkpoint, journal.tokens()["tokens"][:1])
-    for index in range(len(plan.skeleton.blocks)):
-        quantize_block(job, journal, arguments[index], Silent())
-    return TrainedModel(job, journal, arguments, ScaleTraining(1, 1, 0.01, norms)), job, journal
 
 
 def whole_model(job: Job, journal: Journal) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -86,7 +75,9 @@ def test_the_streamed_gradient_is_that_of_autograd_through_the_whole_model(
 ) -> None:
     source = make_model(family, 3, torch.float32, tie_word_embeddings=tied)
     recipe = replace(recipe, symmetric=symmetric, bits=bits)
-    model, job, journal = behind_the_last_block(recipe, source, tmp_path / "work", True)
+    model, job, journal = behind_the_last_block(
+        recipe, source, tmp_path / "work", ScaleTraining(1, 1, 0.01, norms=True)
+    )
     tokens = journal.tokens()["tokens"][:2]
     inputs = torch.empty(2, *journal.shape[1:])
     capture(job.skeleton, job.checkpoint, tokens, write_stored=inputs.__setitem__)
@@ -204,10 +195,13 @@ def _epochs(manifest: Path) -> int:
     return 0 if training is None else int(training["epoch"])
 
 
+@pytest.mark.parametrize("weights", [False, True])
 @pytest.mark.parametrize("moment", ["save_training", "finish_training", "advance"])
 def test_stopped_at_a_commit_it_goes_on_to_the_same_bits(
-    llama: Path, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+    llama: Path, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, weights: bool
 ) -> None:
+    if weights:
+        recipe = replace(recipe, options={"weights": True, "weight_rate": 0.03})
     expected = quantize(recipe, llama, tmp_path / "whole")
     calls: list[int] = []
     owner = TrainedModel if moment == "advance" else Journal
@@ -238,7 +232,7 @@ def test_no_more_than_one_weight_is_dequantized_at_a_time(
     make_model: MakeModel, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = make_model("llama", 5)
-    model, _, journal = behind_the_last_block(recipe, source, tmp_path / "work", False)
+    model, _, journal = behind_the_last_block(recipe, source, tmp_path / "work")
     alive: list[weakref.ref[Any]] = []
     most = 0
     original = QTensor.dequantize

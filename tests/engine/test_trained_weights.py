@@ -9,22 +9,20 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM
 
 from swquant import Recipe, SwquantError, evaluate, quantize
-from swquant.engine.block import Job, quantize_block
+from swquant.engine.block import Job
 from swquant.engine.capture import capture
 from swquant.engine.head import Heads
-from swquant.engine.journal import Journal, open_journal
-from swquant.engine.observer import Silent
 from swquant.engine.trained_model import EDGE, POSITION, TrainedModel
 from swquant.formats import read_quantized
 from swquant.phases.scale_training import ScaleTraining
 from swquant.plan import make_plan
-from swquant.run import _start
+
+from .stage import behind_the_last_block
 
 MakeModel = Callable[..., Path]
 
@@ -41,18 +39,6 @@ def recipe(text: Path) -> Recipe:
         evaluation_samples=4,
         device="cpu",
     )
-
-
-def behind_the_last_block(recipe: Recipe, source: Path, root: Path) -> tuple[TrainedModel, Job, Journal]:
-    root.mkdir()
-    plan = make_plan(recipe, source)
-    journal, job = open_journal(root, plan.key()), plan.job()
-    _start(plan, journal, root, Silent())
-    arguments = capture(plan.skeleton, plan.checkpoint, journal.tokens()["tokens"][:1])
-    for index in range(len(plan.skeleton.blocks)):
-        quantize_block(job, journal, arguments[index], Silent())
-    assert plan.pipeline.finish is not None
-    return TrainedModel(job, journal, arguments, plan.pipeline.finish), job, journal
 
 
 def by_weight(model: TrainedModel, job: Job) -> dict[str, tuple[int, str, Tensor]]:
@@ -175,34 +161,6 @@ def test_it_changes_codes_and_lowers_the_divergence_further(
     pairs = [(a, b) for a, b in zip(one, other, strict=True) if not isinstance(a, Tensor)]
     assert all(torch.equal(a.zero, b.zero) for a, b in pairs)
     assert all(not torch.equal(a.codes, b.codes) for a, b in pairs)
-
-
-@pytest.mark.parametrize("moment", ["save_training", "finish_training"])
-def test_stopped_at_a_commit_it_goes_on_to_the_same_bits(
-    llama: Path, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
-) -> None:
-    expected = quantize(recipe, llama, tmp_path / "whole")
-    calls: list[int] = []
-    original = getattr(Journal, moment)
-
-    def stopping(self: Journal, *arguments: Any) -> None:
-        """In place of the second save, or of the only call of the other."""
-        calls.append(1)
-        if moment == "save_training" and len(calls) == 1:
-            original(self, *arguments)
-        else:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Journal, moment, stopping)
-        with pytest.raises(KeyboardInterrupt):
-            quantize(recipe, llama, tmp_path / "out")
-    resumed = quantize(recipe, llama, tmp_path / "out")
-    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
-    assert resumed.quality == expected.quality
-    assert resumed.finish["curve"] == expected.finish["curve"]
 
 
 def test_the_pipeline_knows_whether_weights_were_moved(llama: Path, recipe: Recipe) -> None:

@@ -65,7 +65,7 @@ def test_they_compile_with_exact_division(
 
 
 def test_a_triton_that_cannot_build_is_done_without(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """It fails as it is imported here, and as its first kernel is built elsewhere; both are told of once."""
+    """It fails as it is imported here; where a kernel cannot be built, as it is first called. It is told of once."""
     (tmp_path / "triton.py").write_text("raise RuntimeError('Failed to find C compiler')")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "swquant.quant.fused_source", raising=False)

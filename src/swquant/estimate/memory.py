@@ -17,6 +17,7 @@ from swquant.phases.awq_clip import AwqClip
 from swquant.phases.awq_scale import AwqScale
 from swquant.phases.base import Phase
 from swquant.phases.gptq import Gptq
+from swquant.phases.scale_training import LEARNED_BYTES
 from swquant.phases.train import Train
 from swquant.plan import Plan
 from swquant.quant.bits import packed_words
@@ -29,9 +30,6 @@ HESSIANS = 3
 
 CANDIDATES = 2
 """Of a search."""
-
-LEARNED_COPIES = 5
-"""Of what is trained end to end: itself, gradients, two moments, and the best state."""
 
 
 @dataclass(frozen=True)
@@ -161,4 +159,4 @@ def _finish(rig: Rig, shape: tuple[int, int, int], live: Live, micro_batch: int 
     shapes = plan.outline.linears.values()
     learned = sum(rows * (plan.spec.groups(columns) + columns * work.weights) for rows, columns in shapes)
     heads = head.nbytes + (4 * math.prod(head.shape) if isinstance(plan.checkpoint, RotatedCheckpoint) else 0)
-    return live.peak - before + states + LEARNED_COPIES * 4 * learned + heads + 4 * VOCABULARY_ROWS * head.shape[1]
+    return live.peak - before + states + LEARNED_BYTES * learned + heads + 4 * VOCABULARY_ROWS * head.shape[1]

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 WEIGHT_RATE = 1e-3
 
+LEARNED_BYTES = 5 * 4
+"""Of each value that is learned: itself, gradient, two moments and the best state, in float32."""
+
 
 @dataclass(frozen=True)
 class ScaleTraining:
