@@ -32,13 +32,20 @@ def test_a_row_is_what_the_run_reports(grid: Grid, here: Any, llama: Path, text:
     assert [row["bits"] for row in rows] == [2, 3]
     values = {"bits": 3, "group_size": 32, "method": "rtn", "calibration": str(text), "samples": 2, "seq_len": 16}
     rest = {"evaluation": str(text), "evaluation_samples": 2, "device": "cpu"}
-    quality = quantize(Recipe.from_mapping(values | rest), llama, tmp_path / "alone").quality
+    report = quantize(Recipe.from_mapping(values | rest), llama, tmp_path / "alone")
+    quality = report.quality
     assert quality is not None
     assert (rows[1]["perplexity"], rows[1]["kl"]) == (quality.perplexity, quality.kl)
     written = table(tmp_path / "out")
     assert [row["status"] for row in written] == ["done", "done"]
     assert float(written[1]["perplexity"]) == quality.perplexity
     assert {"trial", "model", "seed", "method", "loss", "nats_lost", "seconds", "torch", "error"} <= written[0].keys()
+    blocks = [block.measured for block in report.block_reports]
+    shifts = [block.after.variance_shift for block in blocks if block is not None]
+    distances = [block.after.sliced_wasserstein / block.rms for block in blocks if block is not None]
+    assert rows[1]["block_variance_shift"] == pytest.approx(sum(shifts) / len(shifts))
+    assert float(written[1]["block_sliced_wasserstein"]) == pytest.approx(sum(distances) / len(distances))
+    assert float(written[0]["block_relative_error"]) > float(written[1]["block_relative_error"]) > 0
     places = [tmp_path / "out" / "trials" / row["trial"] for row in rows]
     assert all((place / "report.json").exists() and not (place / "model").exists() for place in places)
 

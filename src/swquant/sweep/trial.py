@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -165,11 +166,32 @@ def _found(report: Report) -> dict[str, Any]:
             "kl": quality.kl,
             "top1": quality.top1,
         }
-    return measured | {
-        "bits_per_weight": report.bits_per_weight,
-        "bytes": sum(output.bytes for output in report.outputs),
-        "seconds": report.seconds,
-        "recoveries": len(report.events),
+    return (
+        measured
+        | drift_of(report)
+        | {
+            "bits_per_weight": report.bits_per_weight,
+            "bytes": sum(output.bytes for output in report.outputs),
+            "seconds": report.seconds,
+            "recoveries": len(report.events),
+        }
+    )
+
+
+def drift_of(report: Report) -> dict[str, float]:
+    """How far the trained blocks' outputs are off, each a mean over the blocks that were measured.
+
+    ``sum (q - r)**2 / sum r**2``; the sliced Wasserstein distance over the root of the mean square of ``r``; and
+    ``|var q - var r| / |var r|``, see :class:`swquant.report.Shift`.
+    """
+    measured = [block.measured for block in report.block_reports if block.measured is not None]
+    if not measured:
+        return {}
+    distances = [one.after.sliced_wasserstein / one.rms if one.rms else 0.0 for one in measured]
+    return {
+        "block_relative_error": mean(one.after.relative_error for one in measured),
+        "block_sliced_wasserstein": mean(distances),
+        "block_variance_shift": mean(one.after.variance_shift for one in measured),
     }
 
 
