@@ -1,12 +1,14 @@
 """What a loss recovers over each method's own, from the tables that `swquant sweep` writes.
 
     swquant sweep benchmarks/sweeps/NAME.yaml --out NAME --workers 1
-    python benchmarks/alignment.py NAME/results.csv ... [--over METHOD]
+    python benchmarks/alignment.py NAME/results.csv ... [--over METHOD] [--blocks]
 
 For each model, grid and method a line per loss: nats lost (the logarithm of the perplexity over the original's), KL,
 and the share recovered of what the method's own loss lost, paired by seed: (own - with) / own. Means, with Student's
 95 % interval where there are two seeds or more. A row's own loss is the one with an empty `loss` and the same options.
-With `--over` methods are compared with that one, in place of losses with a method's own.
+With `--over` methods are compared with that one, in place of losses with a method's own. With `--blocks` the line also
+says how far the blocks' outputs are off, in the mean over blocks: relative squared error, sliced Wasserstein distance
+over the root mean square of the outputs, and relative shift of the channels' variances, all in percent.
 """
 
 from __future__ import annotations
@@ -48,10 +50,17 @@ class Setting(NamedTuple):
         return not self.loss
 
 
-def table(rows: Sequence[Row]) -> Iterator[str]:
+BLOCKS = {"block_relative_error": "squared error", "block_sliced_wasserstein": "SW", "block_variance_shift": "variance"}
+"""Columns of a sweep's table on the blocks' outputs, and how they are headed here."""
+
+
+def table(rows: Sequence[Row], blocks: bool = False) -> Iterator[str]:
     """The lines of a Markdown table, best setting first within each group."""
-    yield "| model | grid | method | loss | nats lost | KL | recovered of nats (%) | of KL (%) | seeds |"
-    yield "|---|---|---|---|---:|---:|---:|---:|---:|"
+    shown = list(BLOCKS) if blocks else []
+    quality = ("nats lost", "KL", "recovered of nats (%)", "of KL (%)", "seeds")
+    heads = [*(f"{BLOCKS[name]} (%)" for name in shown), *quality]
+    yield "| model | grid | method | loss | " + " | ".join(heads) + " |"
+    yield "|---|---|---|---|" + "---:|" * len(heads)
     groups: dict[Group, dict[Setting, dict[str, Row]]] = {}
     for row in rows:
         groups.setdefault(_group(row), {}).setdefault(_setting(row), {})[row["seed"]] = row
@@ -61,7 +70,8 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
             pairs = [(own[seed], row) for seed, row in found.items() if seed in own and not setting.own]
             shares = [_recovered(pairs, metric) for metric in ("nats_lost", "kl")]
             values = (interval([float(row[name]) for row in found.values()], 4) for name in ("nats_lost", "kl"))
-            yield "| " + " | ".join((*group, _name(setting), *values, *shares, str(len(found)))) + " |"
+            drift = (f"{100 * _mean(found, name):.2f}" for name in shown)
+            yield "| " + " | ".join((*group, _name(setting), *drift, *values, *shares, str(len(found)))) + " |"
 
 
 def interval(values: Sequence[float], digits: int) -> str:
@@ -110,12 +120,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tables", type=Path, nargs="+")
     parser.add_argument("--over", metavar="METHOD", help="compare methods with this one")
+    parser.add_argument("--blocks", action="store_true", help="show how far the blocks' outputs are off")
     args = parser.parse_args()
     rows: list[Row] = []
     for path in args.tables:
         with path.open(newline="") as file:
             rows += [row for row in csv.DictReader(file) if row["status"] == "done"]
-    print("\n".join(table(rows if args.over is None else over(rows, args.over))))
+    print("\n".join(table(rows if args.over is None else over(rows, args.over), args.blocks)))
 
 
 if __name__ == "__main__":
