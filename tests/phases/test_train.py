@@ -15,6 +15,7 @@ from swquant import SwquantError
 from swquant.families.llama import LLAMA
 from swquant.learnables.base import BlockFacts, Theta
 from swquant.learnables.weight_clipping import WeightClipping
+from swquant.losses.base import LossContext
 from swquant.losses.mse import Mse
 from swquant.phases.base import Problem
 from swquant.phases.optimizers import Optimizer, SignSGD, set_rate
@@ -208,3 +209,37 @@ def test_moments_are_forgotten_in_front_of_a_round_if_asked(restart: bool, monke
     )
     replace(phase_of(True), optimizer=Optimizer("adam", restart=restart)).run(DRAFT, problem_of(Fragile()))
     assert len(opened) == (1 + ROUNDS if restart else 1)
+
+
+@dataclass
+class Counting:
+    """Mean squared error that keeps how many calls came before; call number ``bad`` is not finite."""
+
+    seen: list[tuple[int, int]]
+    bad: int | None = None
+    separable: ClassVar[bool] = False
+
+    def __call__(self, pred: Tensor, target: Tensor, ctx: LossContext) -> Tensor:
+        before = ctx.kept.get(ctx.target, 0)
+        ctx.kept[ctx.target] = before + 1
+        loss = Mse()(pred, target, ctx)
+        if not torch.is_grad_enabled():
+            return loss
+        self.seen.append((ctx.target, before))
+        return loss * math.nan if len(self.seen) == self.bad else loss
+
+
+@pytest.mark.parametrize("bad", [None, STEPS + 2])
+def test_what_a_loss_keeps_lasts_for_a_training_and_not_beyond_a_loss_that_is_not_finite(bad: int | None) -> None:
+    seen: list[tuple[int, int]] = []
+    phase_of(True).run(DRAFT, problem_of(Counting(seen, bad)))
+    first = range(ROUNDS * STEPS) if bad is None else range(2 * STEPS)
+    rest = [] if bad is None else range((ROUNDS - 2) * STEPS)
+    assert seen == [(0, before) for before in [*first, *rest]]
+
+
+def test_what_a_loss_keeps_is_each_targets_own() -> None:
+    seen: list[tuple[int, int]] = []
+    problem = problem_of(Counting(seen))
+    replace(phase_of(True), augmented=True).run(DRAFT, replace(problem, augmented=problem.target + 1))
+    assert seen == [(target, before) for before in range(ROUNDS * STEPS) for target in (0, 1)]

@@ -107,7 +107,7 @@ class Slopes:
 
 def sum_terms(loss: WeightedSum, out: Tensor, targets: Sequence[Tensor], context: LossContext) -> dict[str, Tensor]:
     """Each term's value, summed over ``targets``."""
-    found = [loss.terms(out, target, context) for target in targets]
+    found = [loss.terms(out, target, context.against(index)) for index, target in enumerate(targets)]
     return {label: torch.stack([terms[label] for terms in found]).sum() for label in found[0]}
 
 

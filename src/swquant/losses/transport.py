@@ -116,6 +116,25 @@ def direction_slopes(pred: Tensor, target: Tensor, directions: Tensor, power: in
     return costs.mean(1), gradient.t()
 
 
+@torch.no_grad()
+def partners(pred: Tensor, target: Tensor, directions: Tensor, count: int) -> Tensor:
+    """Return the projection of the target point that transport pairs each of the first ``count`` points with.
+
+    Args:
+        pred: [points, width], float32 or float64.
+        target: [points, width], same precision and device.
+        directions: [width, slices], same precision and device.
+        count: How many points of ``pred`` are asked for.
+
+    Returns:
+        [slices, count], constants.
+    """
+    _, order = _sort_rows(_project(pred, directions), with_order=True)
+    ranked, _ = _sort_rows(_project(target, directions), with_order=False)
+    assert order is not None
+    return _unsort(ranked, order)[:, :count]
+
+
 def _apply(pred: Tensor, target: Tensor, directions: Tensor | Projector, power: int, whole: bool) -> Tensor:
     if not torch.is_grad_enabled():
         pred, target = pred.detach(), target.detach()

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,6 +91,7 @@ class _Job:
         self.balanced = self.balancer is not None and not problem.balance.plain
         self.notes: list[str] = []
         self.constants: dict[str, Tensor] = {}
+        self.kept: dict[Any, Any] = {}
         self.thetas = self.begun()
         self._fix_constants()
 
@@ -165,12 +167,14 @@ class _Job:
 
     def descend(self, samples: Tensor, step: int) -> Tensor:
         ratios = dict(self.balancer.ratios) if self.balancer is not None else {}
+        kept = dict(self.kept)
 
         def attempt() -> Tensor:
             for value in self.trained:
                 value.grad = None
             if self.balancer is not None:
                 self.balancer.ratios = dict(ratios)
+            self.kept = dict(kept)
             params = together(self.problem.ranks, lambda: realize(self._apply(), self.constants))
             separable = self.loss.separable and not self.balanced
             return pull(self.problem, params, samples, partial(self._slope, step), separable, self.trained)
@@ -186,7 +190,7 @@ class _Job:
 
     def _slope(self, step: int, out: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
         """The loss of a step at the outputs ``out`` for ``samples``, and its gradient with respect to them."""
-        context, targets = LossContext(self.problem.rng("slices", step)), self._targets(samples)
+        context, targets = LossContext(self.problem.rng("slices", step), self.kept), self._targets(samples)
         if self.balancer is not None and self.balanced:
             slopes = Slopes.at(self.balancer.loss, out, targets, context)
             self.balancer.observe(slopes.measures(self.problem.balance.kind))
@@ -236,7 +240,7 @@ class _Job:
             weights = self.balancer.comparing()
             terms = sum_terms(self.balancer.loss, out, targets, context)
             return torch.stack([weights[label] * value for label, value in terms.items()]).sum()
-        first, *others = (self.loss(out, target, context) for target in targets)
+        first, *others = (self.loss(out, target, context.against(index)) for index, target in enumerate(targets))
         return sum(others, first)
 
     def _targets(self, samples: Tensor) -> list[Tensor]:
@@ -304,6 +308,8 @@ class _Job:
         self.constants = realize(replace(draft, slots=slots, dtypes=dtypes))
 
     def open(self, rate: float) -> torch.optim.Optimizer:
+        """A new optimizer; what losses kept of the steps before it is let go of."""
+        self.kept = {}
         learnables = zip(self.phase.learnables, self.thetas, strict=True)
         return self.phase.optimizer.open(
             [
