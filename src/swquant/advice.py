@@ -66,12 +66,7 @@ def codes_stayed(report: Report) -> str | None:
     asked = recipe.get("options", {}).get("weights") or _WEIGHTS.search(str(recipe["method"]))
     if report.finish is None or asked or int(recipe["bits"]) > 3 or "grid" in recipe or _lost(report) < LITTLE:
         return None
-    weights = sum(
-        use.shape[0] * use.shape[1]
-        for block in report.block_reports
-        if block.measured is not None
-        for use in block.measured.codes.values()
-    )
+    weights = sum(use.shape[0] * use.shape[1] for _, block in report.measured_blocks for use in block.codes.values())
     if not weights:
         return None
     return (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
@@ -179,6 +179,32 @@ class BlockReport:
 
 
 @dataclass(frozen=True)
+class FinalCodes:
+    """What the codes of a weight hold behind the training of the whole model.
+
+    Attributes:
+        entropy: ``-sum p log2 p`` of the shares of the codes, in bits per code.
+        saturated: Share of codes that are the least or the greatest.
+    """
+
+    entropy: float
+    saturated: float
+
+
+@dataclass(frozen=True)
+class FinalBlock:
+    """One block of the model that was trained as a whole, on the tokens of its :class:`Measured`.
+
+    Attributes:
+        shift: Its outputs, fed with what the trained blocks in front of it put out, beside the original's.
+        codes: By the name of a linear in the block; empty where codes were not trained.
+    """
+
+    shift: Shift
+    codes: Mapping[str, FinalCodes]
+
+
+@dataclass(frozen=True)
 class _RecipeFacts:
     """What is told of a report's recipe, which may have more keys; see :class:`swquant.recipe.Recipe`."""
 
@@ -196,6 +222,7 @@ class _RecipeFacts:
 
 
 _BLOCKS, _PHASE, _RECIPE = TypeAdapter(tuple[BlockReport, ...]), TypeAdapter(PhaseReport), TypeAdapter(_RecipeFacts)
+_FINAL_BLOCKS = TypeAdapter(tuple[FinalBlock, ...])
 
 
 @dataclass(frozen=True)
@@ -214,7 +241,8 @@ class Report:
         seconds: Of the blocks and the training behind the last, over all the runs that it took.
         outputs: What was written, in the order of the recipe's formats.
         key: What the result depends on; a finished output with the same key is not made again.
-        finish: The report of the training behind the last block, and its seconds; ``None`` where there was none.
+        finish: The report of the training behind the last block, its seconds, and a :class:`FinalBlock` for each block
+            under ``blocks``; ``None`` where there was none.
         advice: What to try next, see :mod:`swquant.advice`.
     """
 
@@ -257,6 +285,22 @@ class Report:
         """:attr:`finish`, checked likewise."""
         return None if self.finish is None else _PHASE.validate_python(self.finish)
 
+    @cached_property
+    def final_blocks(self) -> tuple[FinalBlock, ...]:
+        """Each block behind the training of the whole model, checked likewise; empty in reports of older versions."""
+        return () if self.finish is None else _FINAL_BLOCKS.validate_python(self.finish.get("blocks", ()))
+
+    @cached_property
+    def measured_blocks(self) -> tuple[tuple[int, Measured], ...]:
+        """The number of each block that was measured, and what was found, the use of codes as the whole run left it."""
+        found = [(index, block.measured) for index, block in enumerate(self.block_reports)]
+        final = dict(enumerate(self.final_blocks))
+        return tuple(
+            (index, _with_codes(measured, final[index].codes) if index in final else measured)
+            for index, measured in found
+            if measured is not None
+        )
+
     @property
     def events(self) -> list[str]:
         """What went wrong in training and was recovered from, block by block."""
@@ -267,6 +311,16 @@ class Report:
             for event in phase["events"]
         ]
         return found + [f"end to end: {event}" for event in (self.finish or {"events": []})["events"]]
+
+
+def _with_codes(measured: Measured, final: Mapping[str, FinalCodes]) -> Measured:
+    codes = {
+        name: replace(use, entropy_after=final[name].entropy, saturated_after=final[name].saturated)
+        if name in final
+        else use
+        for name, use in measured.codes.items()
+    }
+    return replace(measured, codes=codes)
 
 
 _REPORT = TypeAdapter(Report)

@@ -14,7 +14,7 @@ from swquant.losses.transport import gaussian_directions
 from swquant.quant.codes import code_entropy, share_at_ends
 from swquant.quant.ktensor import KTensor
 from swquant.quant.qtensor import QTensor, row_bits
-from swquant.report import CodeUse, Measured, Shift, Slice
+from swquant.report import CodeUse, FinalCodes, Measured, Shift, Slice
 from swquant.seeds import generator
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
@@ -56,8 +56,7 @@ def outputs_of(target: Tensor, before: Tensor, after: Tensor) -> tuple[float, Sh
         ``rms``, ``before``, ``after`` and ``slices`` of :class:`swquant.report.Measured`.
     """
     clouds = [value.flatten(0, -2) for value in (target, before, after)]
-    directions = gaussian_directions(target.shape[-1], DIRECTIONS, generator(0, "drift"), like=target)
-    rows = [np.sort((cloud @ directions).t().numpy(), axis=1) for cloud in clouds]
+    rows = _projections(clouds)
     distances = [np.abs(other - rows[0]).mean(axis=1) for other in rows[1:]]
     original = _moments(clouds[0])
     shifts = [_shift(original, cloud, float(far.mean())) for cloud, far in zip(clouds[1:], distances, strict=True)]
@@ -65,6 +64,18 @@ def outputs_of(target: Tensor, before: Tensor, after: Tensor) -> tuple[float, Sh
     chosen = [*range(SHOWN), int(distances[1].argmax())] if finite else []
     slices = tuple(_slice(index, [values[index] for values in rows], distances) for index in dict.fromkeys(chosen))
     return _short(float(original.energy.sum() / target.numel()) ** 0.5), shifts[0], shifts[1], slices
+
+
+def shift_of(target: Tensor, outputs: Tensor) -> Shift:
+    """How far ``outputs`` are from ``target``, both ``float32 [samples, tokens, dim]`` on the CPU."""
+    clouds = [value.flatten(0, -2) for value in (target, outputs)]
+    original, own = _projections(clouds)
+    return _shift(_moments(clouds[0]), clouds[1], float(np.abs(own - original).mean()))
+
+
+def final_codes(codes: Tensor, bits: int) -> FinalCodes:
+    """What codes ``uint8 [out, in]`` hold."""
+    return FinalCodes(_short(code_entropy(codes, bits)), _short(share_at_ends(codes, bits)))
 
 
 def codes_of(before: Mapping[str, QTensor | KTensor], after: Mapping[str, QTensor | KTensor]) -> dict[str, CodeUse]:
@@ -91,6 +102,12 @@ def _code_use(before: QTensor | KTensor, after: QTensor | KTensor) -> CodeUse:
         saturated_before=_short(share_at_ends(before.codes, bits)),
         saturated_after=_short(share_at_ends(after.codes, bits)),
     )
+
+
+def _projections(clouds: Sequence[Tensor]) -> list[Floats]:
+    """Each cloud ``[tokens, dim]`` along the fixed directions, sorted, ``[directions, tokens]``."""
+    directions = gaussian_directions(clouds[0].shape[-1], DIRECTIONS, generator(0, "drift"), like=clouds[0])
+    return [np.sort((cloud @ directions).t().numpy(), axis=1) for cloud in clouds]
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ from torch import Tensor
 from swquant.distributed.ranks import own_rows, own_turns, require_same
 from swquant.engine.block import Job, create_together, require_finite, split_held
 from swquant.engine.capture import capture
+from swquant.engine.final_drift import final_blocks
 from swquant.engine.head import Heads
 from swquant.engine.journal import TRAINED, Journal
 from swquant.engine.observer import Observer
@@ -89,7 +90,8 @@ def train_scales(
 
     def finish() -> None:
         observer.stage(f"End to end: held-out KL {report['before']:.4g} -> {report['after']:.4g}")
-        journal.finish_training(stage.model.final(), report)
+        blocks = final_blocks(job, journal, stage.model, arguments)
+        journal.finish_training(stage.model.final(), {**report, "blocks": [asdict(block) for block in blocks]})
 
     job.ranks.lead(finish)
 

@@ -110,7 +110,7 @@ class TrainedModel:
         }
         return block.floats() | moving
 
-    def _run(self, index: int, hidden: Tensor, precision: torch.dtype) -> Tensor:
+    def run(self, index: int, hidden: Tensor, precision: torch.dtype = torch.float32) -> Tensor:
         """Block number ``index`` on ``hidden [samples, tokens, dim]``."""
         block = self._job.skeleton.block(index)
         run = at_precision(partial(block.forward, kwargs=self._arguments[index]), precision)
@@ -124,7 +124,7 @@ class TrainedModel:
         """
         states, precision = [hidden], self._job.precision if keep else torch.float32
         for index in range(len(self.thetas)):
-            out = self._run(index, states[-1], precision)
+            out = self.run(index, states[-1], precision)
             states = [*states, out] if keep else [out]
         return states
 
@@ -138,7 +138,7 @@ class TrainedModel:
         for index in reversed(range(len(self.thetas))):
             hidden = states.pop().detach().requires_grad_()
             with torch.enable_grad():
-                out = self._run(index, hidden, self._job.precision)
+                out = self.run(index, hidden, self._job.precision)
             out.backward(slope)
             assert hidden.grad is not None
             slope = hidden.grad
@@ -158,6 +158,11 @@ class TrainedModel:
         return all(is_finite(stream[part]) for part in own)
 
     @torch.no_grad()
+    def codes(self, index: int) -> dict[str, Tensor]:
+        """The trained codes of a block, ``uint8 [out, in]`` by a weight's name; empty where weights are not trained."""
+        return _trained_codes(self.thetas[index], self._rescaled(index))
+
+    @torch.no_grad()
     def final(self) -> dict[str, Tensor]:
         """What has been learned, as :meth:`Journal.finish_training` takes it."""
         out: dict[str, Tensor] = {}
@@ -166,8 +171,8 @@ class TrainedModel:
             for name, quantized in block.quantized.items():
                 for part, value in quantized.scales.items():
                     out[f"{index}/{name}:{part}"] = stored_part(part, value)
-                if name + POSITION in theta:
-                    out[f"{index}/{name}:codes"] = pack(_codes(theta[name + POSITION], quantized), quantized.spec.bits)
+            for name, codes in _trained_codes(theta, block).items():
+                out[f"{index}/{name}:codes"] = pack(codes, block.quantized[name].spec.bits)
             out |= {f"{index}/{name}:plain": value for name, value in block.params.items() if name in theta}
         return {name: value.cpu().contiguous() for name, value in out.items()}
 
@@ -181,6 +186,14 @@ def _snapped_later(position: Tensor, quantized: QTensor | KTensor) -> Tensor:
 
     sources = (position, quantized.scale, quantized.zero)
     return defer(make, *sources, shape=position.shape, dtype=torch.float32)
+
+
+def _trained_codes(theta: Theta, block: Committed) -> dict[str, Tensor]:
+    return {
+        name: _codes(theta[name + POSITION], quantized)
+        for name, quantized in block.quantized.items()
+        if name + POSITION in theta
+    }
 
 
 def _codes(position: Tensor, quantized: QTensor | KTensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from swquant.report import BlockReport, Output, Quality, Report
+from swquant.report import BlockReport, Measured, Output, Quality, Report
 from swquant.units import size, span
 
 PATHS = ("calibration", "evaluation")
@@ -35,7 +35,7 @@ class Layer:
         bits_per_weight: Scales and zero points included.
         bytes: Of all.
         share: Of the bytes of all quantized weights.
-        entropy: Mean of the codes' entropies, in bits per code: rounded to the nearest, and as the blocks left them.
+        entropy: Mean of the codes' entropies, in bits per code: rounded to the nearest, and in the end.
         saturated: Mean share of codes at either end of the grid, likewise.
     """
 
@@ -91,9 +91,9 @@ def main_facts(report: Report) -> list[Fact]:
     ]
 
 
-def layers_of(blocks: Sequence[BlockReport]) -> list[Layer]:
+def layers_of(measured: Sequence[tuple[int, Measured]]) -> list[Layer]:
     """The quantized weights by kind, in the order of the block."""
-    uses = [block.measured.codes for block in blocks if block.measured is not None]
+    uses = [block.codes for _, block in measured]
     kinds = {name: [codes[name] for codes in uses if name in codes] for codes in uses for name in codes}
     total = sum(use.bits for same in kinds.values() for use in same) / 8
     return [

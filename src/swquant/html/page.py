@@ -22,7 +22,7 @@ from swquant.html.facts import (
 )
 from swquant.html.rendering import render
 from swquant.phases.base import PhaseReport
-from swquant.report import BlockReport, Measured, Report, Shift
+from swquant.report import BlockReport, FinalBlock, Measured, Report, Shift
 from swquant.units import size
 
 SHOWN_BLOCKS = 4
@@ -48,15 +48,16 @@ def report_page(report: Report) -> str:
         ValueError: The report is not one that swquant wrote.
     """
     blocks = report.block_reports
-    measured = [(index, block.measured) for index, block in enumerate(blocks) if block.measured is not None]
-    layers = layers_of(blocks)
+    measured, final = report.measured_blocks, report.final_blocks
+    layers = layers_of(measured)
     values = {
         "title": title_of(report),
         "grid": grid_of(report.recipe),
         "report": report,
         "facts": main_facts(report),
         "measured_on": measured_on(report),
-        "drifts": list(_drift_figures(blocks, measured)),
+        "drifts": list(_drift_figures(blocks, measured, final)),
+        "ended": bool(final),
         "curves": list(_curve_figures(report)),
         "trainings": _trainings(report),
         "distributions": [(index, list(_distributions(block))) for index, block in _shown(measured)],
@@ -72,7 +73,9 @@ def report_page(report: Report) -> str:
     return render("report.html.jinja", values)
 
 
-def _drift_figures(blocks: Sequence[BlockReport], measured: Sequence[tuple[int, Measured]]) -> Iterator[Figure]:
+def _drift_figures(
+    blocks: Sequence[BlockReport], measured: Sequence[tuple[int, Measured]], final: Sequence[FinalBlock]
+) -> Iterator[Figure]:
     """Everything that is known along the depth of the model."""
     if not measured:
         points = [(float(index), block.drift) for index, block in enumerate(blocks)]
@@ -82,17 +85,24 @@ def _drift_figures(blocks: Sequence[BlockReport], measured: Sequence[tuple[int, 
         )
         return
     for label, caption, value in SHIFTS:
-        yield Figure(_before_after(measured, label, value), caption)
+        yield Figure(_shift_chart(measured, final, label, value), caption)
     for label, caption, part in CODES:
         yield Figure(_code_chart(measured, label, part), caption)
 
 
-def _before_after(
-    measured: Sequence[tuple[int, Measured]], label: str, value: Callable[[Shift, Measured], float]
+def _shift_chart(
+    measured: Sequence[tuple[int, Measured]],
+    final: Sequence[FinalBlock],
+    label: str,
+    value: Callable[[Shift, Measured], float],
 ) -> Markup:
     before = [(float(index), value(block.before, block)) for index, block in measured]
     after = [(float(index), value(block.after, block)) for index, block in measured]
     lines = [Line("rounded to the nearest", before, "before"), Line("quantized", after, "after")]
+    if final:
+        known = dict(enumerate(final))
+        ends = [(float(index), value(known[index].shift, block)) for index, block in measured if index in known]
+        lines.append(Line("trained end to end", ends, "final"))
     return line_chart(lines, "block", label)
 
 

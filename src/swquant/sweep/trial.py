@@ -7,7 +7,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
@@ -21,7 +21,7 @@ from swquant.errors import SwquantError
 from swquant.output import REPORT
 from swquant.plan import versions
 from swquant.recipe import CHANNEL, Recipe
-from swquant.report import Report
+from swquant.report import Report, Shift
 from swquant.run import quantize
 from swquant.sweep.grid import Cell
 
@@ -179,19 +179,26 @@ def _found(report: Report) -> dict[str, Any]:
 
 
 def drift_of(report: Report) -> dict[str, float]:
-    """How far the trained blocks' outputs are off, each a mean over the blocks that were measured.
+    """How far the blocks' outputs are off, each a mean over the blocks that were measured.
 
     ``sum (q - r)**2 / sum r**2``; the sliced Wasserstein distance over the root of the mean square of ``r``; and
-    ``|var q - var r| / |var r|``, see :class:`swquant.report.Shift`.
+    ``|var q - var r| / |var r|``, see :class:`swquant.report.Shift`. ``block_*`` behind each block's own training,
+    ``final_*`` behind that of the whole model, where there was one.
     """
-    measured = [block.measured for block in report.block_reports if block.measured is not None]
-    if not measured:
+    measured = report.measured_blocks
+    trained = [(block.after, block.rms) for _, block in measured]
+    ends = dict(enumerate(report.final_blocks))
+    final = [(ends[index].shift, block.rms) for index, block in measured if index in ends]
+    return _means("block", trained) | _means("final", final)
+
+
+def _means(when: str, shifts: Sequence[tuple[Shift, float]]) -> dict[str, float]:
+    if not shifts:
         return {}
-    distances = [one.after.sliced_wasserstein / one.rms if one.rms else 0.0 for one in measured]
     return {
-        "block_relative_error": mean(one.after.relative_error for one in measured),
-        "block_sliced_wasserstein": mean(distances),
-        "block_variance_shift": mean(one.after.variance_shift for one in measured),
+        f"{when}_relative_error": mean(shift.relative_error for shift, _ in shifts),
+        f"{when}_sliced_wasserstein": mean(shift.sliced_wasserstein / rms if rms else 0.0 for shift, rms in shifts),
+        f"{when}_variance_shift": mean(shift.variance_shift for shift, _ in shifts),
     }
 
 
