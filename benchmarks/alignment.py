@@ -8,7 +8,8 @@ and the share recovered of what the method's own loss lost, paired by seed: (own
 95 % interval where there are two seeds or more. A row's own loss is the one with an empty `loss` and the same options.
 With `--over` methods are compared with that one, in place of losses with a method's own. With `--blocks` the line also
 says how far the blocks' outputs are off, in the mean over blocks: relative squared error, sliced Wasserstein distance
-over the root mean square of the outputs, and relative shift of the channels' variances, all in percent.
+over the root mean square of the outputs, and relative shift of the channels' variances, all in percent; behind an
+arrow, where the whole model was trained, what that left of it.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ class Setting(NamedTuple):
         return not self.loss
 
 
-BLOCKS = {"block_relative_error": "squared error", "block_sliced_wasserstein": "SW", "block_variance_shift": "variance"}
-"""Columns of a sweep's table on the blocks' outputs, and how they are headed here."""
+BLOCKS = {"relative_error": "squared error", "sliced_wasserstein": "SW", "variance_shift": "variance"}
+"""What a sweep's table has on the blocks' outputs, behind ``block_`` and ``final_``, and how it is headed here."""
 
 
 def table(rows: Sequence[Row], blocks: bool = False) -> Iterator[str]:
@@ -70,7 +71,7 @@ def table(rows: Sequence[Row], blocks: bool = False) -> Iterator[str]:
             pairs = [(own[seed], row) for seed, row in found.items() if seed in own and not setting.own]
             shares = [_recovered(pairs, metric) for metric in ("nats_lost", "kl")]
             values = (interval([float(row[name]) for row in found.values()], 4) for name in ("nats_lost", "kl"))
-            drift = (f"{100 * _mean(found, name):.2f}" for name in shown)
+            drift = (_drift(found, name) for name in shown)
             yield "| " + " | ".join((*group, _name(setting), *drift, *values, *shares, str(len(found)))) + " |"
 
 
@@ -114,6 +115,12 @@ def _name(setting: Setting) -> str:
 
 def _mean(found: dict[str, Row], metric: str) -> float:
     return statistics.mean(float(row[metric]) for row in found.values())
+
+
+def _drift(found: dict[str, Row], name: str) -> str:
+    columns = [f"{when}_{name}" for when in ("block", "final")]
+    known = [column for column in columns if all(row.get(column) for row in found.values())]
+    return " → ".join(f"{100 * _mean(found, column):.2f}" for column in known)
 
 
 def main() -> None:
