@@ -18,6 +18,7 @@ from swquant.checkpoint.rotation import Source
 from swquant.distributed.ranks import Alone, Ranks, on_any, own_rows, require_same
 from swquant.engine.drift import measure_block, measured_samples
 from swquant.engine.journal import STREAMS, Journal
+from swquant.engine.kept import kept_copy
 from swquant.engine.memory import device_peak_bytes, peak_bytes, release
 from swquant.engine.observer import Observer
 from swquant.engine.precision import at_precision
@@ -104,7 +105,7 @@ def quantize_block(job: Job, journal: Journal, kwargs: Mapping[str, Any], observ
             bound.advance(params, streams.quantized[: job.samples], streams.augmented[: job.samples])
     ranks.barrier()
 
-    problem = _problem(job, index, bound, params, streams, observer)
+    problem = _problem(job, index, bound, params, streams, observer, journal.kept_path(ranks.rank))
     weights = tuple(f"{linear}.weight" for linear in job.skeleton.family.linears)
     with named(f"in rounding block {index} to the nearest"):
         draft = open_draft(params, weights, job.spec, bound.block.stored_dtypes(job.checkpoint))
@@ -168,7 +169,13 @@ def _open_streams(job: Job, journal: Journal) -> _Streams:
 
 
 def _problem(
-    job: Job, index: int, bound: _Bound, params: Mapping[str, Tensor], streams: _Streams, observer: Observer
+    job: Job,
+    index: int,
+    bound: _Bound,
+    params: Mapping[str, Tensor],
+    streams: _Streams,
+    observer: Observer,
+    kept_path: Path,
 ) -> Problem:
     inputs = streams.quantized[: job.samples]
     train, held = split_held(job.samples)
@@ -188,6 +195,7 @@ def _problem(
         balance=job.balance.at(index, len(job.skeleton.blocks)),
         ranks=job.ranks,
         portion=Portion(job.micro_batch),
+        keep=partial(kept_copy, kept_path),
     )
 
 

@@ -18,8 +18,8 @@ ended: ``v`` begins within the cell of its code, as near as that allows to the o
 
 Codes stay packed on the disk. A step goes forward block by block and keeps the hidden states in front of each,
 ``[blocks, samples, tokens, dim]``; then backward block by block, running each again with a graph. So one block's
-weights exist at a time, and memory grows with the number of blocks by hidden states, by what is learned, its gradient,
-its best state and AdamW's moments alone: 20 bytes for a scale, and for a weight with ``weights``.
+weights exist at a time, and memory grows with the number of blocks by hidden states, by what is learned, its gradient
+and AdamW's moments alone: 16 bytes for a scale, and for a weight with ``weights``. The best state is on a mapped file.
 The blocks' matrix products are in the job's precision; heads and the held-out loss are in float32.
 """
 
@@ -43,6 +43,7 @@ from swquant.engine.capture import capture
 from swquant.engine.final_drift import final_blocks
 from swquant.engine.head import Heads
 from swquant.engine.journal import TRAINED, Journal
+from swquant.engine.kept import kept_copy
 from swquant.engine.observer import Observer
 from swquant.engine.trained_model import POSITION, TrainedModel
 from swquant.errors import SwquantError
@@ -50,7 +51,7 @@ from swquant.learnables.base import Theta
 from swquant.phases.base import PhaseReport
 from swquant.phases.optimizers import Optimizer, trainable
 from swquant.phases.portion import Portion, together
-from swquant.phases.rounds import Trail, keep_best, snapshot
+from swquant.phases.rounds import Trail, keep_best
 from swquant.phases.scale_training import ScaleTraining
 from swquant.seeds import generator
 
@@ -145,6 +146,9 @@ class _Stage:
     def begun(self) -> list[Theta]:
         return self.model.begun()
 
+    def copied(self) -> list[Theta]:
+        return kept_copy(self.journal.kept_path(self.job.ranks.rank), self.thetas)
+
     def open(self, rate: float) -> torch.optim.Optimizer:
         """Groups of the values in the order of :meth:`_named`, which saving relies on: runs of one kind."""
         values = ((key.endswith(POSITION), value) for key, value, _ in self._named(self.thetas))
@@ -235,7 +239,7 @@ class _Stage:
         """The trail and the optimizer that :meth:`_save` saved."""
         tensors, optimizer = self.journal.training_state(), self.open(stand["rate"])
         self.notes = list(stand["notes"])
-        best, state = snapshot(self.thetas), optimizer.state_dict()
+        best, state = self.copied(), optimizer.state_dict()
         for index, (key, value, kept) in enumerate(self._named(best)):
             value.copy_(tensors[f"{key}:last"])
             kept.copy_(tensors[f"{key}:best"])

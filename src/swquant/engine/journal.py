@@ -35,7 +35,7 @@ TRAINED = "trained"
 FINAL = "final.safetensors"
 _OURS = re.compile(
     r"(?:manifest|tokens|final|block-\d+|training-\d+)\.(?:safetensors|part)"
-    rf"|augmented\.stream|(?:{'|'.join((*STREAMS, TRAINED))})-\d+\.stream|output"
+    rf"|kept-\d+\.state|augmented\.stream|(?:{'|'.join((*STREAMS, TRAINED))})-\d+\.stream|output"
 )
 _PART_DTYPES = {"scale": torch.bfloat16, "d": torch.float16, "dmin": torch.float16}
 
@@ -77,6 +77,10 @@ class Journal:
     def stream_path(self, name: str, blocks_behind: int) -> Path:
         """File of the stream ``name`` in front of block number ``blocks_behind``."""
         return self.root / f"{name}-{blocks_behind:05d}.stream"
+
+    def kept_path(self, rank: int) -> Path:
+        """Where a rank has the copy of a state that it trains, for the moment in which that has a name."""
+        return self.root / f"kept-{rank}.state"
 
     def block_path(self, index: int) -> Path:
         """File of a finished block."""

@@ -21,7 +21,7 @@ from swquant.estimate.budget import (
     process_problems,
     shape_of,
 )
-from swquant.estimate.disk import disk_of, trained_bytes
+from swquant.estimate.disk import VALUES, disk_of, learned_bytes
 from swquant.estimate.memory import memory_of
 from swquant.estimate.timing import Time, time_of
 from swquant.plan import Plan, make_plan
@@ -88,7 +88,7 @@ def estimate(
     limit = kept.tensor_limit(plan.device, interpreter)
     portion, memory = fit(plan, limit, whole) if kept.given else (whole, memory_of(plan, shape))
     on_host = plan.device.type == "cpu"
-    saved = trained_bytes(plan) if plan.pipeline.finish is not None else 0
+    saved = VALUES * learned_bytes(plan) if plan.pipeline.finish is not None else 0
     host = interpreter + disk.streams + (memory.peak if on_host else saved)
     free = free_disk(Path(out))
     sizes = list(plan.outline.linears.values())

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from swquant.engine.streams import stream_bytes
 from swquant.formats.base import Format, packed_bytes
+from swquant.phases.train import Train
 from swquant.plan import Plan
 from swquant.quant.kgrids import SUPER
 from swquant.quant.spec import QuantSpec
@@ -13,13 +14,16 @@ from swquant.quant.spec import QuantSpec
 STREAMS_IN_A_BLOCK = 4
 """Both streams in front of a block and behind it."""
 
+VALUES = 4
+"""The journal has of all that is trained end to end, behind each epoch: the last value, the best, two moments."""
+
 
 @dataclass(frozen=True)
 class Disk:
     """Bytes that a run takes, at its largest.
 
     Attributes:
-        streams: Activations while blocks are worked on.
+        streams: Activations while blocks are worked on, and the best state of what is trained on one.
         journal: Finished blocks, packed.
         outputs: Weights of each format, by its name.
         peak: The most at any time, working directory and output together.
@@ -42,10 +46,10 @@ def disk_of(plan: Plan, shape: tuple[int, int, int]) -> Disk:
     """
     one = stream_bytes(shape)
     augmented = any(phase.augmented for phase in plan.pipeline.phases)
-    streams = (STREAMS_IN_A_BLOCK + augmented) * one
+    streams = (STREAMS_IN_A_BLOCK + augmented) * one + kept_bytes(plan)
     journal = journal_bytes(plan) + 8 * shape[0] * shape[1]
     outputs = {form.name: output_bytes(form, plan) for form in plan.formats}
-    training = 3 * one + 2 * trained_bytes(plan) if plan.pipeline.finish is not None else 0
+    training = 3 * one + (2 * VALUES + 1) * learned_bytes(plan) if plan.pipeline.finish is not None else 0
     peak = journal + max(streams, training, 2 * one + sum(outputs.values()))
     whole = (STREAMS_IN_A_BLOCK + 1) * one + (1 + len(outputs)) * plan.checkpoint.tensor_bytes
     return Disk(streams, journal, outputs, peak, max(peak, whole))
@@ -67,11 +71,18 @@ def block_weight_bytes(spec: QuantSpec, rows: int, columns: int) -> int:
     return codes + (halves + groups) * (1 if kind.symmetric else 2)
 
 
-def trained_bytes(plan: Plan) -> int:
-    """A state of the end-to-end training: of all that is learned two values and two moments in float32."""
+def kept_bytes(plan: Plan) -> int:
+    """At most what a copy of the state takes that a block's training may come back to: a float32 for each weight."""
+    keeps = any(isinstance(phase, Train) and phase.keep_best for phase in plan.pipeline.phases)
+    weights = sum(rows * columns for rows, columns in plan.outline.linears.values())
+    return keeps * 4 * weights // len(plan.skeleton.blocks)
+
+
+def learned_bytes(plan: Plan) -> int:
+    """All that the end-to-end training learns, in float32."""
     weights = plan.pipeline.finish is not None and plan.pipeline.finish.weights
     shapes = plan.outline.linears.values()
-    return 4 * 4 * sum(rows * (_scales(plan.spec, columns) + columns * weights) for rows, columns in shapes)
+    return 4 * sum(rows * (_scales(plan.spec, columns) + columns * weights) for rows, columns in shapes)
 
 
 def output_bytes(form: Format, plan: Plan) -> int:

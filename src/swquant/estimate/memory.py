@@ -11,6 +11,7 @@ import torch
 from swquant.checkpoint.rotation import RotatedCheckpoint
 from swquant.engine.block import split_held
 from swquant.engine.head import VOCABULARY_ROWS
+from swquant.engine.kept import MAPPED_FROM, is_mapped
 from swquant.estimate.live import Live, without_values
 from swquant.estimate.rig import Rig, arguments
 from swquant.phases.awq_clip import AwqClip
@@ -101,7 +102,7 @@ def _block(rig: Rig, live: Live, before: int, micro_batch: int | None) -> dict[s
 def _step(rig: Rig, phase: Phase, draft: Draft, micro_batch: int | None) -> Draft:
     """The draft behind a phase that was cut to one step, or to :data:`CANDIDATES`, which take turns in memory.
 
-    Where a phase keeps its best state, that of a round before is there beside the step.
+    Where a phase keeps its best state in memory, that of a round before is there beside the step.
     """
     if isinstance(phase, Gptq):
         return _gptq(draft)
@@ -115,6 +116,8 @@ def _step(rig: Rig, phase: Phase, draft: Draft, micro_batch: int | None) -> Draf
     batch, step = phase.batch_size, replace(phase, epochs=min(1, phase.epochs), steps=phase.steps and 1)
     problem = rig.problem(step, train[:batch], held[:batch], micro_batch=micro_batch)
     best = [part.init(draft, problem.facts) for part in phase.learnables] if phase.keep_best else []
+    if is_mapped(best):
+        best = []
     behind, _ = step.run(draft, problem)
     del best
     return behind
@@ -158,5 +161,6 @@ def _finish(rig: Rig, shape: tuple[int, int, int], live: Live, micro_batch: int 
     states = len(plan.skeleton.blocks) * samples * math.prod(shape[1:]) * 4
     shapes = plan.outline.linears.values()
     learned = sum(rows * (plan.spec.groups(columns) + columns * work.weights) for rows, columns in shapes)
+    kept = 4 * learned if 4 * learned < MAPPED_FROM else 0
     heads = head.nbytes + (4 * math.prod(head.shape) if isinstance(plan.checkpoint, RotatedCheckpoint) else 0)
-    return live.peak - before + states + LEARNED_BYTES * learned + heads + 4 * VOCABULARY_ROWS * head.shape[1]
+    return live.peak - before + states + LEARNED_BYTES * learned + kept + heads + 4 * VOCABULARY_ROWS * head.shape[1]

@@ -30,7 +30,7 @@ class EndToEnd:
         learning_rate: AdamW's at the beginning, for the logarithm of a scale's magnitude; ``None`` is 1e-2, on K grids,
             where 256 weights share what is trained, 3e-3.
         norms: Train the weights of the blocks' norms too.
-        weights: Train the codes too. It takes 20 bytes of the device's memory for each weight of the whole model.
+        weights: Train the codes too. It takes 16 bytes of the device's memory for each weight of the whole model.
         weight_rate: AdamW's at the beginning, for a weight in units of its scale; ``None`` is 1e-3, with ``weights``.
     """
 

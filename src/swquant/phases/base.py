@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from swquant.distributed.ranks import Alone, Ranks
-from swquant.learnables.base import BlockFacts
+from swquant.learnables.base import BlockFacts, Theta
 from swquant.losses.balancing import Balance
 from swquant.losses.base import Loss
 from swquant.phases.portion import Portion
+from swquant.phases.rounds import snapshot
 from swquant.quant.draft import Draft
 
 
@@ -39,6 +40,7 @@ class Problem:
         balance: How the terms of ``loss`` share the gradient in this block.
         ranks: The processes that work on the block together; ``inputs`` and targets are the same for all of them.
         portion: How much of a batch a rank takes at once.
+        keep: Copies a state that training may come back to, e.g. to where it takes no room on the device.
     """
 
     forward: Callable[[Mapping[str, Tensor], Tensor], Tensor]
@@ -56,6 +58,7 @@ class Problem:
     balance: Balance = field(default_factory=Balance)
     ranks: Ranks = field(default_factory=Alone)
     portion: Portion = field(default_factory=Portion)
+    keep: Callable[[list[Theta]], list[Theta]] = snapshot
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,10 @@ class Trainee(Protocol):
         """The state in the beginning, made anew."""
         ...
 
+    def copied(self) -> list[Theta]:
+        """A copy of the state."""
+        ...
+
     def open(self, rate: float) -> torch.optim.Optimizer:
         """A new optimizer of the state, with ``rate`` times the learning rates."""
         ...
@@ -84,16 +88,16 @@ class Trail:
         """Whether too many losses were not finite."""
         return len(self.events) > RETRIES
 
-    def note(self, epoch: int, trained: float, loss: float, thetas: list[Theta]) -> None:
+    def note(self, epoch: int, trained: float, loss: float, trainee: Trainee) -> None:
         """Take in the state behind a round, with the round's training loss and its own on the held-out samples."""
         self.curve.append(loss)
         self.training.append(trained)
         if loss < self.best_loss:
             self.best_loss, self.best_epoch = loss, epoch
             if self.best is None:
-                self.best = snapshot(thetas)
+                self.best = trainee.copied()
             else:
-                restore(self.best, thetas)
+                restore(self.best, trainee.thetas)
 
     def lost(self, epoch: int, before: float) -> None:
         """Take in a round whose loss was not finite: the rate halves, or the start is kept and the training ends."""
@@ -134,7 +138,7 @@ def keep_best(
         trained = run_round(trainee, optimizer, schedule, done, epochs, report)
         held = trainee.held_loss()
         if math.isfinite(trained) and math.isfinite(held):
-            trail.note(done + 1, trained, held, trainee.thetas)
+            trail.note(done + 1, trained, held, trainee)
         else:
             trail.lost(done + 1, before)
             _go_back(trainee, trail.best)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 WEIGHT_RATE = 1e-3
 
-LEARNED_BYTES = 5 * 4
-"""Of each value that is learned: itself, gradient, two moments and the best state, in float32."""
+LEARNED_BYTES = 4 * 4
+"""Of each value that is learned: itself, gradient and two moments, in float32; the best state is on a mapped file."""
 
 
 @dataclass(frozen=True)

@@ -291,6 +291,9 @@ class _Job:
     def begun(self) -> list[Theta]:
         return [learnable.init(self.draft, self.problem.facts) for learnable in self.phase.learnables]
 
+    def copied(self) -> list[Theta]:
+        return self.problem.keep(self.thetas)
+
     def _apply(self) -> Draft:
         draft = self.draft
         for learnable, theta in zip(self.phase.learnables, self.thetas, strict=True):
