@@ -48,6 +48,7 @@ USE = {
     **dict.fromkeys(("entropy_before", "entropy_after", "saturated_before", "saturated_after"), 0.1),
 }
 MEASURED = {"tokens": 9, "rms": 1.0, "before": SHIFT, "after": SHIFT, "slices": [], "codes": {"q": USE, "k": USE}}
+MOVED = {"shift": SHIFT, "codes": {"q": {"entropy": 1.9, "saturated": 0.1}}}
 SCALES = replace(make(blocks=[block() | {"measured": MEASURED}] * 3), finish=FINISH)
 
 CASES = {
@@ -55,8 +56,8 @@ CASES = {
     "end_to_end_missing": (make(), replace(make(), finish=FINISH), "+ end_to_end"),
     "codes_stayed": (
         SCALES,
-        replace(SCALES, recipe=SCALES.recipe | {"method": "block_ap + end_to_end(weights = True)"}),
-        "12.00 MB in all",
+        replace(SCALES, finish=FINISH | {"blocks": [MOVED] * 3}),
+        "9.60 MB in all",
     ),
     "asymmetric": (make(), make(symmetric=False), "--asymmetric"),
     "smaller_groups": (make(), make(group_size=32), "--group-size 32"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from itertools import pairwise
 from statistics import median
@@ -29,8 +28,6 @@ FEW_TOKENS = 4000
 
 FINER = {"channel": 128, 128: 64, 64: 32}
 """The next smaller group."""
-
-_WEIGHTS = re.compile(r"weights\s*=\s*True")
 
 Rule = Callable[[Report], str | None]
 
@@ -62,9 +59,8 @@ def end_to_end_missing(report: Report) -> str | None:
 
 def codes_stayed(report: Report) -> str | None:
     """Behind the scales, codes trained on the predictions recover more, where the memory is there."""
-    recipe = report.recipe
-    asked = recipe.get("options", {}).get("weights") or _WEIGHTS.search(str(recipe["method"]))
-    if report.finish is None or asked or int(recipe["bits"]) > 3 or "grid" in recipe or _lost(report) < LITTLE:
+    recipe, moved = report.recipe, any(block.codes for block in report.final_blocks)
+    if report.finish is None or moved or int(recipe["bits"]) > 3 or "grid" in recipe or _lost(report) < LITTLE:
         return None
     weights = sum(use.shape[0] * use.shape[1] for _, block in report.measured_blocks for use in block.codes.values())
     if not weights:
