@@ -9,7 +9,8 @@ and the share recovered of what the method's own loss lost, paired by seed: (own
 With `--over` methods are compared with that one, in place of losses with a method's own. With `--blocks` the line also
 says how far the blocks' outputs are off, in the mean over blocks: relative squared error, sliced Wasserstein distance
 over the root mean square of the outputs, and relative shift of the channels' variances, all in percent; behind an
-arrow, where the whole model was trained, what that left of it.
+arrow, where the whole model was trained, what that left of it. Below the table it says for each model, grid and method
+with five settings or more how KL goes with each of these numbers: Spearman's rank correlation over the settings' means.
 """
 
 from __future__ import annotations
@@ -23,9 +24,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from scipy.stats import t
+from scipy.stats import spearmanr, t
 
 Row = dict[str, str]
+
+SETTINGS = 5
+"""Least number of settings over which a correlation is shown."""
 
 OPTIONS = re.compile(r"\(([^()]*)\)")
 """What stands in the parentheses behind a method's name."""
@@ -62,10 +66,7 @@ def table(rows: Sequence[Row], blocks: bool = False) -> Iterator[str]:
     heads = [*(f"{BLOCKS[name]} (%)" for name in shown), *quality]
     yield "| model | grid | method | loss | " + " | ".join(heads) + " |"
     yield "|---|---|---|---|" + "---:|" * len(heads)
-    groups: dict[Group, dict[Setting, dict[str, Row]]] = {}
-    for row in rows:
-        groups.setdefault(_group(row), {}).setdefault(_setting(row), {})[row["seed"]] = row
-    for group, settings in groups.items():
+    for group, settings in _grouped(rows).items():
         for setting, found in sorted(settings.items(), key=lambda item: _mean(item[1], "nats_lost")):
             own = settings.get(Setting("", setting.options), {})
             pairs = [(own[seed], row) for seed, row in found.items() if seed in own and not setting.own]
@@ -73,6 +74,22 @@ def table(rows: Sequence[Row], blocks: bool = False) -> Iterator[str]:
             values = (interval([float(row[name]) for row in found.values()], 4) for name in ("nats_lost", "kl"))
             drift = (_drift(found, name) for name in shown)
             yield "| " + " | ".join((*group, _name(setting), *drift, *values, *shares, str(len(found)))) + " |"
+
+
+def correlations(rows: Sequence[Row]) -> Iterator[str]:
+    """How KL goes with the blocks' numbers, a line for each group of :data:`SETTINGS` settings or more."""
+    for group, settings in _grouped(rows).items():
+        known = [found for found in settings.values() if all(row.get("block_relative_error") for row in found.values())]
+        if len(known) < SETTINGS:
+            continue
+        divergence = [_mean(found, "kl") for found in known]
+        said = (
+            f"{head} {spearmanr([_mean(found, f'block_{name}') for found in known], divergence).statistic:.2f}"
+            for name, head in BLOCKS.items()
+        )
+        yield f"{group.model}, {group.grid}, {group.method}: rank correlation of KL over {len(known)} settings: " + (
+            ", ".join(said)
+        )
 
 
 def interval(values: Sequence[float], digits: int) -> str:
@@ -96,6 +113,13 @@ def over(rows: Sequence[Row], method: str) -> list[Row]:
     return [row | {"method": "", "loss": "" if name == own else name} for row, name in zip(rows, named, strict=True)]
 
 
+def _grouped(rows: Sequence[Row]) -> dict[Group, dict[Setting, dict[str, Row]]]:
+    groups: dict[Group, dict[Setting, dict[str, Row]]] = {}
+    for row in rows:
+        groups.setdefault(_group(row), {}).setdefault(_setting(row), {})[row["seed"]] = row
+    return groups
+
+
 def _group(row: Row) -> Group:
     groups = f"g{row['group_size']}" if row["group_size"].isdigit() else "per channel"
     model = Path(row["model"])
@@ -104,9 +128,13 @@ def _group(row: Row) -> Group:
 
 
 def _setting(row: Row) -> Setting:
-    balance = row.get("balance", "")
-    loss = row["loss"] if balance in ("", "fixed") or not row["loss"] else f"{row['loss']}, by {balance}"
-    return Setting(loss, "; ".join(OPTIONS.findall(row["method"])))
+    said = [row["loss"]]
+    if row["loss"]:
+        balance, schedule, depth = (row.get(name, "") for name in ("balance", "loss_schedule", "loss_depth"))
+        said += [f"by {balance}"] if balance not in ("", "fixed") else []
+        said += [f"{schedule} over steps"] if schedule not in ("", "constant") else []
+        said += [f"{depth} over depth"] if depth not in ("", "constant") else []
+    return Setting(", ".join(said), "; ".join(OPTIONS.findall(row["method"])))
 
 
 def _name(setting: Setting) -> str:
@@ -133,7 +161,10 @@ def main() -> None:
     for path in args.tables:
         with path.open(newline="") as file:
             rows += [row for row in csv.DictReader(file) if row["status"] == "done"]
-    print("\n".join(table(rows if args.over is None else over(rows, args.over), args.blocks)))
+    rows = rows if args.over is None else over(rows, args.over)
+    print("\n".join(table(rows, args.blocks)))
+    if args.blocks:
+        print("\n".join(("", *correlations(rows))))
 
 
 if __name__ == "__main__":
