@@ -10,7 +10,8 @@ With `--over` methods are compared with that one, in place of losses with a meth
 says how far the blocks' outputs are off, in the mean over blocks: relative squared error, sliced Wasserstein distance
 over the root mean square of the outputs, and relative shift of the channels' variances, all in percent; behind an
 arrow, where the whole model was trained, what that left of it. Below the table it says for each model, grid and method
-with five settings or more how KL goes with each of these numbers: Spearman's rank correlation over the settings' means.
+with five settings or more, none of them trained as a whole, how KL goes with each of these numbers: Spearman's rank
+correlation over the settings' means.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def table(rows: Sequence[Row], blocks: bool = False) -> Iterator[str]:
 def correlations(rows: Sequence[Row]) -> Iterator[str]:
     """How KL goes with the blocks' numbers, a line for each group of :data:`SETTINGS` settings or more."""
     for group, settings in _grouped(rows).items():
-        known = [found for found in settings.values() if all(row.get("block_relative_error") for row in found.values())]
+        known = [found for found in settings.values() if all(map(_of_blocks, found.values()))]
         if len(known) < SETTINGS:
             continue
         divergence = [_mean(found, "kl") for found in known]
@@ -111,6 +112,10 @@ def over(rows: Sequence[Row], method: str) -> list[Row]:
     named = [f"{row['method']}, {row['loss'] or 'own loss'}" for row in rows]
     own = f"{method}, own loss"
     return [row | {"method": "", "loss": "" if name == own else name} for row, name in zip(rows, named, strict=True)]
+
+
+def _of_blocks(row: Row) -> bool:
+    return bool(row.get("block_relative_error")) and not row.get("final_relative_error")
 
 
 def _grouped(rows: Sequence[Row]) -> dict[Group, dict[Setting, dict[str, Row]]]:

@@ -292,14 +292,15 @@ class Report:
 
     @cached_property
     def measured_blocks(self) -> tuple[tuple[int, Measured], ...]:
-        """The number of each block that was measured, and what was found, the use of codes as the whole run left it."""
-        found = [(index, block.measured) for index, block in enumerate(self.block_reports)]
-        final = dict(enumerate(self.final_blocks))
-        return tuple(
-            (index, _with_codes(measured, final[index].codes) if index in final else measured)
-            for index, measured in found
-            if measured is not None
-        )
+        """The number of each block that was measured, and what was found."""
+        found = ((index, block.measured) for index, block in enumerate(self.block_reports))
+        return tuple((index, measured) for index, measured in found if measured is not None)
+
+    @cached_property
+    def code_uses(self) -> tuple[Mapping[str, CodeUse], ...]:
+        """For each block that was measured how its weights use their codes, as they were written."""
+        final = {index: block.codes for index, block in enumerate(self.final_blocks)}
+        return tuple(_as_written(measured.codes, final.get(index, {})) for index, measured in self.measured_blocks)
 
     @property
     def events(self) -> list[str]:
@@ -313,14 +314,13 @@ class Report:
         return found + [f"end to end: {event}" for event in (self.finish or {"events": []})["events"]]
 
 
-def _with_codes(measured: Measured, final: Mapping[str, FinalCodes]) -> Measured:
-    codes = {
+def _as_written(codes: Mapping[str, CodeUse], final: Mapping[str, FinalCodes]) -> dict[str, CodeUse]:
+    return {
         name: replace(use, entropy_after=final[name].entropy, saturated_after=final[name].saturated)
         if name in final
         else use
-        for name, use in measured.codes.items()
+        for name, use in codes.items()
     }
-    return replace(measured, codes=codes)
 
 
 _REPORT = TypeAdapter(Report)

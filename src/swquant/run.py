@@ -171,7 +171,7 @@ def _make_ready(
             journal.verify()
         else:
             with named("in making the samples and their way to the first block"):
-                _start(plan, journal, out, watching)
+                _start(plan, journal, out, watching, ranks)
     return portion
 
 
@@ -227,9 +227,9 @@ def _finished(out: Path, key: Mapping[str, Any]) -> Report | None:
     return report if report.key == key else None
 
 
-def _start(plan: Plan, journal: Journal, out: Path, watching: Observer) -> None:
+def _start(plan: Plan, journal: Journal, out: Path, watching: Observer, ranks: int) -> None:
     """Make the samples and both streams in front of block 0, if the disk and the weights allow for a run."""
-    require_disk(out, disk_of(plan, shape_of(plan)).asked)
+    require_disk(out, disk_of(plan, shape_of(plan), ranks).asked)
     plan.checkpoint.sidecars()
     plan.checkpoint.require_finite(f"{linear}.weight" for linear in plan.outline.linears)
     calibration, evaluation = _samples(plan, watching)

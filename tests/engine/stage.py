@@ -22,7 +22,7 @@ def behind_the_last_block(
     root.mkdir()
     plan = make_plan(recipe, source)
     journal, job = open_journal(root, plan.key()), plan.job()
-    _start(plan, journal, root, Silent())
+    _start(plan, journal, root, Silent(), 1)
     arguments = capture(plan.skeleton, plan.checkpoint, journal.tokens()["tokens"][:1])
     for index in range(len(plan.skeleton.blocks)):
         quantize_block(job, journal, arguments[index], Silent())

@@ -106,16 +106,17 @@ def test_the_use_of_codes_is_that_of_the_written_ones(llama: Path, recipe: Recip
     report = quantize(replace(recipe, method=method), llama, tmp_path / "out")
     parts = {name: value for part in read_quantized(tmp_path / "out")[1].parts() for name, value in part.items()}
     left = 0
-    for index, measured in report.measured_blocks:
-        own = report.block_reports[index].measured
-        assert own is not None
-        for name, use in measured.codes.items():
+    for (index, own), uses in zip(report.measured_blocks, report.code_uses, strict=True):
+        assert uses.keys() == own.codes.keys()
+        for name, use in uses.items():
             codes = parts[f"model.layers.{index}.{name}.weight"].codes
             assert use.entropy_after == pytest.approx(code_entropy(codes, 2), rel=1e-5)
             assert use.saturated_after == pytest.approx(share_at_ends(codes, 2), rel=1e-5)
             assert use.entropy_before == own.codes[name].entropy_before
             left += use.entropy_after != own.codes[name].entropy_after
     assert left > 0
+    page = report_page(report)
+    assert page.count('class="line final"') == 6 + 2 + 1, "charts of shifts and of codes, and the key"
 
 
 def test_pages_and_tables_show_it_and_older_reports_do_without(llama: Path, recipe: Recipe, tmp_path: Path) -> None:
@@ -130,7 +131,7 @@ def test_pages_and_tables_show_it_and_older_reports_do_without(llama: Path, reci
     old = Report.from_json(json.dumps(values))
     assert old.final_blocks == ()
     assert drift_of(old) == {key: value for key, value in drift_of(report).items() if key.startswith("block_")}
-    assert old.measured_blocks == report.measured_blocks
+    assert old.code_uses == report.code_uses == tuple(measured.codes for _, measured in report.measured_blocks)
     assert 'class="line final"' not in report_page(old)
     assert "before the end-to-end training" in report_page(old)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -47,10 +48,10 @@ def test_a_copy_is_equal_and_lives_on_its_own(tmp_path: Path, elements: int) -> 
 def test_a_disk_that_is_full_is_an_error_and_leaves_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(path: Path, size: int) -> None:
-        raise OSError(28, "No space left on device", str(path))
+    def full(descriptor: int, start: int, size: int) -> None:
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(kept, "allocate", full)
+    monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(OSError, match="No space left"):
         kept_copy(tmp_path / "kept-0.state", state(MAPPED_FROM // 4 + 1024))
     assert list(tmp_path.iterdir()) == []

@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from swquant.cli import app
+from swquant.engine import kept
 from swquant.errors import SwquantError
 from swquant.estimate import estimate
 from swquant.estimate.budget import Budget, portion_within, shape_of
@@ -52,12 +53,19 @@ def test_a_budget_that_no_portion_keeps_is_refused_with_flags_that_help(plan: Pl
         portion_within(plan, Budget(host=needed(plan, 1) - 1), 1)
 
 
-def test_weights_end_to_end_that_do_not_fit_are_to_be_left_out(plan: Plan, llama: Path, text: Path) -> None:
+@pytest.mark.parametrize(("mapped_from", "each"), [(kept.MAPPED_FROM, 20), (1 << 15, 16)])
+def test_weights_end_to_end_that_do_not_fit_are_to_be_left_out(
+    plan: Plan, llama: Path, text: Path, monkeypatch: pytest.MonkeyPatch, mapped_from: int, each: int
+) -> None:
+    """The best state counts where it is small, as that of the scales alone is."""
+    monkeypatch.setattr(kept, "MAPPED_FROM", mapped_from)
     method = "rtn + end_to_end(epochs=1, weights=True)"
     large = make_plan(replace(plan.recipe, method=method, calibration=str(text)), llama)
     weights = sum(rows * columns for rows, columns in large.outline.linears.values())
     scales = make_plan(replace(large.recipe, method="rtn + end_to_end(epochs=1)"), llama)
-    assert needed(large, 1) == needed(scales, 1) + 20 * weights
+    groups = sum(rows * large.spec.groups(columns) for rows, columns in large.outline.linears.values())
+    assert 4 * groups < mapped_from <= kept.MAPPED_FROM
+    assert needed(large, 1) == needed(scales, 1) + each * weights - (20 - each) * groups
     with pytest.raises(SwquantError, match=r"holds the whole model.*leave weights out"):
         portion_within(large, Budget(host=needed(large, 1) - 1), 1)
 

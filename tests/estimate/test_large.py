@@ -49,6 +49,13 @@ def test_a_block_of_70b_with_its_state_and_batch_fits_in_24_gb(large: Path, text
     assert not [problem for problem in found.problems if "memory" in problem]
 
 
+def test_the_recipe_for_two_bits_fits_in_24_gib_at_70b(large: Path, text: Path) -> None:
+    values = {"group_size": 128, "samples": 128, "seq_len": 2048, "evaluation_samples": 0, "device": "cpu"}
+    found = look(large, Budget(device=24 * GIB, host=64 * GIB), text, Recipe.load("w2g128").override(values))
+    assert 20e9 < found.device < 24e9
+    assert not [problem for problem in found.problems if "memory" in problem]
+
+
 def test_what_does_not_fit_is_said_with_what_would(large: Path, text: Path) -> None:
     found = look(large, Budget(device=4 * GIB, host=64 * GIB), text)
     (problem,) = [problem for problem in found.problems if "memory" in problem]

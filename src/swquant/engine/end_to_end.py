@@ -19,7 +19,8 @@ ended: ``v`` begins within the cell of its code, as near as that allows to the o
 Codes stay packed on the disk. A step goes forward block by block and keeps the hidden states in front of each,
 ``[blocks, samples, tokens, dim]``; then backward block by block, running each again with a graph. So one block's
 weights exist at a time, and memory grows with the number of blocks by hidden states, by what is learned, its gradient
-and AdamW's moments alone: 16 bytes for a scale, and for a weight with ``weights``. The best state is on a mapped file.
+and AdamW's moments alone: 16 bytes for a scale, and for a weight with ``weights``. A large best
+state is on a mapped file.
 The blocks' matrix products are in the job's precision; heads and the held-out loss are in float32.
 """
 
@@ -143,7 +144,7 @@ class _Stage:
         report = PhaseReport(NAME, before, trail.best_loss, curve, trail.best_epoch, events, training)
         return {**asdict(report), "seconds": round(spent + time.monotonic() - began, 3)}
 
-    def begun(self) -> list[Theta]:
+    def begun(self) -> Iterator[Theta]:
         return self.model.begun()
 
     def copied(self) -> list[Theta]:
@@ -223,8 +224,8 @@ class _Stage:
     def _write(self, trail: Trail, optimizer: torch.optim.Optimizer, facts: Mapping[str, Any]) -> None:
         tensors: dict[str, Tensor] = {}
         moments = optimizer.state_dict()["state"]
-        for index, (key, value, best) in enumerate(self._named(trail.best or self.begun())):
-            tensors |= {f"{key}:last": value, f"{key}:best": best}
+        for index, (key, value, best) in enumerate(self._named(trail.best or self.thetas)):
+            tensors |= {f"{key}:last": value} | ({f"{key}:best": best} if trail.best else {})
             tensors |= {f"{key}:{part}": moment for part, moment in moments.get(index, {}).items()}
         tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
         stand = {"curve": trail.curve, "training": trail.training, "events": trail.events, "notes": self.notes}
@@ -239,10 +240,12 @@ class _Stage:
         """The trail and the optimizer that :meth:`_save` saved."""
         tensors, optimizer = self.journal.training_state(), self.open(stand["rate"])
         self.notes = list(stand["notes"])
-        best, state = self.copied(), optimizer.state_dict()
-        for index, (key, value, kept) in enumerate(self._named(best)):
+        best = self.copied() if stand["best_epoch"] else None
+        state = optimizer.state_dict()
+        for index, (key, value, kept) in enumerate(self._named(best or self.thetas)):
+            if best is not None:
+                kept.copy_(tensors[f"{key}:best"])
             value.copy_(tensors[f"{key}:last"])
-            kept.copy_(tensors[f"{key}:best"])
             moments = {part: tensors[f"{key}:{part}"].clone() for part in MOMENTS if f"{key}:{part}" in tensors}
             if moments:
                 state["state"][index] = moments

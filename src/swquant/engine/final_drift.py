@@ -40,6 +40,7 @@ def final_blocks(
         block = job.skeleton.block(index)
         params = {name: value.to(job.device) for name, value in block.load(job.checkpoint).items()}
         reference = block.forward(in_float(params), reference, arguments[index])
+        del params
         quantized = model.run(index, quantized)
         codes = {
             name.removesuffix(".weight"): final_codes(values, job.spec.bits)

@@ -1,4 +1,4 @@
-"""Copies of what is trained, off the device and out of the process's own memory."""
+"""Copies of what is trained: large ones off the device and out of the process's own memory."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ MAPPED_FROM = 1 << 24
 """Bytes of a state from which on its copy goes to the disk."""
 
 ALIGNED = 64
+"""Bytes at whose multiples each value begins."""
 
 
 def kept_copy(path: Path, thetas: list[Theta]) -> list[Theta]:
@@ -32,16 +33,23 @@ def kept_copy(path: Path, thetas: list[Theta]) -> list[Theta]:
     if not is_mapped(thetas):
         return snapshot(thetas)
     sizes = [-(-value.nbytes // ALIGNED) * ALIGNED for theta in thetas for value in theta.values()]
-    allocate(path, sum(sizes))
-    flat: Tensor = torch.from_file(str(path), shared=True, size=sum(sizes), dtype=torch.uint8)  # pyright: ignore[reportUnknownMemberType]
-    path.unlink()
+    try:
+        allocate(path, sum(sizes))
+        flat: Tensor = torch.from_file(str(path), shared=True, size=sum(sizes), dtype=torch.uint8)  # pyright: ignore[reportUnknownMemberType]
+    finally:
+        path.unlink(missing_ok=True)
     rooms = iter(flat.split(sizes))
     return [{key: _copied(value.detach(), next(rooms)) for key, value in theta.items()} for theta in thetas]
 
 
 def is_mapped(thetas: list[Theta]) -> bool:
     """Whether the copy of a state goes to the disk."""
-    return sum(value.nbytes for theta in thetas for value in theta.values()) >= MAPPED_FROM
+    return is_large(sum(value.nbytes for theta in thetas for value in theta.values()))
+
+
+def is_large(size: int) -> bool:
+    """Whether the copy of a state of so many bytes goes to the disk."""
+    return size >= MAPPED_FROM
 
 
 def _copied(value: Tensor, room: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -49,12 +49,11 @@ class TrainedModel:
             for value in theta.values():
                 value.requires_grad_()
 
-    def begun(self) -> list[Theta]:
-        """The state in the beginning, made anew: every factor 1, every code as the blocks left it."""
-        return [
-            {key: torch.zeros_like(value) for key, value in theta.items()} | self._positions(index)
-            for index, theta in enumerate(self.thetas)
-        ]
+    def begun(self) -> Iterator[Theta]:
+        """The state in the beginning, made anew block by block: every factor 1, every code as the blocks left it."""
+        for index, theta in enumerate(self.thetas):
+            gains = {key: torch.zeros_like(value) for key, value in theta.items() if not key.endswith(POSITION)}
+            yield gains | self._positions(index)
 
     def _gains(self, index: int) -> Theta:
         block = self._journal.block(index, self._job.spec)
@@ -160,6 +159,8 @@ class TrainedModel:
     @torch.no_grad()
     def codes(self, index: int) -> dict[str, Tensor]:
         """The trained codes of a block, ``uint8 [out, in]`` by a weight's name; empty where weights are not trained."""
+        if not self._work.weights:
+            return {}
         return _trained_codes(self.thetas[index], self._rescaled(index))
 
     @torch.no_grad()

@@ -14,6 +14,9 @@ from swquant.quant.spec import QuantSpec
 STREAMS_IN_A_BLOCK = 4
 """Both streams in front of a block and behind it."""
 
+GROUP_VALUES = 4
+"""For each group that trains: the present ratio and zero point, and where both began."""
+
 VALUES = 4
 """The journal has of all that is trained end to end, behind each epoch: the last value, the best, two moments."""
 
@@ -23,7 +26,7 @@ class Disk:
     """Bytes that a run takes, at its largest.
 
     Attributes:
-        streams: Activations while blocks are worked on, and the best state of what is trained on one.
+        streams: Files that are mapped: activations and the best state of what is trained, on a block or end to end.
         journal: Finished blocks, packed.
         outputs: Weights of each format, by its name.
         peak: The most at any time, working directory and output together.
@@ -37,22 +40,24 @@ class Disk:
     asked: int
 
 
-def disk_of(plan: Plan, shape: tuple[int, int, int]) -> Disk:
+def disk_of(plan: Plan, shape: tuple[int, int, int], ranks: int = 1) -> Disk:
     """The disk that a run takes.
 
     Args:
         plan: The run.
         shape: Of its streams, ``(samples, tokens, dim)``.
+        ranks: Processes that share it, each of which keeps a best state of its own.
     """
     one = stream_bytes(shape)
     augmented = any(phase.augmented for phase in plan.pipeline.phases)
-    streams = (STREAMS_IN_A_BLOCK + augmented) * one + kept_bytes(plan)
+    block = (STREAMS_IN_A_BLOCK + augmented) * one + ranks * kept_bytes(plan)
     journal = journal_bytes(plan) + 8 * shape[0] * shape[1]
     outputs = {form.name: output_bytes(form, plan) for form in plan.formats}
-    training = 3 * one + (2 * VALUES + 1) * learned_bytes(plan) if plan.pipeline.finish is not None else 0
-    peak = journal + max(streams, training, 2 * one + sum(outputs.values()))
+    learned = learned_bytes(plan)
+    training = 3 * one + ranks * learned if learned else 0
+    peak = journal + max(block, training + 2 * VALUES * learned, 2 * one + sum(outputs.values()))
     whole = (STREAMS_IN_A_BLOCK + 1) * one + (1 + len(outputs)) * plan.checkpoint.tensor_bytes
-    return Disk(streams, journal, outputs, peak, max(peak, whole))
+    return Disk(max(block, training), journal, outputs, peak, max(peak, whole))
 
 
 def journal_bytes(plan: Plan) -> int:
@@ -72,16 +77,23 @@ def block_weight_bytes(spec: QuantSpec, rows: int, columns: int) -> int:
 
 
 def kept_bytes(plan: Plan) -> int:
-    """At most what a copy of the state takes that a block's training may come back to: a float32 for each weight."""
-    keeps = any(isinstance(phase, Train) and phase.keep_best for phase in plan.pipeline.phases)
-    weights = sum(rows * columns for rows, columns in plan.outline.linears.values())
-    return keeps * 4 * weights // len(plan.skeleton.blocks)
+    """About what the copy takes that a block's training may come back to: a float32 for each weight, some for a group.
+
+    States without a value for each weight are small, and their copies in memory.
+    """
+    keeps = (phase for phase in plan.pipeline.phases if isinstance(phase, Train) and phase.keep_best)
+    if not any({"weights", "rounding"} & part.writes for phase in keeps for part in phase.learnables):
+        return 0
+    shapes = plan.outline.linears.values()
+    values = sum(rows * (columns + GROUP_VALUES * plan.spec.groups(columns)) for rows, columns in shapes)
+    return 4 * values // len(plan.skeleton.blocks)
 
 
 def learned_bytes(plan: Plan) -> int:
-    """All that the end-to-end training learns, in float32."""
-    weights = plan.pipeline.finish is not None and plan.pipeline.finish.weights
-    shapes = plan.outline.linears.values()
+    """All that the end-to-end training learns, in float32; 0 without one."""
+    if plan.pipeline.finish is None:
+        return 0
+    weights, shapes = plan.pipeline.finish.weights, plan.outline.linears.values()
     return 4 * sum(rows * (_scales(plan.spec, columns) + columns * weights) for rows, columns in shapes)
 
 

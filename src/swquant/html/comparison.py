@@ -117,10 +117,15 @@ def _figures(runs: Sequence[Run]) -> list[Figure]:
 MEASURES: tuple[tuple[str, str, Callable[[Measured], float]], ...] = (
     (
         "sliced Wasserstein distance",
-        "Between the distributions of the quantized and the original block's outputs, over their root mean square.",
+        "Between the distributions of the quantized and the original block's outputs, over their root mean square; "
+        "before any training of the whole model.",
         lambda block: block.after.sliced_wasserstein / (block.rms or 1.0),
     ),
-    ("variance shift", "Of the channels' variances, over the original's.", lambda block: block.after.variance_shift),
+    (
+        "variance shift",
+        "Of the channels' variances, over the original's; likewise.",
+        lambda block: block.after.variance_shift,
+    ),
 )
 
 

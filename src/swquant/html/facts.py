@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from swquant.report import BlockReport, Measured, Output, Quality, Report
+from swquant.report import BlockReport, CodeUse, Output, Quality, Report
 from swquant.units import size, span
 
 PATHS = ("calibration", "evaluation")
@@ -91,9 +91,8 @@ def main_facts(report: Report) -> list[Fact]:
     ]
 
 
-def layers_of(measured: Sequence[tuple[int, Measured]]) -> list[Layer]:
-    """The quantized weights by kind, in the order of the block."""
-    uses = [block.codes for _, block in measured]
+def layers_of(uses: Sequence[Mapping[str, CodeUse]]) -> list[Layer]:
+    """The quantized weights by kind, in the order of the block, from each block's."""
     kinds = {name: [codes[name] for codes in uses if name in codes] for codes in uses for name in codes}
     total = sum(use.bits for same in kinds.values() for use in same) / 8
     return [

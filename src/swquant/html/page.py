@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
@@ -22,7 +22,7 @@ from swquant.html.facts import (
 )
 from swquant.html.rendering import render
 from swquant.phases.base import PhaseReport
-from swquant.report import BlockReport, FinalBlock, Measured, Report, Shift
+from swquant.report import BlockReport, CodeUse, FinalBlock, FinalCodes, Measured, Report, Shift
 from swquant.units import size
 
 SHOWN_BLOCKS = 4
@@ -49,7 +49,7 @@ def report_page(report: Report) -> str:
     """
     blocks = report.block_reports
     measured, final = report.measured_blocks, report.final_blocks
-    layers = layers_of(measured)
+    layers = layers_of(report.code_uses)
     values = {
         "title": title_of(report),
         "grid": grid_of(report.recipe),
@@ -87,7 +87,7 @@ def _drift_figures(
     for label, caption, value in SHIFTS:
         yield Figure(_shift_chart(measured, final, label, value), caption)
     for label, caption, part in CODES:
-        yield Figure(_code_chart(measured, label, part), caption)
+        yield Figure(_code_chart(measured, final, label, part), caption)
 
 
 def _shift_chart(
@@ -106,19 +106,26 @@ def _shift_chart(
     return line_chart(lines, "block", label)
 
 
-def _code_chart(measured: Sequence[tuple[int, Measured]], label: str, part: str) -> Markup:
+def _code_chart(measured: Sequence[tuple[int, Measured]], final: Sequence[FinalBlock], label: str, part: str) -> Markup:
     lines = [
-        Line(name, [(float(index), _weighted(block, f"{part}_{when}")) for index, block in measured], when)
+        Line(name, [(float(index), _weighted(block, block.codes, f"{part}_{when}")) for index, block in measured], when)
         for name, when in (("rounded to the nearest", "before"), ("quantized", "after"))
     ]
-    return line_chart(lines, "block", label, zero=False)
+    known = {index: block.codes for index, block in enumerate(final) if block.codes}
+    ends = [(float(index), _weighted(block, known[index], part)) for index, block in measured if index in known]
+    return line_chart(
+        [*lines, *([Line("trained end to end", ends, "final")] if ends else [])], "block", label, zero=False
+    )
 
 
-def _weighted(block: Measured, attribute: str) -> float:
-    """A number of a block's codes, averaged over its weights."""
-    sizes = [use.shape[0] * use.shape[1] for use in block.codes.values()]
-    values = [float(vars(use)[attribute]) for use in block.codes.values()]
-    return sum(count * value for count, value in zip(sizes, values, strict=True)) / max(1, sum(sizes))
+def _weighted(block: Measured, codes: Mapping[str, CodeUse | FinalCodes], attribute: str) -> float:
+    """A number of ``codes``, averaged over those weights of the block that have it."""
+    known = [
+        (use.shape[0] * use.shape[1], vars(codes[name])[attribute])
+        for name, use in block.codes.items()
+        if name in codes
+    ]
+    return sum(count * float(value) for count, value in known) / max(1, sum(count for count, _ in known))
 
 
 def _rms(value: float, block: Measured) -> float:

@@ -31,7 +31,9 @@ class PooledSliced:
     errs nowhere would have a gradient of the size of the sampling noise. What is kept of earlier steps is as old as
     they are: with a learning rate that moves outputs much within ``past`` steps, ranks are those of another block.
 
-    It keeps ``2 * past`` times the outputs of a batch in float32, which a plan does not count.
+    It keeps ``2 * past`` times the outputs of a batch in float32, and as much again is put together in a step (twice
+    that in another scale than ``none``); where states are compared there is a second past. A plan counts none of it.
+    What was kept is let go of where a training goes back to an earlier state.
 
     Attributes:
         past: Batches that are kept.
@@ -65,6 +67,6 @@ class PooledSliced:
             ours, theirs = (torch.cat(clouds) for clouds in zip(now, *past, strict=True))
             pred_points, target_points = scaled(ours, theirs, self.scale)
             directions = gaussian_directions(pred_points.shape[1], self.slices, ctx.rng, like=pred_points)
-            present = len(now[0])
-            gap = (pred_points[:present] @ directions).t() - partners(pred_points, target_points, directions, present)
+            rows = (pred_points @ directions).t()
+            gap = (rows - partners(rows, (target_points @ directions).t()))[:, : len(now[0])]
             return (gap.abs() if self.power == 1 else gap.square()).mean()

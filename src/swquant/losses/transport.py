@@ -117,22 +117,20 @@ def direction_slopes(pred: Tensor, target: Tensor, directions: Tensor, power: in
 
 
 @torch.no_grad()
-def partners(pred: Tensor, target: Tensor, directions: Tensor, count: int) -> Tensor:
-    """Return the projection of the target point that transport pairs each of the first ``count`` points with.
+def partners(pred: Tensor, target: Tensor) -> Tensor:
+    """Return for each projection of a point that of the target point which transport pairs it with.
 
     Args:
-        pred: [points, width], float32 or float64.
-        target: [points, width], same precision and device.
-        directions: [width, slices], same precision and device.
-        count: How many points of ``pred`` are asked for.
+        pred: Projections [slices, points], float32 or float64.
+        target: The same, of the same precision and device.
 
     Returns:
-        [slices, count], constants.
+        [slices, points], constants.
     """
-    _, order = _sort_rows(_project(pred, directions), with_order=True)
-    ranked, _ = _sort_rows(_project(target, directions), with_order=False)
+    _, order = _sort_rows(pred.clone(memory_format=torch.contiguous_format), with_order=True)
+    ranked, _ = _sort_rows(target.clone(memory_format=torch.contiguous_format), with_order=False)
     assert order is not None
-    return _unsort(ranked, order)[:, :count]
+    return _unsort(ranked, order)
 
 
 def _apply(pred: Tensor, target: Tensor, directions: Tensor | Projector, power: int, whole: bool) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -21,8 +21,8 @@ class Trainee(Protocol):
 
     thetas: list[Theta]
 
-    def begun(self) -> list[Theta]:
-        """The state in the beginning, made anew."""
+    def begun(self) -> Iterable[Theta]:
+        """The state in the beginning, made anew, part by part."""
         ...
 
     def copied(self) -> list[Theta]:
@@ -186,7 +186,7 @@ def snapshot(thetas: list[Theta]) -> list[Theta]:
 
 
 @torch.no_grad()
-def restore(thetas: list[Theta], state: list[Theta]) -> None:
+def restore(thetas: list[Theta], state: Iterable[Theta]) -> None:
     """Set a state to the values of another."""
     for theta, saved in zip(thetas, state, strict=True):
         for key, value in theta.items():

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 WEIGHT_RATE = 1e-3
 
 LEARNED_BYTES = 4 * 4
-"""Of each value that is learned: itself, gradient and two moments, in float32; the best state is on a mapped file."""
+"""Of each value that is learned: itself, gradient and two moments, in float32; a large best state is on the disk."""
 
 
 @dataclass(frozen=True)

@@ -158,7 +158,7 @@ class _Job:
 
     def enter(self, done: int, optimizer: torch.optim.Optimizer, rate: float) -> torch.optim.Optimizer:
         self._advance(done)
-        return self.open(rate) if self.phase.optimizer.restart else optimizer
+        return self._optimizer(rate) if self.phase.optimizer.restart else optimizer
 
     @torch.no_grad()
     def _advance(self, done: int) -> None:
@@ -263,9 +263,9 @@ class _Job:
     def _measures(self, draft: Draft) -> list[dict[str, float]]:
         assert self.balancer is not None
         params, found = realize(draft, self.constants), list[dict[str, float]]()
-        first = self.batches(0)[:FIRST_BATCHES]
+        first, kept = self.batches(0)[:FIRST_BATCHES], dict[Any, Any]()
         for index, (samples, out) in enumerate(self._outputs(params, first)):
-            context = LossContext(self.problem.rng("balance", index))
+            context = LossContext(self.problem.rng("balance", index), kept)
             slopes = Slopes.at(self.balancer.loss, out, self._targets(samples), context)
             found.append(slopes.measures(self.problem.balance.kind))
         return found
@@ -311,8 +311,11 @@ class _Job:
         self.constants = realize(replace(draft, slots=slots, dtypes=dtypes))
 
     def open(self, rate: float) -> torch.optim.Optimizer:
-        """A new optimizer; what losses kept of the steps before it is let go of."""
+        """A new optimizer for another beginning: what losses kept of the steps before is let go of."""
         self.kept = {}
+        return self._optimizer(rate)
+
+    def _optimizer(self, rate: float) -> torch.optim.Optimizer:
         learnables = zip(self.phase.learnables, self.thetas, strict=True)
         return self.phase.optimizer.open(
             [
