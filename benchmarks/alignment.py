@@ -3,15 +3,15 @@
     swquant sweep benchmarks/sweeps/NAME.yaml --out NAME --workers 1
     python benchmarks/alignment.py NAME/results.csv ... [--over METHOD] [--blocks]
 
-For each model, grid and method a line per loss: nats lost (the logarithm of the perplexity over the original's), KL,
-and the share recovered of what the method's own loss lost, paired by seed: (own - with) / own. Means, with Student's
-95 % interval where there are two seeds or more. A row's own loss is the one with an empty `loss` and the same options.
-With `--over` methods are compared with that one, in place of losses with a method's own. With `--blocks` the line also
-says how far the blocks' outputs are off, in the mean over blocks: relative squared error, sliced Wasserstein distance
-over the root mean square of the outputs, and relative shift of the channels' variances, all in percent; behind an
-arrow, where the whole model was trained, what that left of it. Below the table it says for each model, grid and method
-with five settings or more, none of them trained as a whole, how KL goes with each of these numbers: Spearman's rank
-correlation over the settings' means.
+For each model, grid, number and length of samples, and method a line per loss: nats lost (the logarithm of the
+perplexity over the original's), KL, and the share recovered of what the method's own loss lost, paired by seed: (own
+- with) / own. Means, with Student's 95 % interval where there are two seeds or more. A row's own loss is the one with
+an empty `loss` and the same options. With `--over` methods are compared with that one, in place of losses with a
+method's own. With `--blocks` the line also says how far the blocks' outputs are off, in the mean over blocks:
+relative squared error, sliced Wasserstein distance over the root mean square of the outputs, and relative shift of
+the channels' variances, all in percent; behind an arrow, where the whole model was trained, what that left of it.
+Below the table it says for each model, grid and method with five settings or more, none of them trained as a whole,
+how KL goes with each of these numbers: Spearman's rank correlation over the settings' means.
 """
 
 from __future__ import annotations
@@ -129,7 +129,8 @@ def _group(row: Row) -> Group:
     groups = f"g{row['group_size']}" if row["group_size"].isdigit() else "per channel"
     model = Path(row["model"])
     name = model.parent.name if model.name == "model" else model.name
-    return Group(name, f"W{row['bits']} {groups}", OPTIONS.sub("", row["method"]))
+    grid = f"W{row['bits']} {groups}, {row['samples']} x {row['seq_len']}"
+    return Group(name, grid, OPTIONS.sub("", row["method"]))
 
 
 def _setting(row: Row) -> Setting:
