@@ -19,9 +19,8 @@ ended: ``v`` begins within the cell of its code, as near as that allows to the o
 Codes stay packed on the disk. A step goes forward block by block and keeps the hidden states in front of each,
 ``[blocks, samples, tokens, dim]``; then backward block by block, running each again with a graph. So one block's
 weights exist at a time, and memory grows with the number of blocks by hidden states, by what is learned, its gradient
-and AdamW's moments alone: 16 bytes for a scale, and for a weight with ``weights``. A large best
-state is on a mapped file.
-The blocks' matrix products are in the job's precision; heads and the held-out loss are in float32.
+and AdamW's moments alone: 16 bytes for a scale, and for a weight with ``weights``. A large best state is on a mapped
+file. The blocks' matrix products are in the job's precision; heads and the held-out loss are in float32.
 """
 
 from __future__ import annotations
