@@ -116,7 +116,7 @@ def quantize_together(
         portion = ranks.lead(partial(_make_ready, plan, budget, ranks.size, key, out, held, watching))
         job = replace(plan.job(), ranks=ranks, micro_batch=portion)
         journal = _train(plan, job, work, key, watching)
-        ranks.barrier()  # nobody looks at the journal any more when rank 0 takes it away
+        ranks.leave()
         if ranks.rank > 0:
             return None
         with named("in measuring the quantized model"):

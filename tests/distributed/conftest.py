@@ -59,6 +59,9 @@ class Member:
     def barrier(self) -> None:
         self.crew.exchange(self.rank, None)
 
+    def leave(self) -> None:
+        self.crew.exchange(self.rank, None)
+
     def lead(self, work: Callable[[], Any]) -> Any:
         return self.crew.exchange(self.rank, work() if self.rank == 0 else None)[0]
 

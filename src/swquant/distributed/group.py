@@ -81,6 +81,20 @@ class Group:
         """A sum of nothing much."""
         self.sum([torch.zeros(1)])
 
+    def leave(self) -> None:
+        """Sign in the store: behind a collective the interpreter could end while its thread lets go of a tensor."""
+        signs = [f"swquant/left/{rank}" for rank in range(1, self.size)]
+        if self.rank > 0:
+            with self._connected():
+                self.store.set(signs[self.rank - 1], "")
+            return
+        deadline = time.monotonic() + PATIENCE.total_seconds()
+        with self._connected():
+            while not self.store.check(signs):
+                if time.monotonic() > deadline:
+                    raise RuntimeError("it has not finished its part")
+                time.sleep(GLANCE)
+
     def lead(self, work: Callable[[], Result]) -> Result:
         """Rank 0 leaves the result in the store, or that there is none; the others look for it there."""
         key = f"swquant/{next(self._turns)}"

@@ -45,6 +45,10 @@ class Ranks(Protocol):
         """Wait until every rank is here."""
         ...
 
+    def leave(self) -> None:
+        """Say that this rank is done with what rank 0 will take away; rank 0 waits until all have said so."""
+        ...
+
     def lead(self, work: Callable[[], Result]) -> Result:
         """Do ``work`` on rank 0 alone, however long it takes; every rank returns what came of it, a JSON value.
 
@@ -70,6 +74,9 @@ class Alone:
 
     def barrier(self) -> None:
         """Nobody else is to come."""
+
+    def leave(self) -> None:
+        """Nobody else is here."""
 
     def lead(self, work: Callable[[], Result]) -> Result:
         """Do it."""
