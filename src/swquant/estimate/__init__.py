@@ -88,8 +88,7 @@ def estimate(
     limit = kept.tensor_limit(plan.device, interpreter)
     portion, memory = fit(plan, limit, whole) if kept.given else (whole, memory_of(plan, shape))
     on_host = plan.device.type == "cpu"
-    saved = VALUES * learned_bytes(plan) if plan.pipeline.finish is not None else 0
-    host = interpreter + disk.streams + (memory.peak if on_host else saved)
+    host = interpreter + disk.streams + (memory.peak if on_host else VALUES * learned_bytes(plan))
     free = free_disk(Path(out))
     sizes = list(plan.outline.linears.values())
     quantized = sum(rows * columns for rows, columns in sizes)

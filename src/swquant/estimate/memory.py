@@ -12,6 +12,7 @@ from swquant.checkpoint.rotation import RotatedCheckpoint
 from swquant.engine.block import split_held
 from swquant.engine.head import VOCABULARY_ROWS
 from swquant.engine.kept import is_large, is_mapped
+from swquant.estimate.disk import learned_bytes
 from swquant.estimate.live import Live, without_values
 from swquant.estimate.rig import Rig, arguments
 from swquant.phases.awq_clip import AwqClip
@@ -159,8 +160,7 @@ def _finish(rig: Rig, shape: tuple[int, int, int], live: Live, micro_batch: int 
     out.backward(torch.empty_like(out))
     head = plan.checkpoint.tensors[plan.skeleton.head_weight]
     states = len(plan.skeleton.blocks) * samples * math.prod(shape[1:]) * 4
-    shapes = plan.outline.linears.values()
-    learned = sum(rows * (plan.spec.groups(columns) + columns * work.weights) for rows, columns in shapes)
-    kept = 0 if is_large(4 * learned) else 4 * learned
+    copy = learned_bytes(plan)
+    learned = copy // 4 * LEARNED_BYTES + (0 if is_large(copy) else copy)
     heads = head.nbytes + (4 * math.prod(head.shape) if isinstance(plan.checkpoint, RotatedCheckpoint) else 0)
-    return live.peak - before + states + LEARNED_BYTES * learned + kept + heads + 4 * VOCABULARY_ROWS * head.shape[1]
+    return live.peak - before + states + learned + heads + 4 * VOCABULARY_ROWS * head.shape[1]

@@ -166,16 +166,14 @@ def _found(report: Report) -> dict[str, Any]:
             "kl": quality.kl,
             "top1": quality.top1,
         }
-    return (
-        measured
-        | drift_of(report)
-        | {
-            "bits_per_weight": report.bits_per_weight,
-            "bytes": sum(output.bytes for output in report.outputs),
-            "seconds": report.seconds,
-            "recoveries": len(report.events),
-        }
-    )
+    return {
+        **measured,
+        **drift_of(report),
+        "bits_per_weight": report.bits_per_weight,
+        "bytes": sum(output.bytes for output in report.outputs),
+        "seconds": report.seconds,
+        "recoveries": len(report.events),
+    }
 
 
 def drift_of(report: Report) -> dict[str, float]:
