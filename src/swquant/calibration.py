@@ -10,9 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
+from swquant.checkpoint.reader import read_config
 from swquant.errors import SwquantError, reason_of
+from swquant.model.empty import model_class
+from swquant.model.empty import read_config as parse_config
 from swquant.phases.portion import ran_out
 from swquant.seeds import generator
 
@@ -175,16 +178,18 @@ def draw_from_model(
     Returns:
         ``int64 [samples, seq_len]``.
     """
-    model: Any = AutoModelForCausalLM.from_pretrained(
+    values = read_config(directory)
+    model: Any = model_class(values, parse_config(values)).from_pretrained(
         directory, dtype=torch.float32, use_safetensors=True, local_files_only=True, trust_remote_code=False
     )
     model = model.to(device).eval()
-    first = model.config.bos_token_id
+    text_config = model.config.get_text_config(decoder=True)
+    first = text_config.bos_token_id
     drawn: list[Tensor] = []
     for start in range(0, samples, DRAWN_AT_ONCE):
         rng = generator(seed, "self", start)
         count = min(DRAWN_AT_ONCE, samples - start)
-        token = torch.randint(model.config.vocab_size, (count, 1), generator=rng)
+        token = torch.randint(text_config.vocab_size, (count, 1), generator=rng)
         if isinstance(first, int):
             token = torch.full((count, 1), first)
         text, past = [token], None

@@ -9,14 +9,15 @@ from pathlib import Path
 
 from swquant import registry
 from swquant.card import licence_of
-from swquant.checkpoint.quantized import Outline
+from swquant.checkpoint.quantized import Outline, QuantizedModel, shapes_of
 from swquant.checkpoint.reader import find_model, require_own
 from swquant.checkpoint.writer import destination, publish, require_disk, require_unused
 from swquant.errors import SwquantError
 from swquant.formats import read_quantized
 from swquant.formats.base import Format
 from swquant.output import RECIPE, REPORT, described, load_report, output_of, place_of
-from swquant.plan import choose_formats
+from swquant.model.skeleton import build_skeleton
+from swquant.plan import choose_formats, unquantized
 from swquant.recipe import Recipe
 from swquant.report import Output
 from swquant.targets import load_target
@@ -50,8 +51,9 @@ def convert(
         raise SwquantError("no format to convert to; give --format or --for")
     out, directory = Path(out), find_model(source)
     _, model = read_quantized(directory)
+    model = with_ignored(model)
     target = None if runtime is None else load_target(runtime)
-    names = choose_formats(Recipe(format=format, runtime=runtime).formats, target, model.outline.spec)
+    names = choose_formats(Recipe(format=format, runtime=runtime).formats, target, model.outline.specs)
     forms: tuple[Format, ...] = tuple(registry.load("swquant.formats", name)() for name in names)
     notes = [form.check(model.outline) for form in forms]
     require_unused(out)
@@ -67,12 +69,21 @@ def convert(
             place = place_of(form, forms)
             written = form.write(staging / "output" / place, model)
             verified = verify(form, staging / "output" / place, model, None)
-            outputs.append(output_of(form, place, written.tensor_bytes, said, model.outline.spec, target, verified))
+            outputs.append(output_of(form, place, written.tensor_bytes, said, model.outline.specs, target, verified))
         _describe(run, staging / "output", outputs, ",".join(names), runtime)
         publish(staging / "output", out)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return outputs
+
+
+def with_ignored(model: QuantizedModel) -> QuantizedModel:
+    """The model with the names of those of its linear modules that are not quantized, which a format may not keep."""
+    outline = model.outline
+    skeleton = build_skeleton(outline.config, shapes_of(model), outline.directory)
+    quantized = {name for name, piece in skeleton.names.pieces.items() if piece.key.removesuffix(".weight") in outline.linears}
+    ignored = unquantized(skeleton, {name.removesuffix(".weight") for name in quantized})
+    return replace(model, outline=replace(outline, ignored=ignored))
 
 
 def _most_bytes(form: Format, outline: Outline, directory: Path) -> int:

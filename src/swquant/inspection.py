@@ -104,8 +104,8 @@ def inspect(source: str | Path) -> Inspection:
     return Inspection(
         directory=str(directory),
         format=form.name,
-        grid=outline.spec.label,
-        symmetric=outline.spec.symmetric,
+        grid=", ".join(spec.label for spec in outline.specs),
+        symmetric=all(spec.symmetric for spec in outline.specs),
         model_type=str(outline.config.get("model_type")),
         parameters=(quantized, plain),
         file_bytes=sum(file.stat().st_size for file in directory.iterdir() if file.suffix in FORMATS_SUFFIXES),

@@ -15,11 +15,14 @@ from torch import Tensor
 from swquant.advice import advise
 from swquant.card import CARD, licence_of, model_card
 from swquant.checkpoint.quantized import Part, QuantizedModel
-from swquant.checkpoint.rotation import stored
+from swquant.checkpoint.converted import Blend, Stack, to_disk
+from swquant.checkpoint.names import Names
+from swquant.checkpoint.source import stored
 from swquant.engine.head import predictions
 from swquant.engine.journal import Journal
 from swquant.formats.base import Format
 from swquant.html.page import report_page
+from swquant.model.calls import Front
 from swquant.plan import Plan, versions
 from swquant.quant.ktensor import KTensor
 from swquant.quant.qtensor import QTensor, row_bits
@@ -108,7 +111,7 @@ def _write_format(
     written = form.write(staging / place, model)
     served = plan.target is not None and form.name in plan.target.formats
     verified = verify(form, staging / place, model, sample if served else None)
-    return output_of(form, place, written.tensor_bytes, notes, plan.spec, plan.target, verified)
+    return output_of(form, place, written.tensor_bytes, notes, plan.outline.specs, plan.target, verified)
 
 
 def output_of(
@@ -116,7 +119,7 @@ def output_of(
     place: str,
     size: int,
     notes: tuple[str, ...],
-    spec: QuantSpec,
+    specs: tuple[QuantSpec, ...],
     target: Target | None,
     verified: Verification,
 ) -> Output:
@@ -127,11 +130,12 @@ def output_of(
         place: Its directory in the output.
         size: Bytes of its tensors.
         notes: What the format had to say.
-        spec: The grid.
+        specs: The grids.
         target: The runtime that the outputs are for.
         verified: What was found equal.
     """
     serving = target if target is not None and form.name in target.formats else None
+    spec = next((spec for spec in specs if not spec.symmetric), specs[0])  # what is harder to load decides
     return Output(
         format=form.name,
         directory=place,
@@ -148,7 +152,8 @@ def _sample(plan: Plan, journal: Journal) -> tuple[Tensor, Tensor] | None:
     if plan.target is None or not _fits_in_memory(plan):
         return None
     _, quantized = journal.open_streams()
-    return journal.tokens()["tokens"][-1:], predictions(plan.skeleton, plan.checkpoint, quantized[-1:], plan.device)
+    front = Front.load(plan.skeleton, plan.checkpoint, plan.device)
+    return journal.tokens()["tokens"][-1:], predictions(front, plan.checkpoint, quantized[-1:])
 
 
 def _fits_in_memory(plan: Plan) -> bool:
@@ -158,21 +163,43 @@ def _fits_in_memory(plan: Plan) -> bool:
 
 
 def _parts(plan: Plan, journal: Journal) -> Iterator[Part]:
-    """The output's tensors: what lies outside the blocks as it is, then block by block."""
-    checkpoint, inside = plan.checkpoint, f"{plan.skeleton.family.blocks}."
-    for name in checkpoint.tensors:
-        if not name.startswith(inside):
-            yield {name: stored(checkpoint, name)}
-    for index, block in enumerate(plan.skeleton.blocks):
-        committed = journal.block(index, plan.spec)
+    """The output's tensors under their names on disk: what lies outside the blocks as it is, then block by block."""
+    names, skeleton = plan.skeleton.names, plan.skeleton
+    inside = names.keys_of(f"{block.prefix}.{name}" for block in skeleton.blocks for name in block.names())
+    changed: set[str] = set()
+    if plan.pipeline.rotate:
+        outside = [f"{skeleton.embedding}.weight", f"{skeleton.head}.weight", *skeleton.outside]
+        changed = names.keys_of(outside)
+        for name in outside:
+            yield _on_disk(names, {name: stored(plan.checkpoint, name)})
+    for name in plan.disk.tensors:
+        if name not in inside and name not in changed and name not in skeleton.names.dropped:
+            yield {name: plan.disk.read(name)}
+    for index, block in enumerate(skeleton.blocks):
+        committed = journal.block(index, plan.layout.grids(index))
         values: dict[str, Tensor | QTensor | KTensor] = {**committed.params, **committed.quantized}
-        yield {f"{block.prefix}.{name}": value for name, value in values.items()}
+        yield _on_disk(names, {f"{block.prefix}.{name}": value for name, value in values.items()})
+
+
+def _on_disk(names: Names, part: Mapping[str, Tensor | QTensor | KTensor]) -> Part:
+    """``part`` under its names on disk; what is put together from plain tensors alone is put together here."""
+    out: dict[str, Tensor | QTensor | KTensor | Stack | Blend] = {}
+    for key, value in to_disk(names, part):
+        if isinstance(value, Stack) and all(isinstance(one, Tensor) for one in value.values):
+            out[key] = value.assemble(value.values)
+        elif isinstance(value, Blend) and all(isinstance(one, Tensor) for one in value.values.values()):
+            out |= value.assemble(value.values)
+        else:
+            out[key] = value
+    return out
 
 
 def _bits_per_weight(plan: Plan) -> float:
     """Codes, scales and zero points of the quantized linears, per weight."""
     bits = weights = 0
-    for rows, columns in plan.outline.linears.values():
-        bits += rows * row_bits(plan.spec, columns)
+    for site in plan.layout.sites:
+        rows, columns = site.shape
+        assert site.spec is not None
+        bits += rows * row_bits(site.spec, columns)
         weights += rows * columns
     return bits / weights

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,20 +14,25 @@ import torch
 
 from swquant import registry
 from swquant.calibration import read_text
+from swquant.checkpoint.names import Piece
 from swquant.checkpoint.quantized import Outline
 from swquant.checkpoint.reader import open_checkpoint
-from swquant.checkpoint.rotation import Source, rotate
+from swquant.checkpoint.rotation import rotate
+from swquant.checkpoint.source import Source
 from swquant.device import resolve_device
 from swquant.engine.block import Job, split_held
 from swquant.engine.pace import tail_of
 from swquant.engine.precision import PRECISIONS
-from swquant.engine.skeleton import Skeleton, build_skeleton, check_widths, with_full_names
 from swquant.errors import SwquantError
-from swquant.families import family_for
 from swquant.formats.base import Format, check_dtype
 from swquant.losses import WeightedSum, parse_loss
 from swquant.losses.balancing import Balance
+from swquant.families import family_for
 from swquant.methods import Pipeline, Setting, build_pipeline, parse_methods
+from swquant.model.calls import probe
+from swquant.model.layout import Layout, lay_out
+from swquant.model.opening import Model, open_model, untied
+from swquant.model.skeleton import Skeleton
 from swquant.quant.kgrids import UNIFORM
 from swquant.quant.spec import QuantSpec
 from swquant.recipe import PRESETS, Recipe
@@ -39,11 +45,34 @@ DEFAULT_FORMAT = "compressed_tensors"
 
 @dataclass(frozen=True)
 class Plan:
-    """A run whose every part is known to fit the others; no weight has been read."""
+    """A run whose every part is known to fit the others; no weight has been read.
+
+    Attributes:
+        recipe: With every default filled in.
+        disk: The model under its names on disk.
+        checkpoint: The same under its names in memory, rotated where the method says so.
+        skeleton: The model's code.
+        layout: What is quantized, and each matrix's grid.
+        hidden_size: Channels of the hidden states.
+        spec: The recipe's grid.
+        pipeline: What is done.
+        loss: The training loss; ``None`` leaves each method its own.
+        formats: Of the output.
+        target: The runtime that it is for.
+        outline: What formats know of the output.
+        device: Where to compute.
+        text: To calibrate on; ``None`` draws samples from the model.
+        evaluation: Text to measure on.
+        notes: What each format has to say.
+        bytes_source: Size of the source's tensors.
+    """
 
     recipe: Recipe
+    disk: Source
     checkpoint: Source
     skeleton: Skeleton
+    layout: Layout
+    hidden_size: int
     spec: QuantSpec
     pipeline: Pipeline
     loss: WeightedSum | None
@@ -62,6 +91,7 @@ class Plan:
         return {
             "recipe": self.recipe.to_mapping(),
             "source": self.checkpoint.fingerprint(),
+            "grids": {site.name: site.spec.label for site in self.layout.sites if site.spec != self.spec and site.spec},
             **{name: text and hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()},
             "versions": versions(),
         }
@@ -74,7 +104,7 @@ class Plan:
         return Job(
             self.checkpoint,
             self.skeleton,
-            self.spec,
+            self.layout,
             phases,
             self.loss,
             samples,
@@ -96,8 +126,13 @@ class Plan:
         return tail_of(finish.epochs, train, held, len(self.skeleton.blocks), head)
 
 
-def make_plan(recipe: Recipe, source: str | Path) -> Plan:
+def make_plan(recipe: Recipe, source: str | Path, grids: Mapping[str, QuantSpec | None] | None = None) -> Plan:
     """Check a recipe against a model, and fill in its defaults.
+
+    Args:
+        recipe: What to do.
+        source: A model directory, or a hub name.
+        grids: Other grids than the recipe's, or ``None`` to keep a matrix as it is, by shell patterns of names.
 
     Raises:
         SwquantError: If any part is unknown, out of range, or does not fit another.
@@ -106,25 +141,23 @@ def make_plan(recipe: Recipe, source: str | Path) -> Plan:
     loss = None if recipe.loss is None else parse_loss(recipe.loss)
     _check_balance(recipe, loss)
     target = None if recipe.runtime is None else load_target(recipe.runtime)
-    names = choose_formats(recipe.formats, target, spec)
+    names = choose_formats(recipe.formats, target, (spec, *filter(None, (grids or {}).values())))
     formats: tuple[Format, ...] = tuple(registry.load("swquant.formats", name)() for name in names)
     preset = PRESETS[recipe.preset]
     steps = parse_methods(recipe.method, recipe.options, recipe.epochs)
-    checkpoint: Source = with_full_names(open_checkpoint(source))
-    family = family_for(checkpoint.config)
-    pipeline = build_pipeline(steps, Setting(spec, family, preset.effort))
+    disk = open_checkpoint(source)
+    model = open_model(disk)
+    hidden_size = probe(model.skeleton)
+    pipeline = build_pipeline(steps, Setting(spec, _norm_biases(model.skeleton), preset.effort))
     if loss is not None and not any(part.trained for part in pipeline.parts if part.work in pipeline.phases):
         raise SwquantError(f"nothing in {recipe.method!r} trains block by block, so no loss is used: leave it out")
-    bytes_source = checkpoint.tensor_bytes
-    if pipeline.rotate:
-        checkpoint = rotate(checkpoint, family, recipe.seed)
-    check_dtype(checkpoint.dtype)
-    skeleton = build_skeleton(checkpoint)
-    check_widths(skeleton, spec)
-    outline = make_outline(checkpoint, skeleton, spec)
+    check_dtype(disk.dtype)
+    layout = lay_out(model.skeleton, spec, grids)
+    checkpoint, skeleton = _rotated(model, recipe.seed) if pipeline.rotate else (model.checkpoint, model.skeleton)
+    outline = make_outline(checkpoint, skeleton, layout)
     notes = tuple(form.check(outline) for form in formats)
-    limit = int(skeleton.model.config.max_position_embeddings)
-    if recipe.seq_len is not None and recipe.seq_len > limit:
+    limit = skeleton.longest
+    if recipe.seq_len is not None and limit is not None and recipe.seq_len > limit:
         raise SwquantError(f"the sequence length is {recipe.seq_len}, the model takes at most {limit} tokens")
     text = None if recipe.calibration == "self" else read_text(recipe.calibration)
     evaluation = None if recipe.evaluation is None else read_text(recipe.evaluation)
@@ -135,14 +168,17 @@ def make_plan(recipe: Recipe, source: str | Path) -> Plan:
         epochs=None,
         loss=loss and str(loss),
         samples=recipe.samples or preset.samples,
-        seq_len=recipe.seq_len or min(LONGEST, limit),
+        seq_len=recipe.seq_len or min(LONGEST, limit or LONGEST),
         format=",".join(names),
         device=str(device),
     )
     return Plan(
         resolved,
+        disk,
         checkpoint,
         skeleton,
+        layout,
+        hidden_size,
         spec,
         pipeline,
         loss,
@@ -153,7 +189,7 @@ def make_plan(recipe: Recipe, source: str | Path) -> Plan:
         text,
         evaluation,
         notes,
-        bytes_source,
+        disk.tensor_bytes,
     )
 
 
@@ -171,32 +207,73 @@ def _check_balance(recipe: Recipe, loss: WeightedSum | None) -> None:
         )
 
 
-def choose_formats(names: tuple[str, ...], target: Target | None, spec: QuantSpec) -> tuple[str, ...]:
+def choose_formats(
+    names: tuple[str, ...], target: Target | None, specs: tuple[QuantSpec, ...]
+) -> tuple[str, ...]:
     """Names of the output's formats: those that were asked for, or the one that suits the runtime.
 
     Raises:
         SwquantError: The runtime reads none of them, or not such weights from one that it reads.
     """
     if target is None:
-        return names or (DEFAULT_FORMAT if spec.grid == UNIFORM else "gguf",)
+        return names or (DEFAULT_FORMAT if all(spec.grid == UNIFORM for spec in specs) else "gguf",)
     if not names:
-        return (choose_format(target, spec),)
+        return (choose_format(target, specs[0]),)
     for name in [name for name in names if name in target.formats] or names[:1]:
-        require_loads(target, name, spec)
+        for spec in specs:
+            require_loads(target, name, spec)
     return names
 
 
-def make_outline(checkpoint: Source, skeleton: Skeleton, spec: QuantSpec) -> Outline:
-    """What formats need to know of the output."""
-    family = skeleton.family
-    modules = (f"{block.prefix}.{linear}" for block in skeleton.blocks for linear in family.linears)
-    linears = {name: _matrix_shape(checkpoint, f"{name}.weight") for name in modules}
-    return Outline(checkpoint.directory, checkpoint.config, spec, checkpoint.dtype, linears, (family.head,))
+def _norm_biases(skeleton: Skeleton) -> bool:
+    """Whether the norms before the blocks' linears have biases."""
+    for block, recorder in zip(skeleton.blocks, skeleton.recorders, strict=True):
+        norms = set(recorder.flow.norms.values()) if recorder.flow is not None else ()
+        if any(f"{norm}.bias" in block.names() for norm in norms):
+            return True
+    return False
 
 
-def _matrix_shape(checkpoint: Source, name: str) -> tuple[int, int]:
-    rows, columns = checkpoint.tensors[name].shape
-    return rows, columns
+def _rotated(model: Model, seed: int) -> tuple[Source, Skeleton]:
+    """The model seen through a rotation; its head is then a matrix of its own."""
+    skeleton = model.skeleton
+    rotated = rotate(model.checkpoint, family_for(model.checkpoint.config, "rotate"), skeleton.tied, seed)
+    head = f"{skeleton.head}.weight"
+    pieces = {**skeleton.names.pieces, head: Piece(head)} if skeleton.tied else skeleton.names.pieces
+    names = replace(skeleton.names, pieces=pieces)
+    return replace(rotated, config=untied(rotated.config)), replace(skeleton, names=names, tied=False)
+
+
+def make_outline(checkpoint: Source, skeleton: Skeleton, layout: Layout) -> Outline:
+    """What formats need to know of the output: modules by their names on disk."""
+    linears: dict[str, tuple[int, int]] = {}
+    grids: dict[str, QuantSpec] = {}
+    apart: list[str] = []
+    for site in layout.sites:
+        module = site.module
+        if module is None:
+            apart.append(site.stored.key if site.stored is not None else site.weight)
+        assert site.spec is not None
+        linears[module or site.name], grids[module or site.name] = site.shape, site.spec
+    ignored = unquantized(skeleton, {site.name for site in layout.sites})
+    return Outline(
+        checkpoint.directory, checkpoint.config, checkpoint.dtype, linears, grids, ignored, tuple(dict.fromkeys(apart))
+    )
+
+
+def unquantized(skeleton: Skeleton, quantized: Collection[str]) -> tuple[str, ...]:
+    """Linear modules that are not quantized, as the model and as the files call them: the head, routers, towers."""
+    found: dict[str, None] = {skeleton.head: None}
+    modules = [(name, module) for name, module in skeleton.model.named_modules()]
+    for block in skeleton.blocks:
+        modules += [(f"{block.prefix}.{name}", module) for name, module in block.module.named_modules()]
+    for name, module in modules:
+        if isinstance(module, torch.nn.Linear) and name not in quantized:
+            found[name] = None
+            piece = skeleton.names.pieces.get(f"{name}.weight")
+            if piece is not None and piece.whole and name != skeleton.head:
+                found[piece.key.removesuffix(".weight")] = None
+    return tuple(found)
 
 
 def versions() -> dict[str, str]:

@@ -15,21 +15,24 @@ from torch import Tensor
 from swquant.calibration import draw_from_model, eval_windows, load_tokenizer, sample_windows, tokenize
 from swquant.checkpoint.writer import destination, publish, require_disk, require_unused
 from swquant.distributed.ranks import Alone, Ranks
-from swquant.engine.block import Job, quantize_block
-from swquant.engine.capture import capture, to_device
+from swquant.engine.block import Job, load_block, quantize_block
+from swquant.engine.bound import BoundBlock
 from swquant.engine.end_to_end import train_scales
 from swquant.engine.head import measure
 from swquant.engine.journal import MANIFEST, STREAMS, Journal, lock_directory, open_journal
 from swquant.engine.memory import keep_little
 from swquant.engine.observer import Observer, Silent
-from swquant.engine.skeleton import try_block
 from swquant.engine.streams import create_stream
+from swquant.errors import SwquantError, reason_of
 from swquant.estimate.budget import Budget, portion_within, shape_of
 from swquant.estimate.disk import disk_of
+from swquant.model.calls import Calls, Front, capture
 from swquant.output import REPORT, load_report, write_output
-from swquant.phases.portion import named
+from swquant.phases.portion import named, ran_out
 from swquant.phases.train import Train
 from swquant.plan import Plan, make_plan
+from swquant.quant.deferred import in_float
+from swquant.quant.spec import QuantSpec
 from swquant.recipe import Recipe
 from swquant.report import Quality, Report
 
@@ -44,6 +47,7 @@ def quantize(
     *,
     observer: Observer | None = None,
     budget: Budget | None = None,
+    grids: Mapping[str, QuantSpec | None] | None = None,
 ) -> Report:
     """Quantize the model ``source`` by ``recipe`` and write the result to ``out``.
 
@@ -60,6 +64,8 @@ def quantize(
         budget: Memory that the run may take. A batch then goes through a block in portions that fit, which changes the
             result by rounding alone; where one sample does not fit, the run is refused before it starts. From then on
             glibc gives freed memory back at once in this process, see :func:`swquant.engine.memory.keep_little`.
+        grids: Other grids than the recipe's, or ``None`` to keep a matrix as it is, by shell patterns of names in
+            memory, e.g. ``{"*.v_proj": QuantSpec(4, 64, True)}``; the last pattern that matches counts.
 
     Returns:
         The report that also stands in ``out/report.json``.
@@ -67,7 +73,7 @@ def quantize(
     Raises:
         SwquantError: For anything a user can mend, in one sentence.
     """
-    report = quantize_together(recipe, source, out, Alone(), observer or Silent(), budget)
+    report = quantize_together(recipe, source, out, Alone(), observer or Silent(), budget, grids)
     assert report is not None
     return report
 
@@ -79,6 +85,7 @@ def quantize_together(
     ranks: Ranks,
     observer: Observer,
     budget: Budget | None = None,
+    grids: Mapping[str, QuantSpec | None] | None = None,
 ) -> Report | None:
     """:func:`quantize` by several processes that share the directories of ``source`` and ``out``.
 
@@ -89,6 +96,7 @@ def quantize_together(
         ranks: The processes.
         observer: Hears of the progress on rank 0.
         budget: Memory that each process may take.
+        grids: As there.
 
     Returns:
         On rank 0 the report; the others are done before it is written.
@@ -97,8 +105,8 @@ def quantize_together(
     if budget is not None and budget.given:
         keep_little()
     plans: list[Plan] = []
-    ranks.lead(lambda: plans.append(make_plan(recipe, source)))
-    plan = plans[0] if plans else make_plan(recipe, source)
+    ranks.lead(lambda: plans.append(make_plan(recipe, source, grids)))
+    plan = plans[0] if plans else make_plan(recipe, source, grids)
     watching.stage(f"Reading {plan.checkpoint.directory.name}: {plan.recipe.summary}")
     key = ranks.lead(plan.key)
     work = _work_of(out)
@@ -190,15 +198,16 @@ def _train(plan: Plan, job: Job, work: Path, key: Mapping[str, Any], watching: O
     journal, ranks = open_journal(work, key), job.ranks
     _say_who_rests(job, watching)
     watching.begin(len(plan.skeleton.blocks), journal.done, plan.tail())
-    arguments = capture(plan.skeleton, plan.checkpoint, journal.tokens()["tokens"][:1])
+    front = Front.load(plan.skeleton, plan.checkpoint, plan.device)
+    calls = Calls.prepare(front, plan.checkpoint, journal.tokens()["tokens"])
     for index in range(journal.done, len(plan.skeleton.blocks)):
-        left = quantize_block(job, journal, to_device(arguments[index], plan.device), watching)
+        left = quantize_block(job, journal, calls, watching)
         job = replace(job, micro_batch=left)
         journal = journal if ranks.rank == 0 else open_journal(work, key)
     finish = plan.pipeline.finish
     if finish is not None and journal.final is None:
         with named("in the end-to-end training"):
-            train_scales(job, finish, journal, to_device(arguments, plan.device), watching)
+            train_scales(job, finish, journal, calls, watching)
     return journal
 
 
@@ -231,13 +240,16 @@ def _start(plan: Plan, journal: Journal, out: Path, watching: Observer, ranks: i
     """Make the samples and both streams in front of block 0, if the disk and the weights allow for a run."""
     require_disk(out, disk_of(plan, shape_of(plan), ranks).asked)
     plan.checkpoint.sidecars()
-    plan.checkpoint.require_finite(f"{linear}.weight" for linear in plan.outline.linears)
+    plan.checkpoint.require_finite(site.weight for site in plan.layout.sites)
     calibration, evaluation = _samples(plan, watching)
     tokens = torch.cat((calibration, evaluation))
-    shape = (tokens.shape[0], tokens.shape[1], plan.skeleton.hidden_size)
-    reference, quantized = (create_stream(journal.stream_path(name, 0), shape) for name in STREAMS)
-    arguments = capture(plan.skeleton, plan.checkpoint, tokens, reference.__setitem__, quantized.__setitem__)
-    try_block(plan.skeleton, plan.checkpoint, reference[:1], arguments[0])
+    shape = (tokens.shape[0], tokens.shape[1], plan.hidden_size)
+    front = Front.load(plan.skeleton, plan.checkpoint, plan.device)
+    for name, stored in zip(STREAMS, (False, True), strict=True):
+        stream = create_stream(journal.stream_path(name, 0), shape)
+        for index, hidden in enumerate(capture(front, plan.checkpoint, tokens, stored=stored)):
+            stream[index] = hidden
+    try_block(plan, Calls.prepare(front, plan.checkpoint, tokens), stream[:1])
     journal.begin({"tokens": tokens}, shape, {"evaluation_samples": evaluation.shape[0]})
 
 
@@ -270,4 +282,28 @@ def _quality(plan: Plan, journal: Journal, watching: Observer) -> Quality | None
     watching.stage("Measuring perplexity and divergence")
     reference, quantized = journal.open_streams()
     tokens = journal.tokens()["tokens"][-count:]
-    return measure(plan.skeleton, plan.checkpoint, (reference[-count:], quantized[-count:]), tokens, plan.device)
+    front = Front.load(plan.skeleton, plan.checkpoint, plan.device)
+    return measure(front, plan.checkpoint, (reference[-count:], quantized[-count:]), tokens)
+
+
+@torch.no_grad()
+def try_block(plan: Plan, calls: Calls, hidden: Tensor) -> None:
+    """Run the first block once, because some settings are found to be wrong by running alone.
+
+    Args:
+        plan: The run.
+        calls: What blocks are called with.
+        hidden: ``[1, tokens, dim]`` before the first block.
+
+    Raises:
+        SwquantError: It does not run, or it hands on more to later blocks than its output.
+    """
+    job = plan.job()
+    bound = BoundBlock(0, plan.skeleton.block(0), calls, plan.layout, plan.device, Alone())
+    config = plan.checkpoint.directory / "config.json"
+    try:
+        bound.forward(in_float(load_block(job, 0)), hidden.to(plan.device), torch.zeros(1, dtype=torch.long))
+    except Exception as error:  # torch and transformers raise whatever the settings make them run into
+        if ran_out(error):
+            raise
+        raise SwquantError(f"{config} does not describe a model that runs: {reason_of(error)}") from error

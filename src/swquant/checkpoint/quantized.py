@@ -10,16 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from swquant.checkpoint.converted import Blend, Stack
 from swquant.checkpoint.reader import Checkpoint
 from swquant.checkpoint.writer import Written, write_checkpoint
 from swquant.errors import SwquantError
-from swquant.families import family_for
 from swquant.quant.ktensor import KTensor
 from swquant.quant.qtensor import QTensor
 from swquant.quant.spec import QuantSpec
 
-Part = Mapping[str, Tensor | QTensor | KTensor]
-"""Some of a model's tensors by full name, e.g. a block's; a quantized weight stands under the name of the weight."""
+Part = Mapping[str, Tensor | QTensor | KTensor | Stack | Blend]
+"""Some of a model's tensors by their names on disk, e.g. a block's; a quantized weight has the name of the weight.
+
+A tensor that is put together from several quantized ones is a :class:`Stack`, or a :class:`Blend` with others.
+"""
 
 Encode = Callable[[str, QTensor, torch.dtype], Mapping[str, Tensor]]
 Decode = Callable[[str, Mapping[str, Tensor], QuantSpec], QTensor]
@@ -36,18 +39,40 @@ class Outline:
     Attributes:
         directory: A directory with the tokenizer.
         config: ``config.json`` as it is without quantization.
-        spec: The grid of the quantized weights.
         dtype: The model's dtype, in which plain tensors are stored.
         linears: Each quantized module, e.g. ``model.layers.0.self_attn.q_proj``, and ``(out, in)`` of its weight.
+        grids: The grid of each, by the same names.
         ignored: Names of the linear modules that are not quantized, e.g. ``lm_head``.
+        apart: Tensors on disk that hold quantized weights and are no module's own: experts in one tensor, transposed
+            layers. Formats of codes have no name for them.
+        plain: Names and shapes of all other tensors, where the files tell them without being read.
     """
 
     directory: Path
     config: Mapping[str, Any]
-    spec: QuantSpec
     dtype: torch.dtype
     linears: Mapping[str, tuple[int, int]]
+    grids: Mapping[str, QuantSpec]
     ignored: tuple[str, ...]
+    apart: tuple[str, ...] = ()
+    plain: Mapping[str, tuple[int, ...]] | None = None
+
+    @property
+    def specs(self) -> tuple[QuantSpec, ...]:
+        """The grids, each once."""
+        return tuple(dict.fromkeys(self.grids.values()))
+
+    @property
+    def spec(self) -> QuantSpec:
+        """The grid that all weights are on.
+
+        Raises:
+            SwquantError: There are several.
+        """
+        if len(self.specs) > 1:
+            labels = ", ".join(spec.label for spec in self.specs)
+            raise SwquantError(f"{self.directory} has weights on several grids ({labels}), expected one")
+        return self.specs[0]
 
 
 @dataclass(frozen=True)
@@ -88,13 +113,17 @@ def write_codes(
 
 
 def read_codes(
-    checkpoint: Checkpoint, spec: QuantSpec, suffixes: tuple[str, ...], shape_of: ShapeOf, decode: Decode
+    checkpoint: Checkpoint,
+    spec: QuantSpec | Callable[[str], QuantSpec],
+    suffixes: tuple[str, ...],
+    shape_of: ShapeOf,
+    decode: Decode,
 ) -> QuantizedModel:
     """The model that :func:`write_codes` has written; tensors are read when ``parts`` comes to them.
 
     Args:
         checkpoint: Its files.
-        spec: The grid that its configuration tells.
+        spec: The grid that its configuration states, of all modules or of each by its name.
         suffixes: Ends of the names of a quantized module's tensors, such as ``qweight``; the first is of every module.
         shape_of: From a module's name, the files and the spec to ``(out, in)``.
         decode: The inverse of ``encode``.
@@ -108,6 +137,7 @@ def read_codes(
         raise SwquantError(
             f"{checkpoint.directory} holds no tensor that ends with {key}, so nothing in it is quantized"
         )
+    grids = {module: spec if isinstance(spec, QuantSpec) else spec(module) for module in modules}
     packed = {f"{module}.{suffix}" for module in modules for suffix in suffixes}
 
     def parts() -> Iterator[Part]:
@@ -117,18 +147,30 @@ def read_codes(
         for module in modules:
             names = (f"{module}.{suffix}" for suffix in suffixes)
             tensors = {name: checkpoint.read(name) for name in names if checkpoint.has(name)}
-            yield {f"{module}.weight": decode(module, tensors, spec)}
+            yield {f"{module}.weight": decode(module, tensors, grids[module])}
 
     config = {key: value for key, value in checkpoint.config.items() if key not in _SETTINGS}
     outline = Outline(
         checkpoint.directory,
         config,
-        spec,
         model_dtype(config) or checkpoint.dtype,
-        {module: shape_of(module, checkpoint, spec) for module in modules},
-        (family_for(config).head,),
+        {module: shape_of(module, checkpoint, grids[module]) for module in modules},
+        grids,
+        (),
+        plain={name: stored.shape for name, stored in checkpoint.tensors.items() if name not in packed},
     )
     return QuantizedModel(outline, parts, checkpoint.sidecars())
+
+
+def shapes_of(model: QuantizedModel) -> dict[str, tuple[int, ...]]:
+    """Names and shapes on disk of all tensors, weights for codes."""
+    outline = model.outline
+    shapes: dict[str, tuple[int, ...]] = {f"{module}.weight": shape for module, shape in outline.linears.items()}
+    if outline.plain is not None:
+        return shapes | dict(outline.plain)
+    for part in model.parts():
+        shapes |= {name: tuple(value.shape) for name, value in part.items() if isinstance(value, Tensor)}
+    return shapes
 
 
 _SETTINGS = (QUANTIZATION_CONFIG, "quantization")
@@ -145,6 +187,8 @@ def _encoded(part: Part, encode: Encode, dtype: torch.dtype) -> dict[str, Tensor
     for name, value in part.items():
         if isinstance(value, KTensor):
             raise SwquantError(f"{name} is on the grid {value.spec.grid}, which the formats gguf and dequantized hold")
+        if isinstance(value, Stack | Blend):
+            raise SwquantError(f"{name} holds several quantized weights in one tensor; choose the format dequantized")
         if isinstance(value, QTensor):
             tensors.update(encode(name.removesuffix(".weight"), value, dtype))
         else:

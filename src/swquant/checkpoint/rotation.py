@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swquant.checkpoint.reader import Checkpoint
 from swquant.checkpoint.shards import Stored
+from swquant.checkpoint.source import Source
 from swquant.errors import SwquantError
 from swquant.families import Family
 from swquant.families.base import NormLinears, ValueOutput
@@ -49,7 +49,7 @@ class _Change:
 
 @dataclass(frozen=True)
 class RotatedCheckpoint:
-    """The rotated model, tensor by tensor as asked for; made by :func:`rotate`. It reads like a :class:`Checkpoint`.
+    """The rotated model, tensor by tensor as asked for; made by :func:`rotate`. It is a :class:`Source`.
 
     What the rotation changes is computed in float64 and returned in float32, norm weights that were folded are 1, all
     else is as stored. The output keeps the dtypes in ``tensors``, to which :func:`stored` rounds.
@@ -63,7 +63,7 @@ class RotatedCheckpoint:
         heads: ``H``, ``float64 [head_dim, head_dim]``.
     """
 
-    inner: Checkpoint
+    inner: Source
     config: Mapping[str, Any]
     tensors: Mapping[str, Stored]
     seed: int
@@ -95,7 +95,7 @@ class RotatedCheckpoint:
         """The tensor ``name`` on the CPU.
 
         Raises:
-            SwquantError: As :meth:`Checkpoint.read`.
+            SwquantError: As :meth:`Source.read`.
         """
         if name in self.folded:
             return torch.ones(self.tensors[name].shape, dtype=self.tensors[name].dtype)
@@ -110,11 +110,15 @@ class RotatedCheckpoint:
             out[rows] = self.rows(name, rows)
         return out
 
+    def part(self, name: str, start: int, stop: int) -> Tensor:
+        """``read(name)[start:stop]``."""
+        return self.inner.part(name, start, stop) if name not in self.changes else self.read(name)[start:stop]
+
     def rows(self, name: str, indices: Tensor) -> Tensor:
         """``read(name)[indices]`` of a matrix; no other rows are read unless the rotation mixes rows.
 
         Raises:
-            SwquantError: As :meth:`Checkpoint.rows`.
+            SwquantError: As :meth:`Source.rows`.
             ValueError: Likewise.
         """
         change = self.changes.get(name)
@@ -128,7 +132,7 @@ class RotatedCheckpoint:
         """Look at every value of the original once.
 
         Raises:
-            SwquantError: As :meth:`Checkpoint.require_finite`.
+            SwquantError: As :meth:`Source.require_finite`.
         """
         self.inner.require_finite(quantized)
 
@@ -136,7 +140,7 @@ class RotatedCheckpoint:
         """The original's files that belong beside the weights.
 
         Raises:
-            SwquantError: As :meth:`Checkpoint.sidecars`.
+            SwquantError: As :meth:`Source.sidecars`.
         """
         return self.inner.sidecars()
 
@@ -156,30 +160,13 @@ class RotatedCheckpoint:
         return out.view(original.shape)
 
 
-Source = Checkpoint | RotatedCheckpoint
-
-
-def stored(source: Source, name: str) -> Tensor:
-    """The tensor ``name`` as an output holds it that does not quantize it: in the dtype that ``tensors`` tells.
-
-    Raises:
-        SwquantError: As :meth:`Checkpoint.read`.
-    """
-    entry = source.tensors[name]
-    if len(entry.shape) != 2:
-        return source.read(name).to(entry.dtype)
-    out = torch.empty(entry.shape, dtype=entry.dtype)
-    for rows in torch.arange(entry.shape[0]).split(CHUNK_ROWS):
-        out[rows] = source.rows(name, rows).to(entry.dtype)
-    return out
-
-
-def rotate(inner: Checkpoint, family: Family, seed: int) -> RotatedCheckpoint:
+def rotate(inner: Source, family: Family, tied: bool, seed: int) -> RotatedCheckpoint:
     """See ``inner`` through a rotation of the residual stream and of each head's values; no weight is read.
 
     Args:
         inner: The original.
         family: Its family.
+        tied: Its head is its embedding.
         seed: Of the random signs.
 
     Raises:
@@ -191,7 +178,6 @@ def rotate(inner: Checkpoint, family: Family, seed: int) -> RotatedCheckpoint:
             "nor add a bias; leave the rotation out"
         )
     embedding, head = f"{family.embedding}.weight", f"{family.head}.weight"
-    tied = bool(inner.config.get("tie_word_embeddings", False))
     tensors = dict(inner.tensors)
     stream = random_rotation(_columns(inner, embedding), generator(seed, "rotation", "stream"))
     heads = random_rotation(_head_size(inner, family), generator(seed, "rotation", "heads"))
@@ -233,7 +219,7 @@ def _block_changes(prefix: str, family: Family, stream: Tensor, heads: Tensor) -
     return biases | {change.source: change for change in weights.values()}
 
 
-def _head_size(inner: Checkpoint, family: Family) -> int:
+def _head_size(inner: Source, family: Family) -> int:
     """Channels of one attention head."""
     output = next(pair.output for pair in family.equivalences if isinstance(pair, ValueOutput))
     name = f"{family.blocks}.0.{output}.weight"
@@ -247,7 +233,7 @@ def _head_size(inner: Checkpoint, family: Family) -> int:
     return columns // count
 
 
-def _columns(inner: Checkpoint, name: str) -> int:
+def _columns(inner: Source, name: str) -> int:
     if name not in inner.tensors:
         raise SwquantError(f"{inner.directory} has no tensor {name!r}; check that it is a whole checkpoint")
     shape = inner.tensors[name].shape

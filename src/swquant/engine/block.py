@@ -2,38 +2,34 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from swquant.checkpoint.rotation import Source
-from swquant.distributed.ranks import Alone, Ranks, on_any, own_rows, require_same
+from swquant.checkpoint.source import Source
+from swquant.distributed.ranks import Alone, Ranks, on_any, require_same
+from swquant.engine.bound import BoundBlock, own_batches
 from swquant.engine.drift import measure_block, measured_samples
 from swquant.engine.journal import STREAMS, Journal
 from swquant.engine.kept import kept_copy
 from swquant.engine.memory import device_peak_bytes, peak_bytes, release
 from swquant.engine.observer import Observer
 from swquant.engine.precision import at_precision
-from swquant.engine.skeleton import Block, Skeleton
-from swquant.engine.streams import batches, create_stream, on_device, open_stream
+from swquant.engine.streams import create_stream, open_stream
 from swquant.errors import SwquantError
-from swquant.learnables.base import BlockFacts, ChannelRange
 from swquant.losses import Loss
 from swquant.losses.balancing import Balance
+from swquant.model.calls import Calls
+from swquant.model.layout import Layout
+from swquant.model.skeleton import Skeleton
 from swquant.phases.base import Phase, PhaseReport, Problem
 from swquant.phases.portion import Portion, named
-from swquant.quant.deferred import in_float
 from swquant.quant.draft import Committed, Draft, commit, open_draft
-from swquant.quant.finite import is_finite
-from swquant.quant.spec import QuantSpec
 from swquant.report import BlockReport, Measured
 from swquant.seeds import generator
 
@@ -48,7 +44,7 @@ class Job:
     Attributes:
         checkpoint: The model on disk.
         skeleton: The model's code.
-        spec: The grid.
+        layout: What is quantized, and each matrix's grid.
         phases: The method.
         loss: The training loss; ``None`` leaves each phase its own.
         samples: Calibration samples; the streams' further samples are for evaluation and train nothing.
@@ -63,7 +59,7 @@ class Job:
 
     checkpoint: Source
     skeleton: Skeleton
-    spec: QuantSpec
+    layout: Layout
     phases: tuple[Phase, ...]
     loss: Loss | None
     samples: int
@@ -75,13 +71,13 @@ class Job:
     precision: torch.dtype = torch.float32
 
 
-def quantize_block(job: Job, journal: Journal, kwargs: Mapping[str, Any], observer: Observer) -> int | None:
+def quantize_block(job: Job, journal: Journal, calls: Calls, observer: Observer) -> int | None:
     """Quantize the journal's next block and commit it together with both streams behind it.
 
     Args:
         job: The run.
         journal: Where the run stands; it is one block further on return, on rank 0's disk and there alone.
-        kwargs: The block's keyword arguments beside the hidden states.
+        calls: What each block is called with.
         observer: Hears of the steps.
 
     Returns:
@@ -92,9 +88,8 @@ def quantize_block(job: Job, journal: Journal, kwargs: Mapping[str, Any], observ
     """
     started = time.monotonic()
     index, ranks, streams = journal.done, job.ranks, _open_streams(job, journal)
-    bound = _Bound(job.skeleton.block(index), kwargs, job.device, ranks)
-    params = bound.block.load(job.checkpoint)
-    params = {name: value.to(job.device) for name, value in params.items()}
+    bound = BoundBlock(index, job.skeleton.block(index), calls, job.layout, job.device, ranks)
+    params = load_block(job, index)
     forward = time.monotonic()
     with named(f"in the original model's block {index}"):
         finite = bound.advance(params, streams.reference, streams.next_reference)
@@ -106,9 +101,9 @@ def quantize_block(job: Job, journal: Journal, kwargs: Mapping[str, Any], observ
     ranks.barrier()
 
     problem = _problem(job, index, bound, params, streams, observer, journal.kept_path(ranks.rank))
-    weights = tuple(f"{linear}.weight" for linear in job.skeleton.family.linears)
+    grids = job.layout.grids(index)
     with named(f"in rounding block {index} to the nearest"):
-        draft = open_draft(params, weights, job.spec, bound.block.stored_dtypes(job.checkpoint))
+        draft = open_draft(params, grids, grids, stored_dtypes(job, index))
     release()
     committed, reports = _fold(draft, job.phases, problem, index)
     require_same(ranks, _tensors(committed), f"block {index}")
@@ -137,6 +132,18 @@ def quantize_block(job: Job, journal: Journal, kwargs: Mapping[str, Any], observ
         ranks.lead(finish)
     release()
     return problem.portion.samples
+
+
+def load_block(job: Job, index: int) -> dict[str, Tensor]:
+    """A block's parameters and saved buffers by their names inside it, in their stored dtypes, on the device."""
+    block = job.skeleton.block(index)
+    return {name: job.checkpoint.read(f"{block.prefix}.{name}").to(job.device) for name in block.names()}
+
+
+def stored_dtypes(job: Job, index: int) -> dict[str, torch.dtype]:
+    """The dtype of each of a block's parameters in an output that does not quantize it."""
+    block = job.skeleton.block(index)
+    return {name: job.checkpoint.tensors[f"{block.prefix}.{name}"].dtype for name in block.names()}
 
 
 @dataclass(frozen=True)
@@ -171,7 +178,7 @@ def _open_streams(job: Job, journal: Journal) -> _Streams:
 def _problem(
     job: Job,
     index: int,
-    bound: _Bound,
+    bound: BoundBlock,
     params: Mapping[str, Tensor],
     streams: _Streams,
     observer: Observer,
@@ -181,7 +188,7 @@ def _problem(
     train, held = split_held(job.samples)
     return Problem(
         forward=at_precision(bound.forward, job.precision),
-        facts=_facts(job.skeleton, bound, params, inputs),
+        facts=bound.facts(params, inputs),
         inputs=streams.quantized,
         target=streams.next_reference,
         augmented=streams.augmented,
@@ -199,13 +206,13 @@ def _problem(
     )
 
 
-def _measured(job: Job, bound: _Bound, streams: _Streams, rounded: Committed, committed: Committed) -> Measured:
+def _measured(job: Job, bound: BoundBlock, streams: _Streams, rounded: Committed, committed: Committed) -> Measured:
     """What the block lost, on this rank alone."""
     samples, tokens, _ = streams.quantized.shape
     shown = measured_samples(split_held(job.samples)[1], range(job.samples, samples), tokens)
     inputs = streams.quantized[shown]
     plain = torch.empty_like(inputs)
-    replace(bound, ranks=Alone()).advance(rounded.floats(), inputs, plain)
+    replace(bound, ranks=Alone()).advance(rounded.floats(), inputs, plain, torch.tensor(shown))
     outputs = (streams.next_reference[shown], plain, streams.next_quantized[shown])
     return measure_block(outputs, (rounded.quantized, committed.quantized))
 
@@ -231,13 +238,6 @@ def require_finite(finite: bool, ranks: Ranks, whose: str) -> None:
         )
 
 
-def own_batches(ranks: Ranks, stream: Tensor) -> Iterator[slice]:
-    """This rank's samples of a stream, in ranges that go through a block at once."""
-    own = own_rows(ranks, len(stream))
-    for batch in batches(stream[own]):
-        yield slice(own.start + batch.start, own.start + batch.stop)
-
-
 def split_held(samples: int) -> tuple[list[int], list[int]]:
     """Samples to train on, and the last eighth of them, at least one, to compare states on; a lone sample does both."""
     if samples == 1:
@@ -258,73 +258,6 @@ def drift(reference: Tensor, quantized: Tensor, ranks: Ranks) -> float:
     ranks.sum([sums])
     error, energy = sums.tolist()
     return error / energy if energy else 0.0
-
-
-@dataclass(frozen=True)
-class _Bound:
-    """A block with its keyword arguments and where it runs: a function of parameters and hidden states alone."""
-
-    block: Block
-    kwargs: Mapping[str, Any]
-    device: torch.device
-    ranks: Ranks
-
-    def forward(self, params: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
-        return self.block.forward(params, hidden, self.kwargs)
-
-    @torch.no_grad()
-    def advance(self, params: Mapping[str, Tensor], source: Tensor, destination: Tensor) -> bool:
-        """Write what comes of this rank's samples of ``source`` to ``destination``; returns whether all is finite."""
-        floats, finite = in_float(params), True
-        for batch, hidden in on_device(source, own_batches(self.ranks, source), self.device):
-            out = self.forward(floats, hidden).cpu()
-            finite = finite and is_finite(out)
-            destination[batch] = out
-        return finite
-
-    @torch.no_grad()
-    def watch(
-        self,
-        source: Tensor,
-        params: Mapping[str, Tensor],
-        linears: Sequence[str],
-        visit: Callable[[str, Tensor], None],
-    ) -> None:
-        """Run over this rank's samples of ``source`` and show ``visit`` each batch's inputs of the named linears."""
-        floats = in_float(params)
-
-        def seen(linear: str, _: torch.nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            visit(linear, arguments[0].flatten(0, -2))
-
-        with ExitStack() as hooks:
-            for linear in linears:
-                module = self.block.module.get_submodule(linear)
-                hooks.callback(module.register_forward_pre_hook(partial(seen, linear)).remove)
-            for _, hidden in on_device(source, own_batches(self.ranks, source), self.device):
-                self.forward(floats, hidden)
-
-    def input_ranges(
-        self, params: Mapping[str, Tensor], source: Tensor, linears: Sequence[str]
-    ) -> dict[str, ChannelRange]:
-        """Channel ranges of the named linears' inputs over the samples of ``source``."""
-        ends = {
-            linear: torch.full((2, params[f"{linear}.weight"].shape[1]), math.inf, device=self.device)
-            for linear in linears
-        }
-
-        def note(linear: str, inputs: Tensor) -> None:
-            low, high = inputs.aminmax(dim=0)
-            ends[linear] = torch.minimum(torch.stack((low, -high)), ends[linear])
-
-        self.watch(source, params, linears, note)
-        least = {linear: self.ranks.gather(end[None], self.ranks.size).amin(0) for linear, end in ends.items()}
-        return {linear: ChannelRange(low, -high) for linear, (low, high) in least.items()}
-
-
-def _facts(skeleton: Skeleton, bound: _Bound, params: Mapping[str, Tensor], inputs: Tensor) -> BlockFacts:
-    return BlockFacts(
-        skeleton.family, skeleton.heads, skeleton.key_value_heads, partial(bound.input_ranges, params, inputs)
-    )
 
 
 def _tensors(committed: Committed) -> Iterator[Tensor]:

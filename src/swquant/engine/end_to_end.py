@@ -39,7 +39,6 @@ from torch import Tensor
 
 from swquant.distributed.ranks import own_rows, own_turns, require_same
 from swquant.engine.block import Job, create_together, require_finite, split_held
-from swquant.engine.capture import capture
 from swquant.engine.final_drift import final_blocks
 from swquant.engine.head import Heads
 from swquant.engine.journal import TRAINED, Journal
@@ -48,6 +47,7 @@ from swquant.engine.observer import Observer
 from swquant.engine.trained_model import POSITION, TrainedModel
 from swquant.errors import SwquantError
 from swquant.learnables.base import Theta
+from swquant.model.calls import Calls, Front, capture
 from swquant.phases.base import PhaseReport
 from swquant.phases.optimizers import Optimizer, trainable
 from swquant.phases.portion import Portion, together
@@ -61,7 +61,7 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 def train_scales(
-    job: Job, work: ScaleTraining, journal: Journal, arguments: Sequence[Mapping[str, Any]], observer: Observer
+    job: Job, work: ScaleTraining, journal: Journal, calls: Calls, observer: Observer
 ) -> None:
     """Train all finished blocks together, run the evaluation samples through the result, and commit both.
 
@@ -69,7 +69,7 @@ def train_scales(
         job: The run.
         work: What to train and how.
         journal: Where the run stands; all blocks are finished. Every epoch is saved to it.
-        arguments: The blocks' keyword arguments beside the hidden states, on the job's device.
+        calls: What each block is called with.
         observer: Hears of the steps.
     """
     learned = "scales and weights" if work.weights else "scales"
@@ -78,12 +78,13 @@ def train_scales(
     stream = create_together(job.ranks, [journal.stream_path(TRAINED, journal.done)], journal.shape)[0]
 
     def begin() -> None:
-        capture(job.skeleton, job.checkpoint, journal.tokens()["tokens"], write_stored=stream.__setitem__)
+        for index, hidden in enumerate(capture(calls.front, job.checkpoint, journal.tokens()["tokens"], stored=True)):
+            stream[index] = hidden
 
     job.ranks.lead(begin)
-    stage = _Stage(job, work, TrainedModel(job, journal, arguments, work), journal, stream, observer)
+    stage = _Stage(job, work, TrainedModel(job, journal, calls, work), journal, stream, observer, calls.front)
     report = stage.run()
-    require_finite(stage.model.advance(stream[job.samples :]), job.ranks, "the model trained end to end puts out")
+    require_finite(stage.model.advance(stream[job.samples :], job.samples), job.ranks, "the model trained end to end puts out")
     job.ranks.barrier()
     require_same(
         job.ranks, (value for theta in stage.thetas for value in theta.values()), "what was trained end to end"
@@ -91,7 +92,7 @@ def train_scales(
 
     def finish() -> None:
         observer.stage(f"End to end: held-out KL {report['before']:.4g} -> {report['after']:.4g}")
-        blocks = final_blocks(job, journal, stage.model, arguments)
+        blocks = final_blocks(job, journal, stage.model, calls)
         journal.finish_training(stage.model.final(), {**report, "blocks": [asdict(block) for block in blocks]})
 
     job.ranks.lead(finish)
@@ -107,11 +108,12 @@ class _Stage:
     journal: Journal
     inputs: Tensor
     observer: Observer
+    front: Front
 
     def __post_init__(self) -> None:
         self.thetas = self.model.thetas
         self.reference = self.journal.open_streams()[0]
-        self.heads = Heads.load(self.job.skeleton, self.job.checkpoint, self.job.device)
+        self.heads = Heads.load(self.front, self.job.checkpoint)
         self.train, self.held = split_held(self.job.samples)
         self.portion = Portion(self.job.micro_batch)
         self.notes = list[str]()
@@ -191,9 +193,9 @@ class _Stage:
         total = torch.zeros(())
         for part in self.portion.cut(samples[own_rows(self.job.ranks, len(samples))]):
             share = len(part) / len(samples)
-            states = self.model.forward(self.inputs[part].to(self.job.device))
+            states = self.model.forward(self.inputs[part].to(self.job.device), part)
             loss, slope = self.heads.gradient(self.reference[part].to(self.job.device), states.pop())
-            self.model.backward(states, slope if share == 1 else slope * share)
+            self.model.backward(states, part, slope if share == 1 else slope * share)
             total += loss * share
         return total
 
@@ -212,7 +214,7 @@ class _Stage:
         """Sum over the samples of ``batches``, a portion at a time, float64."""
         total = torch.zeros((), dtype=torch.float64)
         for part in (part for samples in batches for part in self.portion.cut(samples)):
-            hidden = self.model.forward(self.inputs[part].to(self.job.device), keep=False)[-1]
+            hidden = self.model.forward(self.inputs[part].to(self.job.device), part, keep=False)[-1]
             reference = self.reference[part].to(self.job.device)
             total += float(self.heads.divergence(reference, hidden)) * len(part)
         return total

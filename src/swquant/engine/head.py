@@ -1,4 +1,4 @@
-"""From both streams behind the last block to perplexity, KL and agreement, a slice of the vocabulary at a time."""
+"""From the hidden states after the last block, of both models, to perplexity, KL and agreement."""
 
 from __future__ import annotations
 
@@ -8,230 +8,129 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
+from torch.nn import functional
 
-from swquant.checkpoint.rotation import Source
-from swquant.engine.skeleton import Skeleton
+from swquant.checkpoint.source import Source
+from swquant.model.calls import Front, Tail
 from swquant.report import Quality
 
-VOCABULARY_ROWS = 4096
 LOGITS = 1 << 24
-"""Logits of each model that are in memory at once in training."""
-
-
-@dataclass
-class _Side:
-    """What is known of one model's next-token distributions after part of the vocabulary; all ``[tokens]``."""
-
-    peak: Tensor
-    total: Tensor
-    choice: Tensor
-    target: Tensor
-
-    @staticmethod
-    def begin(tokens: int) -> _Side:
-        return _Side(
-            torch.full((tokens,), -math.inf),
-            torch.zeros(tokens),
-            torch.zeros(tokens, dtype=torch.long),
-            torch.zeros(tokens),
-        )
-
-    @property
-    def log_total(self) -> Tensor:
-        return self.peak.double() + self.total.double().log()
+"""Logits of each model that are in memory at once."""
 
 
 @torch.no_grad()
-def measure(
-    skeleton: Skeleton,
-    checkpoint: Source,
-    streams: tuple[Tensor, Tensor],
-    tokens: Tensor,
-    device: torch.device,
-) -> Quality:
+def measure(front: Front, checkpoint: Source, streams: tuple[Tensor, Tensor], tokens: Tensor) -> Quality:
     """Compare the quantized model's predictions with the original's and with the text.
 
-    With logits ``r`` of the original and ``q`` of the quantized model, in one pass over the vocabulary,
-    ``KL = sum_v softmax(r)_v (r_v - q_v) - logsumexp(r) + logsumexp(q)``.
+    ``KL = sum_v softmax(r)_v (log softmax(r)_v - log softmax(q)_v)`` for logits ``r`` of the original and ``q`` of the
+    quantized model, a mean over tokens.
 
     Args:
-        skeleton: The model's code.
-        checkpoint: The original's weights; the tail is that of both models, and the head as it is stored that of the
-            quantized one.
-        streams: The reference and the quantized stream behind the last block, ``[samples, tokens, dim]``.
+        front: The model without its blocks.
+        checkpoint: The original's weights; the head as it is stored is that of the quantized model.
+        streams: Hidden states of the original and of the quantized model after the last block,
+            ``[samples, tokens, dim]``.
         tokens: ``int64 [samples, tokens]``, the text.
-        device: Where to compute.
     """
-    samples, length = tokens.shape
-    labels = tokens[:, 1:].flatten()
-    count = samples * (length - 1)
-    reference, quantized = _Side.begin(count), _Side.begin(count)
-    cross = torch.zeros(count)
-    tail = _Tail.load(skeleton, checkpoint, device)
-    for first, slices in _head_rows(skeleton, checkpoint):
-        heads = [part.to(device).T for part in slices]
-        for start in range(samples):
-            part = slice(start * (length - 1), (start + 1) * (length - 1))
-            logits = [
-                tail(stream[start : start + 1, :-1].to(device)).flatten(0, 1) @ head
-                for stream, head in zip(streams, heads, strict=True)
-            ]
-            kept = _update(reference, part, logits[0], labels[part], first)
-            cross[part] = cross[part] * kept + _weighted_gap(logits, reference.peak[part])
-            _update(quantized, part, logits[1], labels[part], first)
-    kl = cross.double() / reference.total.double() - reference.log_total + quantized.log_total
+    heads = Heads.load(front, checkpoint)
+    sums = torch.zeros(4, dtype=torch.float64)
+    count = 0
+    for sample, text in enumerate(tokens):
+        labels, states = text[1:], [stream[sample, :-1].to(front.device) for stream in streams]
+        for rows in heads.chunks(len(labels)):
+            original, quantized = heads.log_probabilities(states[0][rows], states[1][rows])
+            wanted = labels[rows].to(front.device)
+            sums += torch.stack(
+                [
+                    functional.nll_loss(original, wanted, reduction="sum"),
+                    functional.nll_loss(quantized, wanted, reduction="sum"),
+                    _divergence(original, quantized),
+                    (original.argmax(-1) == quantized.argmax(-1)).sum(),
+                ]
+            ).double().cpu()
+            count += len(wanted)
+    before, after, kl, agreed = (sums / count).tolist()
     return Quality(
         tokens=count,
-        perplexity_reference=_perplexity(reference),
-        perplexity=_perplexity(quantized),
-        kl=float(kl.mean()),
-        top1=float((reference.choice == quantized.choice).double().mean()),
+        perplexity_reference=math.exp(min(700.0, before)),
+        perplexity=math.exp(min(700.0, after)),
+        kl=kl,
+        top1=agreed,
     )
 
 
 @torch.no_grad()
-def predictions(skeleton: Skeleton, checkpoint: Source, hidden: Tensor, device: torch.device) -> Tensor:
+def predictions(front: Front, checkpoint: Source, hidden: Tensor) -> Tensor:
     """The quantized model's logits ``float32 [samples, tokens, vocabulary]`` on the CPU.
 
     Args:
-        skeleton: The model's code.
+        front: The model without its blocks.
         checkpoint: The original's weights.
-        hidden: The quantized stream behind the last block, ``[samples, tokens, dim]``.
-        device: Where to compute.
+        hidden: The quantized model's hidden states after the last block, ``[samples, tokens, dim]``.
     """
-    normed = _Tail.load(skeleton, checkpoint, device)(hidden.to(device))
-    return torch.cat([(normed @ kept.to(device).T).cpu() for _, (_, kept) in _head_rows(skeleton, checkpoint)], -1)
+    tail = Tail.load(front, checkpoint, stored=True)
+    return torch.stack([tail.logits(states.to(front.device)).cpu() for states in hidden])
 
 
-def _update(side: _Side, part: slice, logits: Tensor, labels: Tensor, first: int) -> Tensor:
-    """Take in the logits of vocabulary entries from ``first`` on; returns the factor on what was summed before."""
-    logits = logits.cpu()
-    top, choice = logits.max(1)
-    before = side.peak[part]
-    peak = torch.maximum(before, top)
-    kept = (before - peak).exp()
-    side.total[part] = side.total[part] * kept + (logits - peak.unsqueeze(1)).exp().sum(1)
-    side.choice[part] = torch.where(top > before, choice + first, side.choice[part])
-    side.peak[part] = peak
-    inside = (labels >= first) & (labels < first + logits.shape[1])
-    own = logits.gather(1, (labels - first).clamp(0, logits.shape[1] - 1).unsqueeze(1)).squeeze(1)
-    side.target[part] = torch.where(inside, own, side.target[part])
-    return kept
-
-
-def _weighted_gap(logits: list[Tensor], peak: Tensor) -> Tensor:
-    reference, quantized = (part.cpu() for part in logits)
-    return ((reference - peak.unsqueeze(1)).exp() * (reference - quantized)).sum(1)
-
-
-def _perplexity(side: _Side) -> float:
-    return math.exp(min(700.0, float((side.log_total - side.target.double()).mean())))
-
-
-def _head_rows(skeleton: Skeleton, checkpoint: Source) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
-    """Slices of the head, each with its first row's index: as it is read, and in the dtype in which it is stored."""
-    name = skeleton.head_weight
-    rows = checkpoint.tensors[name].shape[0]
-    for first in range(0, rows, VOCABULARY_ROWS):
-        read = checkpoint.rows(name, torch.arange(first, min(first + VOCABULARY_ROWS, rows)))
-        yield first, (read.float(), read.to(checkpoint.tensors[name].dtype).float())
-
-
-@dataclass(frozen=True)
-class _Tail:
-    """The modules between the last block and the head."""
-
-    modules: tuple[torch.nn.Module, ...]
-    params: tuple[dict[str, Tensor], ...]
-
-    @staticmethod
-    def load(skeleton: Skeleton, checkpoint: Source, device: torch.device) -> _Tail:
-        modules = tuple(skeleton.model.get_submodule(name) for name in skeleton.family.tail)
-        params = tuple(
-            {key: checkpoint.read(f"{name}.{key}").float().to(device) for key, _ in module.named_parameters()}
-            for name, module in zip(skeleton.family.tail, modules, strict=True)
-        )
-        return _Tail(modules, params)
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        for module, params in zip(self.modules, self.params, strict=True):
-            hidden = functional_call(module, params, (hidden,))
-        return hidden
+def _divergence(original: Tensor, quantized: Tensor) -> Tensor:
+    """``KL(original || quantized)`` of log-probabilities ``[tokens, vocabulary]``, summed over tokens."""
+    return (original.exp() * (original - quantized)).sum()
 
 
 @dataclass(frozen=True)
 class Heads:
-    """What follows the last block in both models, held in memory in the dtypes that the weights have on disk.
+    """What follows the last block in both models, weights in the dtypes that they have on disk.
 
     Attributes:
-        tail: The modules in front of the head, the same for both.
-        original: The original's head, ``[vocabulary, dim]``.
+        original: The original's.
         stored: The same as the output stores it, which differs where the checkpoint is seen through a rotation.
     """
 
-    tail: _Tail
-    original: Tensor
-    stored: Tensor
+    original: Tail
+    stored: Tail
 
     @staticmethod
-    def load(skeleton: Skeleton, checkpoint: Source, device: torch.device) -> Heads:
-        """Read both."""
-        original = checkpoint.read(skeleton.head_weight).to(device)
-        stored = original.to(checkpoint.tensors[skeleton.head_weight].dtype)
-        return Heads(_Tail.load(skeleton, checkpoint, device), original, stored)
+    def load(front: Front, checkpoint: Source) -> Heads:
+        """Read both; where they are equal, there is one in memory."""
+        original = Tail.load(front, checkpoint)
+        weight = next(iter(original.head.values()))
+        kept = weight.to(checkpoint.tensors[front.skeleton.head_weight].dtype)
+        return Heads(original, original if kept is weight else Tail(front, dict.fromkeys(original.head, kept)))
 
+    def chunks(self, tokens: int) -> Iterator[slice]:
+        """Ranges of so many tokens whose logits are in memory at once."""
+        size = max(1, LOGITS // self.stored.vocabulary)
+        for start in range(0, tokens, size):
+            yield slice(start, min(start + size, tokens))
+
+    def log_probabilities(self, reference: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Of both models, ``[tokens, vocabulary]``, from their hidden states ``[tokens, dim]``."""
+        with torch.no_grad():
+            original = self.original.logits(reference).log_softmax(-1)
+        return original, self.stored.logits(hidden).log_softmax(-1)
+
+    @torch.no_grad()
     def divergence(self, reference: Tensor, hidden: Tensor) -> Tensor:
         """Mean over all tokens of ``KL(original || quantized)``.
 
         Args:
-            reference: The original's hidden states behind the last block, ``[samples, tokens, dim]``.
+            reference: The original's hidden states after the last block, ``[samples, tokens, dim]``.
             hidden: The quantized model's.
         """
-        with torch.no_grad():
-            return self._gap(self.tail(reference).flatten(0, 1), self.tail(hidden).flatten(0, 1), None)
+        total = torch.zeros((), dtype=torch.float64)
+        states, targets = hidden.flatten(0, 1), reference.flatten(0, 1)
+        for rows in self.chunks(len(states)):
+            total += _divergence(*self.log_probabilities(targets[rows], states[rows])).double().cpu()
+        return (total / len(states)).float()
 
     def gradient(self, reference: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """:meth:`divergence`, and its gradient with respect to ``hidden``.
-
-        With the logits ``q = z W'`` of the quantized model, ``d KL / d q = softmax(q) - softmax(r)``, so that the
-        gradient with respect to ``z`` needs no graph over the vocabulary; that of the tail is left to autograd.
-        """
-        leaf = hidden.detach().requires_grad_()
-        with torch.enable_grad():
-            normed = self.tail(leaf)
-        slope = torch.empty_like(normed)
-        with torch.no_grad():
-            loss = self._gap(self.tail(reference).flatten(0, 1), normed.flatten(0, 1), slope.flatten(0, 1))
-        return loss, torch.autograd.grad(normed, leaf, slope)[0]
-
-    def _gap(self, reference: Tensor, normed: Tensor, slope: Tensor | None) -> Tensor:
-        """Mean divergence of ``[tokens, dim]`` in front of the heads, a chunk of tokens at a time; fills ``slope``."""
-        count, total = len(normed), torch.zeros((), dtype=torch.float64)
-        for part in torch.arange(count).split(max(1, LOGITS // len(self.stored))):
-            rows = slice(int(part[0]), int(part[-1]) + 1)
-            expected = _logits(reference[rows], self.original).log_softmax(-1)
-            found = _logits(normed[rows], self.stored).log_softmax(-1)
-            likely = expected.exp()
-            total += expected.sub_(found).mul_(likely).sum(-1).cpu().double().sum()
-            if slope is not None:
-                slope[rows] = _times(found.exp_().sub_(likely).div_(count), self.stored)
-        return (total / count).float()
-
-
-def _logits(normed: Tensor, head: Tensor) -> Tensor:
-    """``normed @ head.T`` in float32, for a head in any dtype."""
-    out = normed.new_empty(len(normed), len(head))
-    for first in range(0, len(head), VOCABULARY_ROWS):
-        rows = slice(first, first + VOCABULARY_ROWS)
-        out[:, rows] = normed @ head[rows].float().T
-    return out
-
-
-def _times(slope: Tensor, head: Tensor) -> Tensor:
-    """``slope @ head`` in float32, for a head in any dtype."""
-    out = slope.new_zeros(len(slope), head.shape[1])
-    for first in range(0, len(head), VOCABULARY_ROWS):
-        rows = slice(first, first + VOCABULARY_ROWS)
-        out.addmm_(slope[:, rows], head[rows].float())
-    return out
+        """:meth:`divergence`, and its gradient with respect to ``hidden``, through the model's own code."""
+        states, targets = hidden.flatten(0, 1), reference.flatten(0, 1)
+        total, slope = torch.zeros((), dtype=torch.float64), torch.empty_like(states)
+        for rows in self.chunks(len(states)):
+            leaf = states[rows].detach().requires_grad_()
+            with torch.enable_grad():
+                loss = _divergence(*self.log_probabilities(targets[rows], leaf))
+            slope[rows] = torch.autograd.grad(loss, leaf)[0].div_(len(states))
+            total += loss.detach().double().cpu()
+        return (total / len(states)).float(), slope.view(hidden.shape)

@@ -135,12 +135,17 @@ class Journal:
         self.reports.append(report)
         self._commit(*(self.stream_path(name, index).name for name in STREAMS))
 
-    def block(self, index: int, spec: QuantSpec) -> Committed:
-        """A finished block, as the training of the whole model left it where there was one."""
+    def block(self, index: int, grids: Mapping[str, QuantSpec]) -> Committed:
+        """A finished block, as the training of the whole model left it where there was one.
+
+        Args:
+            index: Which block.
+            grids: Of its quantized weights, by name.
+        """
         tensors = self._checked(self.block_path(index).name)
         if self.final is not None:
             tensors |= self._final_tensors(index)
-        return _from_tensors(tensors, spec)
+        return _from_tensors(tensors, grids)
 
     def _final_tensors(self, index: int) -> dict[str, Tensor]:
         """What the training of the whole model put in the place of a block's tensors; no other block's are read."""
@@ -152,10 +157,10 @@ class Journal:
             names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
             return {name.removeprefix(prefix): file.get_tensor(name) for name in names}
 
-    def read_block(self, index: int, spec: QuantSpec, device: torch.device) -> Committed:
+    def read_block(self, index: int, grids: Mapping[str, QuantSpec], device: torch.device) -> Committed:
         """A finished block on ``device`` as it was before any training of the whole model, its file not checked."""
         tensors = load_file(self.block_path(index))
-        return _from_tensors({name: value.to(device) for name, value in tensors.items()}, spec)
+        return _from_tensors({name: value.to(device) for name, value in tensors.items()}, grids)
 
     def save_training(self, epoch: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Commit the state of the training behind the last block after another epoch."""
@@ -311,12 +316,12 @@ def stored_part(part: str, value: Tensor) -> Tensor:
     return value.to(_PART_DTYPES.get(part, value.dtype))
 
 
-def _from_tensors(tensors: Mapping[str, Tensor], spec: QuantSpec) -> Committed:
+def _from_tensors(tensors: Mapping[str, Tensor], grids: Mapping[str, QuantSpec]) -> Committed:
     parts: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         name, _, part = key.rpartition(":")
         parts.setdefault(name, {})[part] = value
-    quantized = {name: _quantized(part, spec) for name, part in parts.items() if "codes" in part}
+    quantized = {name: _quantized(part, grids[name]) for name, part in parts.items() if "codes" in part}
     return Committed(quantized, {name: part["plain"] for name, part in parts.items() if "plain" in part})
 
 

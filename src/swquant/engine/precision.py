@@ -10,8 +10,8 @@ from torch import Tensor
 PRECISIONS: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """By the names that recipes have for them."""
 
-Forward = Callable[[Mapping[str, Tensor], Tensor], Tensor]
-"""``(parameters, hidden [samples, tokens, dim]) -> hidden``."""
+Forward = Callable[[Mapping[str, Tensor], Tensor, Tensor], Tensor]
+"""``(parameters, hidden [samples, tokens, dim], samples) -> hidden``."""
 
 
 def at_precision(forward: Forward, precision: torch.dtype) -> Forward:
@@ -27,8 +27,8 @@ def at_precision(forward: Forward, precision: torch.dtype) -> Forward:
     if precision == torch.float32:
         return forward
 
-    def short(params: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
+    def short(params: Mapping[str, Tensor], hidden: Tensor, samples: Tensor) -> Tensor:
         with torch.autocast(hidden.device.type, precision):
-            return forward(params, hidden).float()
+            return forward(params, hidden, samples).float()
 
     return short

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from swquant.engine.block import Job, own_batches
+from swquant.engine.block import Job
+from swquant.engine.bound import BoundBlock, own_batches
 from swquant.engine.journal import Journal, stored_part
 from swquant.engine.precision import at_precision
 from swquant.learnables.base import Theta
+from swquant.model.calls import Calls
 from swquant.phases.scale_training import ScaleTraining
 from swquant.quant.bits import pack
 from swquant.quant.deferred import defer
@@ -42,8 +42,8 @@ class TrainedModel:
             plus the nearest integer.
     """
 
-    def __init__(self, job: Job, journal: Journal, arguments: Sequence[Mapping[str, Any]], work: ScaleTraining) -> None:
-        self._job, self._journal, self._arguments, self._work = job, journal, arguments, work
+    def __init__(self, job: Job, journal: Journal, calls: Calls, work: ScaleTraining) -> None:
+        self._job, self._journal, self._calls, self._work = job, journal, calls, work
         self.thetas = [self._gains(index) | self._positions(index) for index in range(journal.done)]
         for theta in self.thetas:
             for value in theta.values():
@@ -56,7 +56,7 @@ class TrainedModel:
             yield gains | self._positions(index)
 
     def _gains(self, index: int) -> Theta:
-        block = self._journal.block(index, self._job.spec)
+        block = self._journal.block(index, self._job.layout.grids(index))
         shapes = {
             _key(name, part): value.shape
             for name, quantized in block.quantized.items()
@@ -72,7 +72,7 @@ class TrainedModel:
             return {}
         return {
             name + POSITION: self._position(index, name, quantized).to(self._job.device)
-            for name, quantized in self._journal.block(index, self._job.spec).quantized.items()
+            for name, quantized in self._journal.block(index, self._job.layout.grids(index)).quantized.items()
             if isinstance(quantized, QTensor)
         }
 
@@ -88,7 +88,7 @@ class TrainedModel:
 
     def _rescaled(self, index: int) -> Committed:
         """The block with its present scales and norms, differentiable in their gains, and its first codes."""
-        block, theta = self._journal.read_block(index, self._job.spec, self._job.device), self.thetas[index]
+        block, theta = self._read(index), self.thetas[index]
         quantized = {
             name: old.rescaled({part: theta[_key(name, part)].exp() for part in old.scales})
             for name, old in block.quantized.items()
@@ -98,6 +98,9 @@ class TrainedModel:
             for name, value in block.params.items()
         }
         return Committed(quantized, params)
+
+    def _read(self, index: int) -> Committed:
+        return self._journal.read_block(index, self._job.layout.grids(index), self._job.device)
 
     def floats(self, index: int) -> dict[str, Tensor]:
         """The block's parameters as it is now, differentiable in what is learned."""
@@ -109,51 +112,57 @@ class TrainedModel:
         }
         return block.floats() | moving
 
-    def run(self, index: int, hidden: Tensor, precision: torch.dtype = torch.float32) -> Tensor:
-        """Block number ``index`` on ``hidden [samples, tokens, dim]``."""
-        block = self._job.skeleton.block(index)
-        run = at_precision(partial(block.forward, kwargs=self._arguments[index]), precision)
-        return run(self.floats(index), hidden)
+    def run(
+        self, index: int, hidden: Tensor, samples: Tensor, precision: torch.dtype = torch.float32
+    ) -> Tensor:
+        """Block number ``index`` on ``hidden [samples, tokens, dim]`` of these samples."""
+        return at_precision(self._bound(index).forward, precision)(self.floats(index), hidden, samples)
+
+    def _bound(self, index: int) -> BoundBlock:
+        job = self._job
+        return BoundBlock(index, job.skeleton.block(index), self._calls, job.layout, job.device, job.ranks)
 
     @torch.no_grad()
-    def forward(self, hidden: Tensor, keep: bool = True) -> list[Tensor]:
-        """The hidden states in front of each block if ``keep``, and behind the last.
+    def forward(self, hidden: Tensor, samples: Tensor, keep: bool = True) -> list[Tensor]:
+        """The hidden states before each block if ``keep``, and after the last.
 
         Kept are those of training, in its precision; without ``keep`` all is float32, as it is measured.
         """
         states, precision = [hidden], self._job.precision if keep else torch.float32
         for index in range(len(self.thetas)):
-            out = self.run(index, states[-1], precision)
+            out = self.run(index, states[-1], samples, precision)
             states = [*states, out] if keep else [out]
         return states
 
-    def backward(self, states: list[Tensor], slope: Tensor) -> None:
+    def backward(self, states: list[Tensor], samples: Tensor, slope: Tensor) -> None:
         """Add to the gradients of what is learned.
 
         Args:
-            states: What :meth:`forward` returned but for the last; they are let go of one after the other.
-            slope: Gradient of the loss with respect to the hidden states behind the last block.
+            states: What :meth:`forward` returned but for the last; each is freed as soon as it is used.
+            samples: Which samples they are.
+            slope: Gradient of the loss with respect to the hidden states after the last block.
         """
         for index in reversed(range(len(self.thetas))):
             hidden = states.pop().detach().requires_grad_()
             with torch.enable_grad():
-                out = self.run(index, hidden, self._job.precision)
+                out = self.run(index, hidden, samples, self._job.precision)
             out.backward(slope)
             assert hidden.grad is not None
             slope = hidden.grad
 
     @torch.no_grad()
-    def advance(self, stream: Tensor) -> bool:
-        """Replace the hidden states in front of the first block by those behind the last, in place.
+    def advance(self, stream: Tensor, first: int) -> bool:
+        """Replace the hidden states before the first block by those after the last, in place.
 
-        Each rank takes samples of its own; returns whether all of these end in finite values.
+        The samples are those from number ``first`` on. Each rank takes samples of its own; returns whether all of these end in finite values.
         """
         own = list(own_batches(self._job.ranks, stream))
         for index in range(len(self.thetas)):
             floats = self.floats(index)
+            bound = self._bound(index)
             for part in own:
-                hidden = stream[part].to(self._job.device)
-                stream[part] = self._job.skeleton.block(index).forward(floats, hidden, self._arguments[index]).cpu()
+                samples = torch.arange(first + part.start, first + part.stop)
+                stream[part] = bound.forward(floats, stream[part].to(self._job.device), samples).cpu()
         return all(is_finite(stream[part]) for part in own)
 
     @torch.no_grad()

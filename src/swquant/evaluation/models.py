@@ -9,14 +9,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+from torch import nn
+from transformers import CompressedTensorsConfig
 
-from swquant.checkpoint.quantized import QUANTIZATION_CONFIG, QuantizedModel
+from swquant.checkpoint.converted import to_memory
+from swquant.checkpoint.quantized import QUANTIZATION_CONFIG, QuantizedModel, shapes_of
 from swquant.checkpoint.reader import read_config
 from swquant.checkpoint.shards import INDEX, SINGLE
-from swquant.engine.skeleton import empty_model
 from swquant.errors import SwquantError, reason_of
 from swquant.formats import read_quantized
+from swquant.model.empty import model_class
+from swquant.model.empty import read_config as parse_config
+from swquant.model.skeleton import build_model
 from swquant.phases.portion import ran_out
 from swquant.runtime import load
 
@@ -24,8 +28,8 @@ from swquant.runtime import load
 def load_model(directory: Path, device: torch.device, *, packed: bool = False) -> Any:
     """The model in ``directory`` in float32.
 
-    Plain checkpoints and compressed-tensors are loaded by transformers, which dequantizes; other formats are read and
-    dequantized here.
+    Plain checkpoints are loaded by transformers; quantized ones are read and dequantized here, by transformers where
+    they are compressed-tensors of a kind that we do not write.
 
     Args:
         directory: A model, quantized or not.
@@ -40,16 +44,31 @@ def load_model(directory: Path, device: torch.device, *, packed: bool = False) -
     config = read_config(directory)
     if packed:
         return load(directory, device=str(device), dtype=torch.float32)
-    method = _method(config)
-    if method not in (None, "compressed-tensors") or not _has_weights(directory):
-        return _assembled(read_quantized(directory)[1]).to(device).eval()
+    if _method(config) is None and _has_weights(directory):
+        return load_by_transformers(directory, device)
+    try:
+        quantized = read_quantized(directory)[1]
+    except SwquantError:
+        if _method(config) != "compressed-tensors":
+            raise
+        return load_by_transformers(directory, device)
+    return _assembled(quantized).to(device).eval()
+
+
+def load_by_transformers(directory: Path, device: torch.device) -> Any:
+    """The model in ``directory`` in float32 as transformers loads it, which dequantizes compressed-tensors.
+
+    Raises:
+        SwquantError: It does not load.
+    """
+    config = read_config(directory)
     extra: dict[str, Any] = {}
-    if method is not None:
+    if _method(config) is not None:
         extra["quantization_config"] = CompressedTensorsConfig(dequantize=True)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="You passed `quantization_config`")
-            model: Any = AutoModelForCausalLM.from_pretrained(
+            model: Any = model_class(config, parse_config(config)).from_pretrained(
                 directory,
                 dtype=torch.float32,
                 use_safetensors=True,
@@ -57,6 +76,8 @@ def load_model(directory: Path, device: torch.device, *, packed: bool = False) -
                 trust_remote_code=False,
                 **extra,
             )
+    except SwquantError as error:
+        raise SwquantError(f"{directory}: {error}") from error
     except Exception as error:  # transformers raises whatever the file makes it run into
         if ran_out(error):
             raise
@@ -82,24 +103,25 @@ def _has_weights(directory: Path) -> bool:
 def _assembled(quantized: QuantizedModel) -> Any:
     """The model with every weight dequantized to float32."""
     outline = quantized.outline
-    try:
-        model = empty_model(outline.config, torch.float32)
-        state = {
-            name: value.float() if isinstance(value, Tensor) else value.dequantize()
-            for part in quantized.parts()
-            for name, value in part.items()
-        }
-        model.load_state_dict(state, strict=False, assign=True)
-        model.tie_weights()
-        missing = [name for name, value in model.named_parameters() if value.is_meta]
-        if missing:
-            raise ValueError(f"it has no tensor {missing[0]!r}")
-    except SwquantError:
-        raise
-    except Exception as error:  # transformers and torch raise whatever the file makes them run into
-        if ran_out(error):
-            raise
-        raise _does_not_load(outline.directory, error) from error
+    model, names = build_model(outline.config, shapes_of(quantized), outline.directory, torch.float32)
+    known = dict(model.named_parameters()) | dict(model.named_buffers())
+    for name, value in to_memory(names, quantized.parts()):
+        if name not in known:
+            continue
+        parent, _, leaf = name.rpartition(".")
+        filled = value if isinstance(value, Tensor) else value.dequantize()
+        if filled.shape != known[name].shape:
+            raise SwquantError(
+                f"{name} in {outline.directory} has the shape {list(filled.shape)}, "
+                f"config.json calls for {list(known[name].shape)}"
+            )
+        filled = filled.to(known[name].dtype)
+        is_parameter = isinstance(known[name], nn.Parameter)
+        setattr(model.get_submodule(parent), leaf, nn.Parameter(filled, requires_grad=False) if is_parameter else filled)
+    model.tie_weights()
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        if value.is_meta:
+            raise SwquantError(f"{outline.directory} does not load: it has no tensor {name!r}")
     return model
 
 

@@ -1,4 +1,8 @@
-"""Model families: a file here that defines a constant of its own name is a family of that name."""
+"""Hints about architectures: a file here that defines a constant of its own name is a family of that name.
+
+No family has to be known to be quantized. Those that are tell what inspection cannot find: how a rotation of the
+residual stream folds into the weights, and what llama.cpp and onnxruntime call the parts.
+"""
 
 from __future__ import annotations
 
@@ -6,40 +10,39 @@ from collections.abc import Mapping
 from typing import Any
 
 from swquant import registry
-from swquant.errors import SwquantError, did_you_mean
+from swquant.errors import SwquantError
 from swquant.families.base import Family
 
 __all__ = ["Family", "family_for"]
 
 
-def family_for(config: Mapping[str, Any]) -> Family:
+def family_for(config: Mapping[str, Any], wanted: str) -> Family:
     """The family that a ``config.json`` belongs to.
 
+    Args:
+        config: Its content.
+        wanted: What needs to know, e.g. ``the format gguf``.
+
     Raises:
-        SwquantError: If its architecture is unknown (the nearest known is named), or has a setting that the family's
-            declaration does not cover.
+        SwquantError: There are no hints about its architecture, or a setting is one that they do not cover.
     """
     known: dict[str, Family] = {}
-    bases: dict[str, Family] = {}
     for name in registry.names(__name__):
         family: Family = registry.load(__name__, name)
-        known |= dict.fromkeys(family.architectures, family)
-        bases |= dict.fromkeys(family.base_architectures, family)
+        known |= dict.fromkeys((*family.architectures, *family.base_architectures), family)
     architectures = config.get("architectures")
-    if not isinstance(architectures, list) or len(architectures) != 1 or not isinstance(architectures[0], str):
+    architecture = architectures[0] if isinstance(architectures, list) and len(architectures) == 1 else None
+    if not isinstance(architecture, str) or architecture not in known:
+        shown = architectures if architecture is None else architecture
         raise SwquantError(
-            f"config.json names the architectures {architectures!r:.200}, expected one of {', '.join(sorted(known))}"
+            f"{wanted} does not cover the architecture {shown!r:.200} yet, only "
+            f"{', '.join(sorted({family.name for family in known.values()}))}"
         )
-    architecture = architectures[0]
-    if architecture not in known and architecture not in bases:
-        raise SwquantError(
-            f"the architecture {architecture!r:.200} is not known{did_you_mean(architecture, sorted(known))}"
-        )
-    family = (bases | known)[architecture]
+    family = known[architecture]
     for key, expected in family.requires.items():
         if config.get(key, expected) != expected:
             raise SwquantError(
-                f"config.json sets {key} to {config[key]!r:.200}; "
-                f"the family {family.name} covers models with {expected!r} only"
+                f"config.json sets {key} to {config[key]!r:.200}; {wanted} covers models of the family {family.name} "
+                f"with {expected!r} only"
             )
     return family

@@ -8,10 +8,17 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class NormLinears:
-    """A norm and the linears that read its output; scales and, where both have biases, shifts move between them."""
+    """A norm and the linears that read its output; scales and, where both have biases, shifts move between them.
+
+    Attributes:
+        norm: The norm.
+        linears: All linears that read its output.
+        offset: What the norm adds to its weight before it multiplies: 1 in Gemma, else 0.
+    """
 
     norm: str
     linears: tuple[str, ...]
+    offset: float = 0.0
 
 
 @dataclass(frozen=True)

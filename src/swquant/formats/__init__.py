@@ -9,21 +9,19 @@ from swquant.checkpoint.quantized import QuantizedModel
 from swquant.checkpoint.reader import read_config
 from swquant.errors import SwquantError
 from swquant.formats.base import Format
-from swquant.formats.reading import require_whole
 
 
 def read_quantized(directory: Path) -> tuple[Format, QuantizedModel]:
     """A quantized model of any format, and the format it is in; tensors are read when they are asked for.
 
     Raises:
-        SwquantError: There is none in a format that keeps codes, or it is not quantized throughout.
+        SwquantError: There is none in a format that keeps codes.
     """
     config = read_config(directory)
     for name in registry.names(__name__):
         form: Format = registry.load(__name__, name)()
         model = form.read(directory, config)
         if model is not None:
-            require_whole(directory, model.outline.config, model.outline.linears)
             return form, model
     raise SwquantError(
         f"{directory} holds no quantized model that swquant reads, expected one of "

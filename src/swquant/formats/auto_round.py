@@ -15,7 +15,6 @@ from swquant.checkpoint.quantized import QUANTIZATION_CONFIG, Outline, Quantized
 from swquant.checkpoint.reader import open_checkpoint
 from swquant.checkpoint.shards import Stored
 from swquant.checkpoint.writer import Written
-from swquant.families import family_for
 from swquant.formats.base import require_fits, stored_bytes, uniform_only
 from swquant.formats.gptq_layout import (
     SUFFIXES,
@@ -28,7 +27,7 @@ from swquant.formats.gptq_layout import (
     spec_of,
     with_dtype,
 )
-from swquant.formats.reading import require_plain
+from swquant.formats.reading import blocks_of, require_plain
 from swquant.quant.qtensor import QTensor
 from swquant.quant.spec import QuantSpec
 
@@ -92,7 +91,7 @@ class AutoRound:
 
     def write(self, directory: Path, model: QuantizedModel) -> Written:
         """A safetensors checkpoint with ``quantization_config``, and a file of that name that repeats it."""
-        settings = self.config(model.outline.spec, family_for(model.outline.config).blocks)
+        settings = self.config(model.outline.spec, blocks_of(model.outline))
         files = {**model.extra_files, SETTINGS: json.dumps(settings, indent=2) + "\n"}
         whole = replace(with_dtype(model), extra_files=files)
         return write_codes(directory, whole, self.encode, {QUANTIZATION_CONFIG: settings})

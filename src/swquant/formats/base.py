@@ -130,15 +130,32 @@ def packed_bytes(spec: QuantSpec, rows: int, columns: int) -> int:
     return WORD_BYTES * rows * packed_words(columns, spec.bits)
 
 
-def require_fits(form: Format, outline: Outline) -> None:
-    """Refuse what every format refuses: a grid that ``form`` does not hold, or a model of an unknown dtype.
+def require_fits(form: Format, outline: Outline, *, mixed: bool = False, apart: bool = False) -> None:
+    """Refuse a grid that ``form`` does not hold, a model of an unknown dtype, and what it has no place for.
+
+    Args:
+        form: The format.
+        outline: The model.
+        mixed: It holds weights on several grids.
+        apart: It holds weights that are no module's own on disk.
 
     Raises:
-        SwquantError: Naming the grid or the dtype.
+        SwquantError: Naming the grid, the dtype, or the tensor.
     """
-    reason = form.refusal(outline.spec)
-    if reason is not None:
-        raise SwquantError(f"{form.name} cannot hold {outline.spec.label}: {reason}")
+    for spec in outline.specs:
+        reason = form.refusal(spec)
+        if reason is not None:
+            raise SwquantError(f"{form.name} cannot hold {spec.label}: {reason}")
+    if len(outline.specs) > 1 and not mixed:
+        labels = ", ".join(spec.label for spec in outline.specs)
+        raise SwquantError(
+            f"{form.name} holds one grid here, and the model has {labels}; choose compressed_tensors or dequantized"
+        )
+    if outline.apart and not apart:
+        raise SwquantError(
+            f"{form.name} has no name for the weights in {outline.apart[0]}, which holds several matrices or a "
+            "transposed one; choose the format dequantized"
+        )
     check_dtype(outline.dtype)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -67,14 +68,14 @@ class CompressedTensors:
 
     def check(self, outline: Outline) -> tuple[str, ...]:
         """The notes say how to load an asymmetric model and where readers round."""
-        require_fits(self, outline)
+        require_fits(self, outline, mixed=True)
         notes: list[str] = []
-        if not outline.spec.symmetric:
+        if not all(spec.symmetric for spec in outline.specs):
             notes.append(
                 "asymmetric: transformers loads this output with "
                 "quantization_config=CompressedTensorsConfig(dequantize=True) and refuses it without"
             )
-        if not weights_are_exact(outline.spec, outline.dtype):
+        if not all(weights_are_exact(spec, outline.dtype) for spec in outline.specs):
             notes.append(
                 "readers, transformers among them, round each weight (code - zero) * scale to "
                 f"{dtype_name(outline.dtype)}; "
@@ -110,46 +111,38 @@ class CompressedTensors:
             zero = unpack(words.T, spec.bits, out_features).T.contiguous()
         return QTensor(unpack(packed, spec.bits, in_features), scale.float(), zero, spec)
 
-    def config(self, spec: QuantSpec, ignore: Sequence[str]) -> dict[str, object]:
-        """``quantization_config``: one group of all linear modules but ``ignore``."""
-        weights = {
-            "num_bits": spec.bits,
-            "type": "int",
-            "symmetric": spec.symmetric,
-            "strategy": "channel" if spec.group_size is None else "group",
-            "group_size": spec.group_size,
-            "dynamic": False,
-        }
-        group = {
-            "targets": ["Linear"],
-            "weights": weights,
-            "input_activations": None,
-            "output_activations": None,
-            "format": "pack-quantized",
-        }
+    def config(self, outline: Outline) -> dict[str, object]:
+        """``quantization_config``: all linear modules but those that are ignored; a group with targets for each grid.
+
+        Where there are several grids, modules are named one by one, as transformers and vLLM match them.
+        """
+        several = len(outline.specs) > 1
+        groups: dict[str, object] = {}
+        for index, spec in enumerate(outline.specs):
+            own = [name for name, grid in outline.grids.items() if grid == spec]
+            groups[f"group_{index}"] = _group(spec, [_exactly(name) for name in own] if several else ["Linear"])
         return {
             "quant_method": "compressed-tensors",
             "version": LAYOUT_VERSION,
             "format": "pack-quantized",
             "quantization_status": "compressed",
-            "config_groups": {"group_0": group},
-            "ignore": list(ignore),
+            "config_groups": groups,
+            "ignore": list(outline.ignored),
             "kv_cache_scheme": None,
             "global_compression_ratio": None,
         }
 
     def write(self, directory: Path, model: QuantizedModel) -> Written:
         """A safetensors checkpoint with ``quantization_config``."""
-        settings = {QUANTIZATION_CONFIG: self.config(model.outline.spec, model.outline.ignored)}
-        return write_codes(directory, model, self.encode, settings)
+        return write_codes(directory, model, self.encode, {QUANTIZATION_CONFIG: self.config(model.outline)})
 
     def read(self, directory: Path, config: Mapping[str, Any]) -> QuantizedModel | None:
-        """The model, if ``config`` says pack-quantized with one group of weights on one of our grids."""
+        """The model, if ``config`` says pack-quantized with groups of weights on our grids."""
         settings = config.get(QUANTIZATION_CONFIG)
         if not isinstance(settings, dict) or settings.get("quant_method") != "compressed-tensors":
             return None
         checkpoint = open_checkpoint(directory, quantized=True)
-        return read_codes(checkpoint, _spec_of(directory, settings), _SUFFIXES, _shape_of, self.decode)
+        return read_codes(checkpoint, _specs_of(directory, settings), _SUFFIXES, _shape_of, self.decode)
 
     def loading(self, spec: QuantSpec) -> str:
         """The default load; for asymmetric models the one that transformers accepts."""
@@ -166,20 +159,62 @@ class CompressedTensors:
         return stored_bytes(plain)
 
 
-def _spec_of(directory: Path, settings: Mapping[str, Any]) -> QuantSpec:
-    """The grid of the only group of a ``quantization_config``."""
+def _group(spec: QuantSpec, targets: list[str]) -> dict[str, object]:
+    weights = {
+        "num_bits": spec.bits,
+        "type": "int",
+        "symmetric": spec.symmetric,
+        "strategy": "channel" if spec.group_size is None else "group",
+        "group_size": spec.group_size,
+        "dynamic": False,
+    }
+    return {
+        "targets": targets,
+        "weights": weights,
+        "input_activations": None,
+        "output_activations": None,
+        "format": "pack-quantized",
+    }
+
+
+def _exactly(name: str) -> str:
+    """A target that matches one module, whatever a wrapper puts before its name."""
+    return f"re:.*{re.escape(name)}$"
+
+
+def _specs_of(directory: Path, settings: Mapping[str, Any]) -> QuantSpec | Callable[[str], QuantSpec]:
+    """The grid of the only group of a ``quantization_config``, or that of each module where there are several."""
     try:
-        (group,) = settings["config_groups"].values()
-        weights = group["weights"]
-        if settings["format"] != "pack-quantized" or weights["type"] != "int" or weights.get("actorder"):
+        groups = list(settings["config_groups"].values())
+        if settings["format"] != "pack-quantized":
             raise ValueError
-        size = {"channel": None, "group": weights["group_size"]}[weights["strategy"]]
-        return spec_from(directory, weights["num_bits"], size, weights["symmetric"])
+        specs = [(group["targets"], _spec_of(directory, group["weights"])) for group in groups]
+        if not specs:
+            raise ValueError
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise SwquantError(
             f"{directory} is compressed-tensors of a kind that swquant does not read, "
-            "expected one pack-quantized group of integer weights"
+            "expected pack-quantized groups of integer weights"
         ) from error
+    if len(specs) == 1:
+        return specs[0][1]
+
+    def of(module: str) -> QuantSpec:
+        for targets, spec in specs:
+            if module in targets or _exactly(module) in targets:
+                return spec
+        raise SwquantError(
+            f"{directory} says nothing of the grid of {module:.200}; swquant reads groups that name their modules one by one"
+        )
+
+    return of
+
+
+def _spec_of(directory: Path, weights: Mapping[str, Any]) -> QuantSpec:
+    if weights["type"] != "int" or weights.get("actorder"):
+        raise ValueError
+    size = {"channel": None, "group": weights["group_size"]}[weights["strategy"]]
+    return spec_from(directory, weights["num_bits"], size, weights["symmetric"])
 
 
 def _shape_of(name: str, checkpoint: Checkpoint, spec: QuantSpec) -> tuple[int, int]:

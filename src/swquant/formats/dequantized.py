@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from swquant.checkpoint.converted import Blend, Stack
 from swquant.checkpoint.quantized import Outline, Part, QuantizedModel, write_codes
 from swquant.checkpoint.shards import Stored
 from swquant.checkpoint.writer import Written
@@ -39,9 +40,9 @@ class Dequantized:
 
     def check(self, outline: Outline) -> tuple[str, ...]:
         """The notes say that the size stays, and whether weights are rounded."""
-        require_fits(self, outline)
+        require_fits(self, outline, mixed=True, apart=True)
         dtype, stored = outline.dtype, dtype_name(outline.dtype)
-        if weights_are_exact(outline.spec, dtype):
+        if all(weights_are_exact(spec, dtype) for spec in outline.specs):
             rounding = f"{stored} holds the quantized weights exactly"
         else:
             digits = torch.finfo(dtype).eps / 2
@@ -69,9 +70,19 @@ class Dequantized:
     def _plain(self, part: Part, dtype: torch.dtype) -> Part:
         tensors: dict[str, Tensor] = {}
         for name, value in part.items():
-            module = name.removesuffix(".weight")
-            tensors |= {name: value} if isinstance(value, Tensor) else self.encode(module, value, dtype)
+            if isinstance(value, Stack):
+                tensors[name] = value.assemble(self._dense(name, one, dtype) for one in value.values)
+            elif isinstance(value, Blend):
+                tensors |= value.assemble({key: self._dense(key, one, dtype) for key, one in value.values.items()})
+            else:
+                tensors[name] = self._dense(name, value, dtype)
         return tensors
+
+    def _dense(self, name: str, value: Tensor | QTensor | KTensor, dtype: torch.dtype) -> Tensor:
+        """The weight that is stored; a plain tensor as it is."""
+        if isinstance(value, Tensor):
+            return value
+        return self.encode(name.removesuffix(".weight"), value, dtype)[f"{name.removesuffix('.weight')}.weight"]
 
     def read(self, directory: Path, config: Mapping[str, Any]) -> None:
         """Nothing tells such an output from an unquantized model, and its codes are gone."""

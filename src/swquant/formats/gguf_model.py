@@ -119,7 +119,7 @@ def describe_model(config: Mapping[str, Any]) -> Model:
     Raises:
         SwquantError: llama.cpp has no such model.
     """
-    family = family_for(config)
+    family = family_for(config, "the format gguf")
     if family.name not in _ARCHITECTURES:
         raise SwquantError(
             f"llama.cpp has no architecture for the family {family.name}, expected one of "

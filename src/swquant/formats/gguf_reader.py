@@ -58,7 +58,7 @@ def read_gguf(directory: Path, config: Mapping[str, Any], decode: Decode) -> Qua
             else:
                 yield {full: _narrowed(value if inverse is None else value[inverse], dtype)}
 
-    outline = Outline(directory, dict(config), spec, dtype, linears, (model.family.head,))
+    outline = Outline(directory, dict(config), dtype, linears, dict.fromkeys(linears, spec), (model.family.head,))
     return QuantizedModel(outline, parts, Checkpoint(directory, config, {}).sidecars())
 
 

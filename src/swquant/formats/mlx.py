@@ -15,7 +15,6 @@ from swquant.checkpoint.reader import Checkpoint, open_checkpoint
 from swquant.checkpoint.shards import Stored
 from swquant.checkpoint.writer import Written
 from swquant.errors import SwquantError
-from swquant.families import family_for
 from swquant.formats.base import (
     cast_exactly,
     dtype_name,
@@ -26,7 +25,7 @@ from swquant.formats.base import (
     uniform_only,
     weights_are_exact,
 )
-from swquant.formats.reading import require_shape, spec_from
+from swquant.formats.reading import blocks_of, require_shape, spec_from
 from swquant.quant.bits import pack, packed_words, unpack
 from swquant.quant.kgrids import UNIFORM
 from swquant.quant.qtensor import QTensor
@@ -141,9 +140,7 @@ class Mlx:
             )
         spec = spec_from(directory, settings.get("bits"), settings["group_size"], settings.get("symmetric", False))
         model = read_codes(open_checkpoint(directory, quantized=True), spec, _SUFFIXES, _shape_of, self.decode)
-        family = family_for(model.outline.config)
-        for name in sorted({family.embedding, family.head} & model.outline.linears.keys()):
-            raise SwquantError(f"{directory} has {name} quantized, which swquant does not read, expected blocks alone")
+        blocks_of(model.outline)
         return replace(model, outline=replace(model.outline, config=_without_old_names(model.outline.config)))
 
     def loading(self, spec: QuantSpec) -> str:

@@ -86,7 +86,7 @@ def decoder_layout(config: Mapping[str, Any]) -> DecoderLayout:
     Raises:
         SwquantError: The family or one of its settings is not one that the graph covers.
     """
-    family = family_for(config).name
+    family = family_for(config, "the format onnx").name
     if family not in FAMILIES:
         raise SwquantError(
             f"onnx has no graph for the family {family}, only for {', '.join(FAMILIES)}; choose another format"

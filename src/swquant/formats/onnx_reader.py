@@ -15,7 +15,6 @@ from torch import Tensor
 from swquant.checkpoint.quantized import Decode, Outline, Part, QuantizedModel, model_dtype
 from swquant.checkpoint.reader import Checkpoint
 from swquant.errors import SwquantError
-from swquant.families import family_for
 from swquant.formats.onnx_layout import DATA, MODEL, PROPERTY, onnx_types, require_onnx
 from swquant.formats.reading import spec_from
 from swquant.quant.spec import QuantSpec
@@ -69,7 +68,7 @@ def read_decoder(directory: Path, config: Mapping[str, Any], decode: Decode) -> 
             yield {f"{module}.weight": decode(module, tensors, spec)}
 
     dtype = model_dtype(config) or (floating[0] if floating else torch.float32)
-    outline = Outline(directory, config, spec, dtype, shapes, (family_for(config).head,))
+    outline = Outline(directory, config, dtype, shapes, dict.fromkeys(shapes, spec), ())
     return QuantizedModel(outline, parts, Checkpoint(directory, config, {}).sidecars())
 
 

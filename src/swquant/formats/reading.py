@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from swquant.checkpoint.quantized import Outline
 from swquant.errors import SwquantError
-from swquant.families import family_for
 from swquant.quant.spec import QuantSpec
 
 
@@ -69,24 +70,16 @@ def require_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
         raise SwquantError(f"{name} has the shape {list(tensor.shape)}, expected {list(expected)}")
 
 
-def require_whole(directory: Path, config: Mapping[str, Any], modules: Collection[str]) -> None:
-    """Refuse a model whose quantized modules are others than all linears of its blocks: no format could say so.
-
-    Nothing is made of a number of blocks that the files do not hold.
+def blocks_of(outline: Outline) -> str:
+    """Name of the list of blocks: what the names of quantized modules begin with, up to the block's number.
 
     Raises:
-        SwquantError: Naming a module, or the number of blocks.
+        SwquantError: There is no such list, or there are several.
     """
-    family, blocks = family_for(config), config.get("num_hidden_layers")
-    if type(blocks) is not int or not 0 < blocks <= len(modules):
+    found = {match.group(1) if (match := re.match(r"(.+?)\.\d+\.", name)) else name for name in outline.linears}
+    if len(found) != 1:
         raise SwquantError(
-            f"{directory} has {len(modules)} quantized weights for the {blocks!r:.40} blocks of its config.json; "
-            "write it again"
+            f"{outline.directory} has quantized weights outside of its blocks, such as {min(found):.200}, which swquant "
+            "does not read"
         )
-    expected = {f"{family.blocks}.{index}.{linear}" for index in range(blocks) for linear in family.linears}
-    for name in sorted(expected.symmetric_difference(modules)):
-        found = "no quantized" if name in expected else "a quantized"
-        raise SwquantError(
-            f"{directory} has {found} {name:.200}; swquant reads models of which all linears of the blocks are "
-            "quantized, and no others"
-        )
+    return found.pop()

@@ -8,7 +8,7 @@ from typing import ClassVar, Protocol
 
 from torch import Tensor
 
-from swquant.families.base import Family
+from swquant.families.base import Equivalence
 from swquant.quant.draft import Draft
 
 Theta = dict[str, Tensor]
@@ -28,14 +28,16 @@ class BlockFacts:
     """What a learnable may know of the block besides its parameters.
 
     Attributes:
-        family: Which linears and norms the block has, and which equivalences hold among them.
+        inputs: The quantized linears in the order in which they run, those that read one tensor together.
+        equivalences: Finds the pairs of modules between which scales can move; each has been proven on this block.
         heads: Query heads.
         key_value_heads: Key and value heads, fewer than ``heads`` under grouped-query attention.
         input_ranges: Runs the full-precision block over the calibration inputs and returns the channel ranges of the
             named linears' inputs.
     """
 
-    family: Family
+    inputs: tuple[tuple[str, ...], ...]
+    equivalences: Callable[[], tuple[Equivalence, ...]]
     heads: int
     key_value_heads: int
     input_ranges: Callable[[Sequence[str]], Mapping[str, ChannelRange]]

@@ -118,7 +118,7 @@ class EquivalentTransform:
 
 def _pairs(facts: BlockFacts) -> list[Equivalence]:
     """The paper's pairs; it moves nothing between the up and the down projection."""
-    return [pair for pair in facts.family.equivalences if not isinstance(pair, UpDown)]
+    return [pair for pair in facts.equivalences() if not isinstance(pair, UpDown)]
 
 
 def _init_query_key(pair: Equivalence, draft: Draft, facts: BlockFacts) -> Theta:

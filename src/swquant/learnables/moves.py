@@ -63,7 +63,7 @@ def move(
             _divide_output(params, pair.query, per_query_head(per_key.flatten(), facts), None)
             _divide_output(params, pair.key, 1 / per_key.flatten(), None)
             continue
-        _divide_output(params, source, scale, shift)
+        _divide_output(params, source, scale, shift, pair.offset if isinstance(pair, NormLinears) else 0.0)
         if not isinstance(pair, NormLinears | UpDown):
             scale = per_query_head(scale, facts)
             shift = None if shift is None else per_query_head(shift, facts)
@@ -87,10 +87,18 @@ def per_query_head(channels: Tensor, facts: BlockFacts) -> Tensor:
     return per_head.repeat_interleave(facts.heads // facts.key_value_heads, dim=0).flatten()
 
 
-def _divide_output(params: dict[str, Tensor], module: str, scale: Tensor, shift: Tensor | None) -> None:
-    """``(output - shift) / scale`` of a norm or a linear, merged into its parameters."""
+def _divide_output(
+    params: dict[str, Tensor], module: str, scale: Tensor, shift: Tensor | None, offset: float = 0.0
+) -> None:
+    """``(output - shift) / scale`` of a norm or a linear, merged into its parameters.
+
+    A norm that multiplies by ``weight + offset`` gets the weight ``(weight + offset) / scale - offset``.
+    """
     weight, bias = params[f"{module}.weight"], params.get(f"{module}.bias")
-    params[f"{module}.weight"] = widened(weight) / scale if weight.dim() == 1 else _later(_over_rows, weight, scale)
+    if weight.dim() == 1:
+        params[f"{module}.weight"] = (widened(weight) + offset) / scale - offset if offset else widened(weight) / scale
+    else:
+        params[f"{module}.weight"] = _later(_over_rows, weight, scale)
     if bias is not None:
         params[f"{module}.bias"] = (widened(bias) if shift is None else widened(bias) - shift) / scale
 

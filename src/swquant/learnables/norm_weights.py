@@ -33,7 +33,7 @@ class NormWeights:
     def init(self, draft: Draft, facts: BlockFacts) -> Theta:
         """A copy of each norm's parameters."""
         kinds = ("weight", "bias") if self.biases else ("weight",)
-        norms = [pair.norm for pair in facts.family.equivalences if isinstance(pair, NormLinears)]
+        norms = [pair.norm for pair in facts.equivalences() if isinstance(pair, NormLinears)]
         names = [name for norm in norms for kind in kinds if (name := f"{norm}.{kind}") in draft.params]
         return {name: widened(draft.params[name]).detach().clone().requires_grad_() for name in names}
 

@@ -7,7 +7,6 @@ from typing import Annotated, Literal, Protocol
 
 from pydantic import Field
 
-from swquant.families.base import Family
 from swquant.phases.base import Phase
 from swquant.phases.scale_training import ScaleTraining
 from swquant.quant.spec import QuantSpec
@@ -51,13 +50,13 @@ class Setting:
 
     Attributes:
         spec: The grid.
-        family: The model's family.
+        norm_biases: Whether the norms before the linears have biases.
         effort: Factor of the preset on the published amount of training; it has no effect on explicit numbers.
         first: No method stands before this one in the recipe, or a rotation alone.
     """
 
     spec: QuantSpec
-    family: Family
+    norm_biases: bool
     effort: float
     first: bool = True
 

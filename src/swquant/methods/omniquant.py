@@ -29,7 +29,7 @@ class OmniQuant:
     Attributes:
         epochs: Passes over the calibration samples; ``None`` is 40 at 2 bits and 20 above, times the preset's effort.
         batch_size: Samples per step.
-        transform: Learn the equivalent transformation; ``None`` decides by family.
+        transform: Learn the equivalent transformation; ``None`` does where norms have biases.
         shift: Learn its shifts too where the block has biases.
         alpha: Exponent of the transformation's initial scales.
         augmented: Use the augmented loss; ``None`` is on at 2 bits.
@@ -50,7 +50,7 @@ class OmniQuant:
         """One training phase."""
         at_2_bits = setting.spec.bits == 2
         epochs = self.epochs if self.epochs is not None else setting.scaled(EPOCHS_AT_2_BITS if at_2_bits else EPOCHS)
-        transform = self.transform if self.transform is not None else setting.family.norm_biases
+        transform = self.transform if self.transform is not None else setting.norm_biases
         learnables: tuple[Learnable, ...] = (WeightClipping(self.clipping_rate),)
         decides: set[Subject] = {"clips"}
         if transform:

@@ -15,7 +15,6 @@ from swquant.phases.hessian import (
     by_rows,
     diagonal_blocks,
     input_moments,
-    input_sets,
     score_linears,
 )
 from swquant.quant.draft import Draft, Slot, snap
@@ -54,9 +53,9 @@ class AwqClip:
     @torch.no_grad()
     def run(self, draft: Draft, problem: Problem) -> tuple[Draft, PhaseReport]:
         """Search the clips of all groups, set by set."""
-        family = problem.facts.family
-        unclipped = score_linears(family)
-        sets = [tuple(linear for linear in linears if linear not in unclipped) for linears in input_sets(family)]
+        inputs = problem.facts.inputs
+        unclipped = score_linears(inputs)
+        sets = [tuple(linear for linear in linears if linear not in unclipped) for linears in inputs]
         slots = dict(draft.slots)
         tally = ErrorTally()
         for done, linears in enumerate(sets):

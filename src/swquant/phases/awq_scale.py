@@ -54,7 +54,7 @@ class AwqScale:
     def run(self, draft: Draft, problem: Problem) -> tuple[Draft, PhaseReport]:
         """Search each pair's ratio, move the scales, and open new slots for the weights that changed."""
         facts = problem.facts
-        pairs = [pair for pair in facts.family.equivalences if not isinstance(pair, QueryKey)]
+        pairs = [pair for pair in facts.equivalences() if not isinstance(pair, QueryKey)]
         scales: dict[str, Tensor] = {}
         tally = ErrorTally()
         for done, pair in enumerate(pairs):

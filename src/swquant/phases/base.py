@@ -23,7 +23,8 @@ class Problem:
     """One block to be quantized: its function, its inputs, and the outputs it should have.
 
     Attributes:
-        forward: ``(parameters, hidden [samples, tokens, dim]) -> hidden``; differentiable in both.
+        forward: ``(parameters, hidden [samples, tokens, dim], samples) -> hidden``; differentiable in both. Which
+            samples they are decides what else the block is called with.
         facts: Structure of the block.
         inputs: What the quantized model so far puts into the block, ``[samples, tokens, dim]``, maybe memory-mapped.
         target: What the full-precision block makes of the full-precision model's stream.
@@ -43,7 +44,7 @@ class Problem:
         keep: Copies a state that training may come back to, e.g. to where it takes no room on the device.
     """
 
-    forward: Callable[[Mapping[str, Tensor], Tensor], Tensor]
+    forward: Callable[[Mapping[str, Tensor], Tensor, Tensor], Tensor]
     facts: BlockFacts
     inputs: Tensor
     target: Tensor

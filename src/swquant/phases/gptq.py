@@ -10,7 +10,7 @@ from torch import Tensor
 from swquant.distributed.ranks import Ranks
 from swquant.phases.base import PhaseReport, Problem
 from swquant.phases.column_grids import open_groups
-from swquant.phases.hessian import ErrorTally, by_rows, diagonal_blocks, input_moments, input_sets
+from swquant.phases.hessian import ErrorTally, by_rows, diagonal_blocks, input_moments
 from swquant.quant.draft import Draft, Slot, realize, snap
 from swquant.quant.finite import is_finite
 from swquant.quant.grid import Grid, grid_from
@@ -61,7 +61,7 @@ class Gptq:
     @torch.no_grad()
     def run(self, draft: Draft, problem: Problem) -> tuple[Draft, PhaseReport]:
         """Quantize the block's linears in order."""
-        sets = input_sets(problem.facts.family)
+        sets = problem.facts.inputs
         params, slots = dict(draft.params), dict[str, Slot]()
         tally = ErrorTally()
         events: list[str] = []

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from swquant.distributed.ranks import Ranks, own_rows
-from swquant.families.base import Family, NormLinears, ValueOutput
 from swquant.phases.base import PhaseReport, Problem
 from swquant.quant.grid import Extent, group, minmax_grid
 from swquant.quant.rounding import fake_quantize
@@ -70,21 +69,15 @@ class ErrorTally:
         return PhaseReport(phase, self.before / energy, self.after / energy, events=tuple(events))
 
 
-def input_sets(family: Family) -> tuple[tuple[str, ...], ...]:
-    """The block's linears in order, those that read one norm's output together."""
-    shared = {pair.linears[0]: pair.linears for pair in family.equivalences if isinstance(pair, NormLinears)}
-    followers = {linear for linears in shared.values() for linear in linears[1:]}
-    return tuple(shared.get(linear, (linear,)) for linear in family.linears if linear not in followers)
-
-
-def score_linears(family: Family) -> frozenset[str]:
-    """The query and key projections: they read what a value projection reads, and are not it.
-
-    Derived so, they are known where no equivalence holds between them, as in Qwen3.
-    """
-    values = {pair.value for pair in family.equivalences if isinstance(pair, ValueOutput)}
-    behind_norms = (pair.linears for pair in family.equivalences if isinstance(pair, NormLinears))
-    return frozenset(linear for linears in behind_norms if values & {*linears} for linear in linears) - values
+def score_linears(inputs: Sequence[Sequence[str]]) -> frozenset[str]:
+    """The query and key projections: they read what a value projection reads, and are not it."""
+    return frozenset(
+        name
+        for names in inputs
+        if any(name.endswith("v_proj") for name in names)
+        for name in names
+        if name.endswith(("q_proj", "k_proj"))
+    )
 
 
 def input_moments(problem: Problem, params: Mapping[str, Tensor], linear: str) -> Moments:

@@ -138,4 +138,4 @@ def _own_outputs(problem: Problem, params: Mapping[str, Tensor], own: Tensor) ->
 
 
 def _forward(problem: Problem, params: Mapping[str, Tensor], samples: Tensor) -> Tensor:
-    return problem.forward(params, moved(problem.inputs[samples], problem.device))
+    return problem.forward(params, moved(problem.inputs[samples], problem.device), samples)

@@ -7,7 +7,7 @@ Small ones are made once and kept in between.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -75,8 +75,14 @@ def defer(make: Callable[..., Tensor], *sources: Tensor, shape: torch.Size, dtyp
 
 
 def in_float(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``params`` in float32 (float64 where they are), matrices of another dtype deferred."""
-    return {name: _float_later(value) if value.dim() == 2 else widened(value) for name, value in params.items()}
+    """``params`` in float32 (float64 where they are), matrices of another dtype deferred; integers as they are."""
+    return {name: _in_float(value) for name, value in params.items()}
+
+
+def _in_float(value: Tensor) -> Tensor:
+    if not value.is_floating_point():
+        return value
+    return _float_later(value) if value.dim() == 2 else widened(value)
 
 
 def _float_later(value: Tensor) -> Tensor:
@@ -126,9 +132,48 @@ def _on(value: Tensor, others: Mapping[int, Tensor]) -> Tensor:
     return defer(value.make, *sources, shape=value.shape, dtype=value.dtype)
 
 
+SLICE = 1 << 24
+"""Weights of a matrix that is only stored in another dtype and not learned, such as a head, that are widened at once."""
+
+
+class _SlicedLinear(torch.autograd.Function):
+    """``x W^T + b`` for a large ``W`` that is stored in another dtype: a slice of its rows is in float32 at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, stored: Tensor) -> Tensor:
+        ctx.stored = stored
+        out = x.new_empty(*x.shape[:-1], len(stored))
+        for rows in _row_slices(stored):
+            out[..., rows] = functional.linear(x, stored[rows].to(x.dtype))
+        return out if bias is None else out.add_(bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        slope = grad_outputs[0]
+        into = slope.new_zeros(*slope.shape[:-1], ctx.stored.shape[1])
+        for rows in _row_slices(ctx.stored):
+            into += slope[..., rows] @ ctx.stored[rows].to(slope.dtype)
+        return into, None, None
+
+
+def _row_slices(stored: Tensor) -> Iterator[slice]:
+    rows, width = stored.shape
+    step = max(1, SLICE // width)
+    for start in range(0, rows, step):
+        yield slice(start, start + step)
+
+
 def _linear(x: Tensor, weight: Deferred, bias: Tensor | None = None) -> Tensor:
+    if weight.make is widened and weight.numel() > SLICE and not _roots(weight) and not _short(x):
+        return _SlicedLinear.apply(x, bias, weight.sources[0])  # pyright: ignore[reportReturnType]
     kept = torch.is_grad_enabled() and weight.numel() <= SMALL
     return _Linear.apply(x, None if bias is None else solid(bias), (weight, kept), *_roots(weight))  # pyright: ignore[reportReturnType]
+
+
+def _short(x: Tensor) -> bool:
+    """Whether autocast multiplies in another dtype."""
+    return _product_dtype(x) != x.dtype
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:

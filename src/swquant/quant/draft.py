@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -86,8 +86,8 @@ def _dequantized_later(quantized: QTensor | KTensor) -> Tensor:
 
 def open_draft(
     params: Mapping[str, Tensor],
-    weights: tuple[str, ...],
-    spec: QuantSpec,
+    weights: Collection[str],
+    spec: QuantSpec | Mapping[str, QuantSpec],
     dtypes: Mapping[str, torch.dtype] | None = None,
 ) -> Draft:
     """A draft of round-to-nearest: slots with unit factors, and on symmetric grids the sign with the smaller error.
@@ -95,14 +95,15 @@ def open_draft(
     Args:
         params: Every parameter of the block.
         weights: Names of those to quantize.
-        spec: The grid's kind.
+        spec: The grid's kind, of all of them or of each by its name.
         dtypes: The dtype in which each of the others will be stored; ``None`` is that of ``params``.
     """
     slots: dict[str, Slot] = {}
     for name in weights:
-        extent = extent_of(params[name], spec)
-        sign = better_sign(params[name], extent, spec) if spec.symmetric else None
-        slots[name] = Slot(spec, sign=sign, extent=extent)
+        own = spec if isinstance(spec, QuantSpec) else spec[name]
+        extent = extent_of(params[name], own)
+        sign = better_sign(params[name], extent, own) if own.symmetric else None
+        slots[name] = Slot(own, sign=sign, extent=extent)
     known = dtypes or {name: value.dtype for name, value in params.items()}
     return Draft(params, slots, {name: known[name] for name in params if name not in slots})
 
@@ -155,12 +156,17 @@ def realize(draft: Draft, constants: Mapping[str, Tensor] | None = None) -> dict
     """
     known = constants or {}
     out = {
-        name: widened(stored_as(draft.params[name], dtype)) for name, dtype in draft.dtypes.items() if name not in known
+        name: _as_stored(draft.params[name], dtype) for name, dtype in draft.dtypes.items() if name not in known
     }
     for name, slot in draft.slots.items():
         if name not in known:
             out[name] = _snapped_later(draft.params[name], slot)
     return {**known, **out}
+
+
+def _as_stored(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """A parameter without a slot, in float32 after it has been stored; integers as they are."""
+    return widened(stored_as(value, dtype)) if dtype.is_floating_point else value
 
 
 def _snapped_later(weight: Tensor, slot: Slot) -> Tensor:

@@ -10,17 +10,19 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from swquant.checkpoint.quantized import QUANTIZATION_CONFIG, Outline
+from swquant.checkpoint.converted import to_memory
+from swquant.checkpoint.names import Names
+from swquant.checkpoint.quantized import QUANTIZATION_CONFIG, QuantizedModel, shapes_of
 from swquant.checkpoint.reader import find_model
 from swquant.device import resolve_device
-from swquant.engine.skeleton import empty_model
-from swquant.errors import SwquantError, reason_of
-from swquant.families import family_for
+from swquant.errors import SwquantError
 from swquant.formats import read_quantized
 from swquant.formats.base import check_dtype
 from swquant.formats.compressed_tensors import CompressedTensors
+from swquant.model.skeleton import build_model
 from swquant.quant.kgrids import UNIFORM
 from swquant.quant.qtensor import QTensor
+from swquant.quant.spec import QuantSpec
 from swquant.runtime.kernels import AUTO, require_kernel
 from swquant.runtime.linear import PackedLinear
 
@@ -50,47 +52,50 @@ def load(directory: str | Path, *, device: str = "auto", dtype: torch.dtype | No
     target = resolve_device(device)
     _, quantized = read_quantized(place)
     outline = quantized.outline
-    if outline.spec.grid != UNIFORM:
-        raise SwquantError(f"{place} is on the grid {outline.spec.grid}, with which only llama.cpp computes; use that")
+    for spec in outline.specs:
+        if spec.grid != UNIFORM:
+            raise SwquantError(f"{place} is on the grid {spec.grid}, with which only llama.cpp computes; use that")
     stored = outline.dtype if dtype is None else dtype
     check_dtype(stored)
     if kernel != AUTO:
         require_kernel(kernel, target, stored)
-    model = _empty_model(outline, stored, kernel)
-    for part in quantized.parts():
-        for name, value in part.items():
-            if isinstance(value, QTensor):
-                _fill_packed(model, name.removesuffix(".weight"), value, target)
-            elif isinstance(value, Tensor):
-                _fill_plain(model, name, value, target)
-            else:
-                raise SwquantError(
-                    f"{name} is on a K grid of llama.cpp, for which swquant has no layer; load the file with llama.cpp"
-                )
+    model, names = _empty_model(quantized, stored, kernel)
+    for name, value in to_memory(names, quantized.parts()):
+        if isinstance(value, QTensor):
+            _fill_packed(model, name.removesuffix(".weight"), value, target)
+        elif isinstance(value, Tensor):
+            _fill_plain(model, name, value, target)
+        else:
+            raise SwquantError(
+                f"{name} is on a K grid of llama.cpp, for which swquant has no layer; load the file with llama.cpp"
+            )
     model.tie_weights()
     _require_filled(model, place)
-    setattr(model.config, QUANTIZATION_CONFIG, CompressedTensors().config(outline.spec, outline.ignored))
+    setattr(model.config, QUANTIZATION_CONFIG, CompressedTensors().config(outline))
     if (place / GENERATION).is_file():
         model.generation_config = GenerationConfig.from_pretrained(place, local_files_only=True)
     return model.to(target).eval()
 
 
-def _empty_model(outline: Outline, dtype: torch.dtype, kernel: str) -> Any:
-    """The model with packed layers, on ``meta`` but for the buffers that its config tells."""
-    family_for(outline.config)
-    try:
-        model = empty_model(outline.config, dtype)
-    except Exception as error:  # transformers raises whatever the file makes it run into
-        reason = reason_of(error)
-        raise SwquantError(f"config.json of {outline.directory} does not describe a model: {reason}") from error
-    model.requires_grad_(False)
-    for name, (rows, columns) in outline.linears.items():
-        model.set_submodule(name, _packed(model, name, (rows, columns), outline, dtype, kernel))
-    return model
+def _empty_model(quantized: QuantizedModel, dtype: torch.dtype, kernel: str) -> tuple[Any, Names]:
+    """The model with packed layers, on ``meta`` but for the buffers that it computes, and where its tensors lie."""
+    outline = quantized.outline
+    model, names = build_model(outline.config, shapes_of(quantized), outline.directory, dtype)
+    places = {piece.key.removesuffix(".weight"): name.removesuffix(".weight") for name, piece in names.pieces.items() if piece.whole}
+    for module, shape in outline.linears.items():
+        name = places.get(module, module)
+        model.set_submodule(name, _packed(model, name, shape, outline.grids[module], outline.directory, dtype, kernel))
+    return model, names
 
 
 def _packed(
-    model: nn.Module, name: str, shape: tuple[int, int], outline: Outline, dtype: torch.dtype, kernel: str
+    model: nn.Module,
+    name: str,
+    shape: tuple[int, int],
+    spec: QuantSpec,
+    directory: Path,
+    dtype: torch.dtype,
+    kernel: str,
 ) -> PackedLinear:
     """The packed layer, on ``meta``, in the place of the linear ``name``."""
     try:
@@ -99,12 +104,12 @@ def _packed(
         linear = None
     if not isinstance(linear, nn.Linear) or tuple(linear.weight.shape) != shape:
         raise SwquantError(
-            f"{outline.directory} holds a quantized weight {name!r} of shape {list(shape)}, "
+            f"{directory} holds a quantized weight {name!r} of shape {list(shape)}, "
             "which its config.json does not call for"
         )
-    outline.spec.require_divides(name, shape[1])
+    spec.require_divides(name, shape[1])
     return PackedLinear(
-        outline.spec,
+        spec,
         shape[1],
         shape[0],
         bias="bias" in dict(linear.named_parameters()),

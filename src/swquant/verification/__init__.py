@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from swquant import registry
+from swquant.checkpoint.converted import Blend, Stack
 from swquant.checkpoint.quantized import Part, QuantizedModel
 from swquant.checkpoint.reader import read_config
 from swquant.errors import SwquantError
@@ -116,7 +117,9 @@ def _digests(part: Part) -> Mapping[str, str]:
     return {name: _digest(value) for name, value in part.items()}
 
 
-def _digest(value: Tensor | QTensor | KTensor) -> str:
+def _digest(value: Tensor | QTensor | KTensor | Stack | Blend) -> str:
+    if isinstance(value, Stack | Blend):
+        raise ValueError("formats that keep codes hold no weights that are put together")
     tensors = (value.float(),) if isinstance(value, Tensor) else (value.codes, *value.parts.values())
     digest = hashlib.sha256()
     for tensor in tensors:
@@ -127,11 +130,11 @@ def _digest(value: Tensor | QTensor | KTensor) -> str:
 
 def _compare_weights(reader: Reader, directory: Path, model: QuantizedModel) -> bool:
     """Whether the package knows such weights; those it reads are compared."""
-    spec = model.outline.spec
     for part in model.parts():
         for name, value in part.items():
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor | Stack | Blend):
                 continue
+            spec = value.spec
             found = reader.weight(directory, name.removesuffix(".weight"), spec)
             if found is None:
                 return False

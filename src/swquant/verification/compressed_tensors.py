@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -10,7 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from swquant.evaluation.models import load_model
+from swquant.evaluation.models import load_by_transformers
 from swquant.quant.spec import QuantSpec
 
 _SUFFIXES = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
@@ -28,7 +29,8 @@ class CompressedTensors:
         from compressed_tensors.quantization import QuantizationConfig
 
         settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))["quantization_config"]
-        scheme: Any = QuantizationConfig.model_validate(settings).config_groups["group_0"]
+        groups: Any = QuantizationConfig.model_validate(settings).config_groups
+        scheme = next((group for group in groups.values() if _targets(group.targets, module)), groups["group_0"])
         state = {suffix: _read(directory, f"{module}.{suffix}") for suffix in _SUFFIXES}
         present = {suffix: tensor for suffix, tensor in state.items() if tensor is not None}
         present["weight_scale"] = present["weight_scale"].float()
@@ -41,7 +43,13 @@ class CompressedTensors:
     def logits(self, directory: Path, tokens: Tensor) -> Tensor:
         """transformers' forward pass in float32, weights dequantized on loading."""
         with torch.no_grad():
-            return load_model(directory, torch.device("cpu"))(input_ids=tokens).logits
+            return load_by_transformers(directory, torch.device("cpu"))(input_ids=tokens).logits
+
+
+def _targets(targets: list[str], module: str) -> bool:
+    """Whether one of a group's targets is this module by name."""
+    patterns = [target.removeprefix("re:") for target in targets if target.startswith("re:")]
+    return any(re.match(pattern, module) for pattern in patterns)
 
 
 def _read(directory: Path, name: str) -> Tensor | None:

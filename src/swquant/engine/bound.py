@@ -1,0 +1,200 @@
+"""A block of the model with all that it is called with: a function of parameters, hidden states and samples alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+
+import torch
+from torch import Tensor, nn
+
+from swquant.distributed.ranks import Alone, Ranks, own_rows
+from swquant.engine.streams import batches, on_device
+from swquant.families.base import Equivalence, QueryKey
+from swquant.learnables.base import BlockFacts, ChannelRange
+from swquant.learnables.moves import move, source_of
+from swquant.model.calls import Calls
+from swquant.model.equivalences import candidates, head_counts, prove
+from swquant.model.layout import Layout
+from swquant.model.skeleton import Block
+from swquant.quant.deferred import in_float
+from swquant.quant.draft import Draft
+from swquant.quant.finite import is_finite
+from swquant.seeds import generator
+
+PROOF_TOKENS = 64
+"""Tokens of the sample on which equivalences are proven."""
+
+
+@dataclass(frozen=True)
+class BoundBlock:
+    """A block bound to its place in the model.
+
+    Attributes:
+        index: Which block.
+        block: Its code.
+        calls: What it is called with, by samples.
+        layout: What is quantized in it.
+        device: Where to compute.
+        ranks: The processes; each runs samples of its own.
+    """
+
+    index: int
+    block: Block
+    calls: Calls
+    layout: Layout
+    device: torch.device
+    ranks: Ranks
+
+    def forward(self, params: Mapping[str, Tensor], hidden: Tensor, samples: Tensor) -> Tensor:
+        """The block's output ``[samples, tokens, dim]``."""
+        return self.block.forward(params, hidden, self.calls.of(self.index, samples))
+
+    @torch.no_grad()
+    def advance(
+        self, params: Mapping[str, Tensor], source: Tensor, destination: Tensor, samples: Tensor | None = None
+    ) -> bool:
+        """Write what the block makes of this rank's part of ``source`` to ``destination``.
+
+        Args:
+            params: The block's parameters.
+            source: Hidden states ``[samples, tokens, dim]``.
+            destination: Of the same shape.
+            samples: Which samples they are; ``None`` is all from the first on.
+
+        Returns:
+            Whether all is finite.
+        """
+        floats, finite = in_float(params), True
+        known = torch.arange(len(source)) if samples is None else samples
+        for batch, hidden in on_device(source, own_batches(self.ranks, source), self.device):
+            out = self.forward(floats, hidden, known[batch]).cpu()
+            finite = finite and is_finite(out)
+            destination[batch] = out
+        return finite
+
+    @torch.no_grad()
+    def watch(
+        self,
+        source: Tensor,
+        params: Mapping[str, Tensor],
+        linears: Sequence[str],
+        visit: Callable[[str, Tensor], None],
+    ) -> None:
+        """Run over this rank's samples of ``source`` and show ``visit`` each batch's inputs of the named linears."""
+        floats = in_float(params)
+
+        def seen(linear: str, _: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            visit(linear, arguments[0].flatten(0, -2))
+
+        with ExitStack() as hooks:
+            for linear in linears:
+                module = self.block.module.get_submodule(linear)
+                hooks.callback(module.register_forward_pre_hook(partial(seen, linear)).remove)
+            for batch, hidden in on_device(source, own_batches(self.ranks, source), self.device):
+                self.forward(floats, hidden, torch.arange(batch.start, batch.stop))
+
+    def input_ranges(
+        self, params: Mapping[str, Tensor], source: Tensor, linears: Sequence[str]
+    ) -> dict[str, ChannelRange]:
+        """Channel ranges of the named linears' inputs over the samples of ``source``; zero where there are none."""
+        ends = {
+            linear: torch.full((2, params[f"{linear}.weight"].shape[1]), math.inf, device=self.device)
+            for linear in linears
+        }
+
+        def note(linear: str, inputs: Tensor) -> None:
+            if len(inputs):
+                low, high = inputs.aminmax(dim=0)
+                ends[linear] = torch.minimum(torch.stack((low, -high)), ends[linear])
+
+        self.watch(source, params, linears, note)
+        least = {linear: self.ranks.gather(end[None], self.ranks.size).amin(0) for linear, end in ends.items()}
+        return {linear: ChannelRange(*_ends(found)) for linear, found in least.items()}
+
+    def facts(self, params: Mapping[str, Tensor], inputs: Tensor, *, proven: bool = True) -> BlockFacts:
+        """What methods may know of the block.
+
+        Args:
+            params: Its parameters.
+            inputs: Hidden states of the calibration samples before it.
+            proven: Run the block to prove its equivalences; otherwise they are guesses.
+        """
+        known = Equivalences(self, params, inputs)
+        heads, key_value_heads = known.heads
+        ranges = partial(self.input_ranges, params, inputs)
+        found = (lambda: known.proven) if proven else (lambda: known.guesses)
+        return BlockFacts(self.layout.inputs(self.index), found, heads, key_value_heads, ranges)
+
+
+def _ends(found: Tensor) -> tuple[Tensor, Tensor]:
+    low, high = found
+    seen = low.isfinite()
+    return torch.where(seen, low, 0.0), torch.where(seen, -high, 0.0)
+
+
+def own_batches(ranks: Ranks, stream: Tensor) -> Iterator[slice]:
+    """This rank's samples of cached hidden states, in ranges that go through a block at once."""
+    own = own_rows(ranks, len(stream))
+    for batch in batches(stream[own]):
+        yield slice(own.start + batch.start, own.start + batch.stop)
+
+
+class Equivalences:
+    """The pairs of a block's modules between which scales can move."""
+
+    def __init__(self, bound: BoundBlock, params: Mapping[str, Tensor], inputs: Tensor) -> None:
+        self.bound, self.params, self.inputs = bound, params, inputs
+
+    @cached_property
+    def guesses(self) -> tuple[Equivalence, ...]:
+        """What names and the flow suggest."""
+        layout, index = self.bound.layout, self.bound.index
+        quantized = [site.inner for site in layout.blocks[index] if site.spec is not None]
+        return candidates(self.bound.block.module, layout.flows[index], quantized)
+
+    @cached_property
+    def heads(self) -> tuple[int, int]:
+        """Query heads and key-value heads."""
+        rows = {site.inner: site.shape[0] for site in self.bound.layout.blocks[self.bound.index]}
+        return head_counts(self.bound.block.module, rows)
+
+    @cached_property
+    def proven(self) -> tuple[Equivalence, ...]:
+        """The guesses that leave the block's output as it is; every rank proves them for itself, on one sample."""
+        hidden = self.inputs[:1, :PROOF_TOKENS].to(self.bound.device)
+        with torch.no_grad():
+            return prove(self.guesses, partial(self._moved, hidden), hidden)
+
+    def _moved(self, hidden: Tensor, pair: Equivalence | None) -> Tensor | None:
+        """The block's output with random scales moved between a pair's modules."""
+        params = in_float(self.params)
+        if pair is not None:
+            heads, key_value_heads = self.heads
+            bare = BlockFacts((), tuple, heads, key_value_heads, lambda _: {})
+            try:
+                scales = {source_of(pair): self._scale(pair)}
+                params = dict(move(Draft(params, {}, {}), [pair], scales, {}, bare).params)
+            except (RuntimeError, KeyError):  # shapes or heads are not what the guess takes them for
+                return None
+        bound = replace(self.bound, ranks=Alone(), calls=self.bound.calls.shortened(hidden.shape[1]))
+        try:
+            return bound.forward(params, hidden, torch.zeros(1, dtype=torch.long))
+        except RuntimeError:
+            if pair is None:
+                raise
+            return None
+
+    def _scale(self, pair: Equivalence) -> Tensor:
+        """Factors between 1/2 and 2 for each channel that the pair may scale by itself."""
+        rng = generator(0, "equivalence", source_of(pair))
+        if isinstance(pair, QueryKey):
+            key_value_heads = self.heads[1]
+            rows = self.params[f"{pair.key}.weight"].shape[0] // key_value_heads
+            shape: tuple[int, ...] = (key_value_heads, rows // 2 if pair.rotary else rows)
+        else:
+            shape = (self.params[f"{source_of(pair)}.weight"].shape[0],)
+        return (2 * torch.rand(shape, generator=rng) - 1).exp2().to(self.bound.device)

@@ -1,0 +1,133 @@
+"""transformers' model for a ``config.json``, without weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from swquant.errors import SwquantError
+
+DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth", "encoder_layers", "decoder_layers")
+"""Keys of a configuration that say how many layers there are, of the language model or of a tower."""
+
+
+def read_config(values: Mapping[str, Any]) -> Any:
+    """transformers' configuration for the content of a ``config.json``.
+
+    Raises:
+        SwquantError: Its ``model_type`` is none that the installed transformers knows.
+        Exception: Whatever the content makes transformers run into.
+    """
+    given = copy.deepcopy({key: value for key, value in values.items() if key not in _QUANTIZATION})
+    given = PreTrainedConfig._decode_special_floats(given)  # infinity, which JSON cannot say  # pyright: ignore
+    kind = given.get("model_type")
+    if kind in CONFIG_MAPPING:
+        return CONFIG_MAPPING[kind].from_dict(given)
+    if kind is None:
+        raise SwquantError("config.json has no model_type; take the configuration that the model's author published")
+    raise SwquantError(
+        f"model_type {kind!r:.200} is none that transformers {transformers.__version__} knows; a newer release may"
+    )
+
+
+_QUANTIZATION = ("quantization_config", "quantization")
+
+
+def model_class(values: Mapping[str, Any], config: Any) -> type[PreTrainedModel]:
+    """The class with a language-model head: the architecture that ``config.json`` names, or the one for its type.
+
+    Raises:
+        SwquantError: There is no such class for this kind of model.
+    """
+    known = _classes(config)
+    for name in values.get("architectures") or ():
+        if name in {one.__name__ for one in known}:
+            return next(one for one in known if one.__name__ == name)
+    if not known:
+        raise SwquantError(
+            f"transformers has no class that predicts text for model_type {config.model_type!r}: "
+            "give a decoder for text, or a model for images and text"
+        )
+    return known[0]
+
+
+def _classes(config: Any) -> list[type[PreTrainedModel]]:
+    found: list[type[PreTrainedModel]] = []
+    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        mapping: Any = auto._model_mapping  # pyright: ignore
+        if type(config) in mapping:
+            classes = mapping[type(config)]
+            found += classes if isinstance(classes, (tuple, list)) else [classes]
+    return found
+
+
+def build_empty(values: Mapping[str, Any], dtype: torch.dtype, most_layers: int | None = None) -> Any:
+    """The model for the content of a ``config.json``: parameters on ``meta``, buffers that it computes itself real.
+
+    Args:
+        values: The content.
+        dtype: Of the parameters.
+        most_layers: Refuse more layers than this before any is made; a file may say anything.
+
+    Raises:
+        SwquantError: There is no class for it, or it asks for too many layers.
+        Exception: Whatever else the content makes transformers run into.
+    """
+    config = read_config(values)
+    for key, count in _depths(values) if most_layers is not None else ():
+        if not 0 <= count <= max(most_layers, 1):
+            raise SwquantError(f"{key} is {count}, and the files hold {most_layers} tensors")
+    chosen = model_class(values, config)
+    tie = values.get("tie_word_embeddings")
+    if isinstance(tie, bool):
+        config.tie_word_embeddings = tie
+    with torch.device("meta"):
+        model: Any = chosen._from_config(config, dtype=dtype)  # pyright: ignore
+    model.eval().requires_grad_(False)
+    compute_buffers(model)
+    return model
+
+
+def _depths(values: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _depths(value)
+        elif key in DEPTHS and type(value) is int:
+            yield key, value
+
+
+@torch.no_grad()
+def compute_buffers(model: nn.Module) -> None:
+    """Make every buffer that is not saved outside of ``meta``, as ``from_pretrained`` does: by the model's own code.
+
+    A buffer that this code leaves alone stays on ``meta``, so that whoever uses it fails instead of reading anything.
+    """
+    owners: dict[str, Any] = {}
+    for name, module in list(model.named_modules()):
+        parent = name.rpartition(".")[0]
+        owners[name] = module if isinstance(module, PreTrainedModel) else owners.get(parent, owners.get(""))
+        unsaved = module._non_persistent_buffers_set  # pyright: ignore[reportPrivateUsage]
+        empty = {key: value for key, value in module.named_buffers(recurse=False) if value.is_meta and key in unsaved}
+        if not empty:
+            continue
+        for key, value in empty.items():
+            module._buffers[key] = torch.full_like(value, _unset(value.dtype), device="cpu")  # pyright: ignore
+        owners[name]._init_weights(module)
+        for key, value in empty.items():
+            if bool((module._buffers[key].nan_to_num(_UNSET) == _unset(value.dtype, _UNSET)).all()):  # pyright: ignore
+                module._buffers[key] = value  # pyright: ignore[reportPrivateUsage]
+
+
+_UNSET = -7.0
+"""An integer's value before the model's own code fills a buffer in; floats are NaN until then."""
+
+
+def _unset(dtype: torch.dtype, of_float: float = float("nan")) -> float:
+    return of_float if dtype.is_floating_point else _UNSET if dtype.is_signed else 1.0

@@ -1,0 +1,113 @@
+"""What happens in a block when it runs: which linears read what, which norm they read it from, and what comes out.
+
+Found by running the block on tensors without values and watching its modules, so it holds for whatever code the block
+has. Tensors are told apart by identity: ``q_proj`` and ``k_proj`` share their input if they are given one object.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils import _pytree as pytree
+
+from swquant.errors import reason_of
+
+
+@dataclass(frozen=True)
+class Flow:
+    """How a block runs.
+
+    Attributes:
+        linears: The linears in the order in which they are called.
+        inputs: Those that are given one and the same tensor, in that order too.
+        norms: A module without linears whose output such a set reads, by the first linear of the set.
+        outputs: Number of values that the block returns as a tuple; ``None`` if it returns the hidden states alone.
+        writes: It puts something into a list or mapping that it was given, which other blocks may read.
+        failed: Why the block could not be run without values; the rest is then a guess from its code.
+    """
+
+    linears: tuple[str, ...]
+    inputs: tuple[tuple[str, ...], ...]
+    norms: Mapping[str, str]
+    outputs: int | None
+    writes: bool = False
+    failed: str | None = None
+
+
+@torch.no_grad()
+def trace(block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Flow:
+    """Run ``block`` on ``meta`` with such arguments, the hidden states among them."""
+    seen = _Seen()
+    hooks = [
+        module.register_forward_hook(partial(seen.note, name))
+        for name, module in block.named_modules()
+        if name and (isinstance(module, nn.Linear) or _is_small(module))
+    ]
+    state = {name: value.to("meta") for name, value in (*block.named_parameters(), *block.named_buffers())}
+    given, named = pytree.tree_map(_without_values, (args, dict(kwargs)))
+    held = _containers(given, named)
+    before = [len(one) for one in held]
+    failed = None
+    try:
+        out: Any = functional_call(block, state, given, named)
+    except Exception as error:  # code that asks for values cannot run without any
+        failed, out = reason_of(error), (None,) if _says_tuple(block) else None
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if failed is not None:
+        linears = tuple(name for name, module in block.named_modules() if isinstance(module, nn.Linear))
+        return Flow(linears, tuple((name,) for name in linears), {}, len(out) if out else None, failed=failed)
+    writes = before != [len(one) for one in held]
+    return Flow(*seen.sets(), len(out) if isinstance(out, tuple) else None, writes)
+
+
+def _containers(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+    """Lists and mappings among the arguments; tree_map has copied them, so nothing of the model's is written to."""
+    return [value for value in (*args, *kwargs.values()) if isinstance(value, (list, dict))]
+
+
+class _Seen:
+    """Notes of the hooks. Tensors are kept, so that none takes the identity of another that is gone."""
+
+    def __init__(self) -> None:
+        self.kept: list[Any] = []
+        self.order: list[str] = []
+        self.readers: dict[int, list[str]] = {}
+        self.makers: dict[int, str] = {}
+
+    def note(self, name: str, module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        if isinstance(module, nn.Linear):
+            if args and name not in self.order:
+                self.kept.append(args[0])
+                self.order.append(name)
+                self.readers.setdefault(id(args[0]), []).append(name)
+        elif isinstance(out, Tensor):
+            self.kept.append(out)
+            self.makers[id(out)] = name
+
+    def sets(self) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...], dict[str, str]]:
+        norms = {names[0]: self.makers[key] for key, names in self.readers.items() if key in self.makers}
+        return tuple(self.order), tuple(tuple(names) for names in self.readers.values()), norms
+
+
+def _is_small(module: nn.Module) -> bool:
+    """Whether it could be a norm: parameters of its own, none of them a matrix, and no modules inside."""
+    own = list(module.parameters(recurse=False))
+    return bool(own) and all(value.dim() == 1 for value in own) and not any(True for _ in module.children())
+
+
+def _without_values(value: Any) -> Any:
+    return value.to("meta") if isinstance(value, Tensor) else value
+
+
+def _says_tuple(block: nn.Module) -> bool:
+    returns = inspect.signature(type(block).forward).return_annotation
+    return "tuple" in str(returns).lower()

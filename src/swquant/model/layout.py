@@ -1,0 +1,193 @@
+"""What is quantized, as a list: every matrix with its name, where it lies on disk, its shape and its own grid."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from swquant.checkpoint.names import Names, Piece
+from swquant.errors import SwquantError, did_you_mean
+from swquant.model.flow import Flow
+from swquant.model.skeleton import Skeleton
+from swquant.quant.spec import QuantSpec
+
+SMALLEST = 32
+"""Rows or columns below which a matrix is kept as it is: it is next to nothing of the model, and its groups are odd."""
+
+ROUTERS = re.compile(r"(^|_)(router|gate_score|wg)($|_)|^shared_expert_gate$")
+"""Names of matrices that decide where a token goes. Their errors change which experts run at all."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """One matrix on its way to codes.
+
+    Attributes:
+        name: Of the linear in memory, e.g. ``model.layers.3.mlp.experts.7.up_proj``.
+        inner: The same within its block; the name itself outside of blocks.
+        stored: Where its weight lies on disk; ``None`` where a rule of transformers makes it of several tensors.
+        shape: ``(out, in)``.
+        kind: The last part of its name, e.g. ``up_proj``.
+        fused: Runtimes fuse the sites of one label, so their grids have to be equal.
+        spec: Its grid; ``None`` is kept as it is.
+    """
+
+    name: str
+    inner: str
+    stored: Piece | None
+    shape: tuple[int, int]
+    kind: str
+    fused: str
+    spec: QuantSpec | None
+
+    @property
+    def weight(self) -> str:
+        """Name of its weight in memory."""
+        return f"{self.name}.weight"
+
+    @property
+    def module(self) -> str | None:
+        """Name of its module on disk, where its weight is a tensor of its own that is called ``module.weight``."""
+        if self.stored is None or not self.stored.whole or not self.stored.key.endswith(".weight"):
+            return None
+        return self.stored.key.removesuffix(".weight")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What is quantized in a model, and what is not.
+
+    Attributes:
+        blocks: The matrices of each block in the order in which they run.
+        flows: How each block runs.
+        kept: Linears of the blocks that are kept as they are, and why, by name.
+        carried: Tensors on disk that no module of the model owns; they are copied as they are.
+    """
+
+    blocks: tuple[tuple[Site, ...], ...]
+    flows: tuple[Flow, ...]
+    kept: Mapping[str, str]
+    carried: tuple[str, ...]
+
+    @property
+    def sites(self) -> Iterator[Site]:
+        """All that have a grid."""
+        return (site for block in self.blocks for site in block if site.spec is not None)
+
+    @property
+    def specs(self) -> tuple[QuantSpec, ...]:
+        """The grids, each once, in the order in which they come."""
+        return tuple(dict.fromkeys(site.spec for site in self.sites if site.spec is not None))
+
+    def inputs(self, index: int) -> tuple[tuple[str, ...], ...]:
+        """A block's quantized linears in the order in which they run, those that read one tensor together."""
+        known = {site.inner for site in self.blocks[index] if site.spec is not None}
+        sets = (tuple(name for name in names if name in known) for names in self.flows[index].inputs)
+        found = [names for names in sets if names]
+        called = {name for names in found for name in names}
+        return (*found, *((name,) for name in sorted(known - called)))
+
+    def grids(self, index: int) -> dict[str, QuantSpec]:
+        """Grid of each of a block's weights, by its name inside the block."""
+        return {f"{site.inner}.weight": site.spec for site in self.blocks[index] if site.spec is not None}
+
+
+def lay_out(skeleton: Skeleton, spec: QuantSpec, grids: Mapping[str, QuantSpec | None] | None = None) -> Layout:
+    """The layout of a model whose blocks' calls have been recorded once.
+
+    Args:
+        skeleton: The model's code; each recorder knows its block's flow.
+        spec: The grid of every matrix that ``grids`` says nothing of.
+        grids: Other grids, or ``None`` to keep a matrix as it is, by shell patterns of names in memory; of patterns
+            that match, the last counts.
+
+    Raises:
+        SwquantError: A grid's groups do not divide a matrix, a pattern matches nothing, or no matrix is left.
+    """
+    blocks: list[tuple[Site, ...]] = []
+    kept: dict[str, str] = {}
+    flows = [recorder.flow or Flow((), (), {}, None) for recorder in skeleton.recorders]
+    for block, flow in zip(skeleton.blocks, flows, strict=True):
+        sites: list[Site] = []
+        linears = {name: module for name, module in block.module.named_modules() if isinstance(module, nn.Linear)}
+        order = {name: place for place, name in enumerate(flow.linears)}
+        for name in sorted(linears, key=lambda name: order.get(name, len(order))):
+            reason = _reason(name, linears[name], block.module)
+            full = f"{block.prefix}.{name}"
+            if reason is not None:
+                kept[full] = reason
+                continue
+            sites.append(_site(full, name, linears[name], skeleton.names, flow, spec))
+        blocks.append(tuple(sites))
+    layout = Layout(tuple(blocks), tuple(flows), kept, skeleton.names.carried)
+    layout = _with_grids(layout, grids or {})
+    for site in layout.sites:
+        assert site.spec is not None
+        site.spec.require_divides(site.name, site.shape[1])
+    if not any(True for _ in layout.sites):
+        raise SwquantError(f"{type(skeleton.model).__name__} has no matrix in its blocks that could be quantized")
+    return layout
+
+
+def _site(full: str, name: str, linear: nn.Linear, names: Names, flow: Flow, spec: QuantSpec) -> Site:
+    together = next((group for group in flow.inputs if name in group), (name,))
+    experts = re.sub(r"\.\d+\.", ".*.", name)
+    label = experts if experts != name else together[0]
+    prefix = full.removesuffix(name)
+    rows, columns = linear.weight.shape
+    return Site(
+        name=full,
+        inner=name,
+        stored=names.pieces.get(f"{full}.weight"),
+        shape=(rows, columns),
+        kind=name.rpartition(".")[2],
+        fused=prefix + label,
+        spec=spec,
+    )
+
+
+def _reason(name: str, linear: nn.Linear, block: nn.Module) -> str | None:
+    """Why a linear is kept as it is; ``None`` if it is quantized."""
+    parent, _, last = name.rpartition(".")
+    if ROUTERS.search(last):
+        return "a router"
+    if last == "gate" and any(child == "experts" for child, _ in block.get_submodule(parent).named_children()):
+        return "a router"
+    if min(linear.weight.shape) < SMALLEST:
+        return f"smaller than {SMALLEST} rows or columns"
+    return None
+
+
+def _with_grids(layout: Layout, grids: Mapping[str, QuantSpec | None]) -> Layout:
+    names = [site.name for site in layout.sites]
+    for pattern in grids:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise SwquantError(f"no matrix is called {pattern!r}{did_you_mean(pattern, names[:64])}")
+    blocks = tuple(tuple(replace(site, spec=_spec(site, grids)) for site in block) for block in layout.blocks)
+    found = replace(layout, blocks=blocks)
+    labels: dict[str, Site] = {}
+    for site in (site for block in blocks for site in block):
+        other = labels.setdefault(site.fused, site)
+        if other.spec != site.spec:
+            raise SwquantError(
+                f"{other.name} and {site.name} have different grids, and runtimes fuse the two; give them one"
+            )
+    return found
+
+
+def _spec(site: Site, grids: Mapping[str, QuantSpec | None]) -> QuantSpec | None:
+    spec = site.spec
+    for pattern, given in grids.items():
+        if fnmatchcase(site.name, pattern):
+            spec = given
+    return spec
+
+
+def weights_of(layout: Layout) -> int:
+    """How many weights get codes."""
+    return sum(math.prod(site.shape) for site in layout.sites)

@@ -1,0 +1,75 @@
+"""From a directory or a hub name to a model: one pass over configuration and headers; no weight is read but heads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from swquant.checkpoint.converted import ConvertedCheckpoint
+from swquant.checkpoint.source import Source
+from swquant.model.skeleton import Skeleton, build_skeleton
+
+TIE = "tie_word_embeddings"
+CHUNK = 4096
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that has been opened.
+
+    Attributes:
+        checkpoint: Its tensors under their names in memory.
+        skeleton: Its code.
+    """
+
+    checkpoint: ConvertedCheckpoint
+    skeleton: Skeleton
+
+
+def open_model(source: Source) -> Model:
+    """The model in a checkpoint.
+
+    Whether the head is the embedding is decided as transformers does while it loads: where the configuration says so
+    and the file holds a head that differs, it is not. An equal copy of the embedding is left out.
+
+    Raises:
+        SwquantError: The architecture is unknown or cannot be run block by block, or tensors are missing or do not fit.
+    """
+    config: Mapping[str, Any] = source.config
+    shapes = {name: stored.shape for name, stored in source.tensors.items()}
+    skeleton = build_skeleton(config, shapes, source.directory)
+    head = f"{skeleton.head}.weight"
+    piece, embedding = skeleton.names.pieces.get(head), skeleton.names.pieces.get(f"{skeleton.embedding}.weight")
+    if head in skeleton.model.all_tied_weights_keys and piece and embedding and piece != embedding:
+        equal = _equal(source, piece.key, embedding.key)
+        if equal:
+            del shapes[piece.key]
+        else:
+            config = untied(config)
+        skeleton = build_skeleton(config, shapes, source.directory)
+        if equal:
+            skeleton = replace(skeleton, names=replace(skeleton.names, dropped=(piece.key,)))
+    config = {**config, "architectures": [type(skeleton.model).__name__]}
+    return Model(ConvertedCheckpoint(source, skeleton.names, config), skeleton)
+
+
+def untied(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of a model whose head is a matrix of its own."""
+    text = config.get("text_config")
+    nested = {"text_config": {**text, TIE: False}} if isinstance(text, Mapping) and TIE in text else {}
+    return {**config, **nested, TIE: False}
+
+
+def _equal(source: Source, one: str, other: str) -> bool:
+    if source.tensors[one].shape != source.tensors[other].shape:
+        return False
+    rows = source.tensors[one].shape[0]
+    return all(
+        torch.equal(source.part(one, start, start + CHUNK), source.part(other, start, start + CHUNK))
+        for start in range(0, rows, CHUNK)
+    )
+
+
