@@ -10,8 +10,8 @@ from torch import Tensor
 
 from swquant import SwquantError, sliced_wasserstein_loss
 from swquant.losses import LossContext, parse_loss
-from swquant.losses.pooled_sliced import PooledSliced
 from swquant.losses.transport import gaussian_directions
+from swquant_plugin_losses.pooled_sliced import PooledSliced
 
 
 def rng(seed: int) -> torch.Generator:
