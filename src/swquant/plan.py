@@ -25,7 +25,6 @@ from swquant.errors import SwquantError
 from swquant.families import family_for
 from swquant.formats.base import Format, check_dtype
 from swquant.losses import WeightedSum, parse_loss
-from swquant.losses.balancing import Balance
 from swquant.methods import Pipeline, Setting, build_pipeline, parse_methods
 from swquant.quant.kgrids import UNIFORM
 from swquant.quant.spec import QuantSpec
@@ -70,17 +69,15 @@ class Plan:
         """What stays the same from block to block."""
         samples, recipe = self.recipe.samples, self.recipe
         assert samples is not None
-        phases, balance = self.pipeline.phases, balance_of(recipe)
         return Job(
             self.checkpoint,
             self.skeleton,
             self.spec,
-            phases,
+            self.pipeline.phases,
             self.loss,
             samples,
             recipe.seed,
             self.device,
-            balance,
             precision=PRECISIONS[recipe.precision],
         )
 
@@ -104,7 +101,6 @@ def make_plan(recipe: Recipe, source: str | Path) -> Plan:
     """
     spec, device = recipe.spec, resolve_device(recipe.device)
     loss = None if recipe.loss is None else parse_loss(recipe.loss)
-    _check_balance(recipe, loss)
     target = None if recipe.runtime is None else load_target(recipe.runtime)
     names = choose_formats(recipe.formats, target, spec)
     formats: tuple[Format, ...] = tuple(registry.load("swquant.formats", name)() for name in names)
@@ -155,20 +151,6 @@ def make_plan(recipe: Recipe, source: str | Path) -> Plan:
         notes,
         bytes_source,
     )
-
-
-def balance_of(recipe: Recipe) -> Balance:
-    """What the recipe says of the loss's terms."""
-    return Balance(recipe.balance, recipe.loss_schedule, recipe.loss_depth)
-
-
-def _check_balance(recipe: Recipe, loss: WeightedSum | None) -> None:
-    if not balance_of(recipe).idle and (loss is None or len(loss.parts) == 1):
-        raise SwquantError(
-            "balance, loss_schedule and loss_depth say how the terms of a loss share the gradient, and "
-            f"{'each method has its own loss here' if loss is None else f'{str(loss)!r} has one term'}: "
-            "give a sum, e.g. --loss '0.9*mse + 0.1*sliced_wasserstein'"
-        )
 
 
 def choose_formats(names: tuple[str, ...], target: Target | None, spec: QuantSpec) -> tuple[str, ...]:

@@ -27,7 +27,7 @@ from swquant.seeds import generator
 WEIGHT = torch.randn(8, 64, generator=torch.Generator().manual_seed(1))
 DRAFT = open_draft({"w": WEIGHT}, ("w",), QuantSpec(2, 64, False))
 TRUTH = replace(DRAFT, slots={"w": replace(DRAFT.slots["w"], lo=0.6, hi=0.7)})
-STEPS, ROUNDS = 3, 5
+STEPS, ROUNDS, APART = 3, 5, 1000
 
 
 @dataclass
@@ -223,19 +223,22 @@ def test_moments_are_forgotten_in_front_of_a_round_if_asked(restart: bool, monke
 
 @dataclass
 class Counting:
-    """Mean squared error that keeps how many calls came before; call number ``bad`` is not finite."""
+    """Mean squared error that keeps how many calls came before; call number ``bad`` is not finite.
+
+    It notes them beside the target's number: 1 for one that lies `APART` from the other.
+    """
 
     seen: list[tuple[int, int]]
     bad: int | None = None
     separable: ClassVar[bool] = False
 
     def __call__(self, pred: Tensor, target: Tensor, ctx: LossContext) -> Tensor:
-        before = ctx.kept.get(ctx.target, 0)
-        ctx.kept[ctx.target] = before + 1
+        before = ctx.kept.get("calls", 0)
+        ctx.kept["calls"] = before + 1
         loss = Mse()(pred, target, ctx)
         if not torch.is_grad_enabled():
             return loss
-        self.seen.append((ctx.target, before))
+        self.seen.append((int(target.mean() > APART / 2), before))
         return loss * math.nan if len(self.seen) == self.bad else loss
 
 
@@ -251,5 +254,5 @@ def test_what_a_loss_keeps_lasts_for_a_training_and_not_beyond_a_loss_that_is_no
 def test_what_a_loss_keeps_is_each_targets_own() -> None:
     seen: list[tuple[int, int]] = []
     problem = problem_of(Counting(seen))
-    replace(phase_of(True), augmented=True).run(DRAFT, replace(problem, augmented=problem.target + 1))
+    replace(phase_of(True), augmented=True).run(DRAFT, replace(problem, augmented=problem.target + APART))
     assert seen == [(target, before) for before in range(ROUNDS * STEPS) for target in (0, 1)]

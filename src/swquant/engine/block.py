@@ -27,7 +27,6 @@ from swquant.engine.streams import batches, create_stream, on_device, open_strea
 from swquant.errors import SwquantError
 from swquant.learnables.base import BlockFacts, ChannelRange
 from swquant.losses import Loss
-from swquant.losses.balancing import Balance
 from swquant.phases.base import Phase, PhaseReport, Problem
 from swquant.phases.portion import Portion, named
 from swquant.quant.deferred import in_float
@@ -54,7 +53,6 @@ class Job:
         samples: Calibration samples; the streams' further samples are for evaluation and train nothing.
         seed: Of everything random.
         device: Where to compute.
-        balance: How the terms of the loss share the gradient.
         ranks: The processes that do the job together.
         micro_batch: Samples of a batch that each rank takes through a block at once; ``None`` is all that are its own.
             It changes no result but for rounding.
@@ -69,7 +67,6 @@ class Job:
     samples: int
     seed: int
     device: torch.device
-    balance: Balance = field(default_factory=Balance)
     ranks: Ranks = field(default_factory=Alone)
     micro_batch: int | None = None
     precision: torch.dtype = torch.float32
@@ -192,7 +189,6 @@ def _problem(
         rng=partial(generator, job.seed, "block", index),
         device=job.device,
         step=observer.step,
-        balance=job.balance.at(index, len(job.skeleton.blocks)),
         ranks=job.ranks,
         portion=Portion(job.micro_batch),
         keep=partial(kept_copy, kept_path),

@@ -62,9 +62,8 @@ class PooledSliced:
         """Return the distance, differentiable in ``pred`` alone; see `Loss`."""
         pred, target = full_precision(pred, target)
         now = as_points(pred, _NAME), as_points(target.detach(), _NAME)
-        key = (self, ctx.target)
-        past: tuple[tuple[Tensor, Tensor], ...] = ctx.kept.get(key, ())
-        ctx.kept[key] = (*past, (now[0].detach(), now[1]))[-self.past :]
+        past: tuple[tuple[Tensor, Tensor], ...] = ctx.kept.get(self, ())
+        ctx.kept[self] = (*past, (now[0].detach(), now[1]))[-self.past :]
         with without_autocast(pred.device):
             ours, theirs = (torch.cat(clouds) for clouds in zip(now, *past, strict=True))
             pred_points, target_points = scaled(ours, theirs, self.scale)
