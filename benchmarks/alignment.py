@@ -136,6 +136,7 @@ def _group(row: Row) -> Group:
 def _setting(row: Row) -> Setting:
     said = [row["loss"]]
     if row["loss"]:
+        # Columns of tables from commit 9d84a7b and before, whose losses could be balanced and scheduled.
         balance, schedule, depth = (row.get(name, "") for name in ("balance", "loss_schedule", "loss_depth"))
         said += [f"by {balance}"] if balance not in ("", "fixed") else []
         said += [f"{schedule} over steps"] if schedule not in ("", "constant") else []

@@ -248,7 +248,8 @@ def test_words_and_numbers(
 
 RECIPES: dict[str, tuple[str, tuple[str, ...]]] = {
     "key": ("bit: 2", ("no key 'bit'", "did you mean 'bits'")),
-    "far key": ("zzz: 2", ("no key 'zzz'", "known: balance, bits, calibration, ")),
+    "far key": ("zzz: 2", ("no key 'zzz'", "known: bits, calibration, ")),
+    "a key that was": ("balance: gradient", ("no key 'balance'", "known: bits, ")),
     "type": ("bits: '2'", ("bits is '2'", "integer")),
     "range": ("samples: 0", ("samples is 0",)),
     "list": ("- bits", ("no mapping",)),

@@ -26,7 +26,6 @@ from swquant.engine.precision import PRECISIONS
 from swquant.errors import SwquantError
 from swquant.formats.base import Format, check_dtype
 from swquant.losses import WeightedSum, parse_loss
-from swquant.losses.balancing import Balance
 from swquant.families import family_for
 from swquant.methods import Pipeline, Setting, build_pipeline, parse_methods
 from swquant.model.calls import probe
@@ -100,17 +99,15 @@ class Plan:
         """What stays the same from block to block."""
         samples, recipe = self.recipe.samples, self.recipe
         assert samples is not None
-        phases, balance = self.pipeline.phases, balance_of(recipe)
         return Job(
             self.checkpoint,
             self.skeleton,
             self.layout,
-            phases,
+            self.pipeline.phases,
             self.loss,
             samples,
             recipe.seed,
             self.device,
-            balance,
             precision=PRECISIONS[recipe.precision],
         )
 
@@ -139,7 +136,6 @@ def make_plan(recipe: Recipe, source: str | Path, grids: Mapping[str, QuantSpec 
     """
     spec, device = recipe.spec, resolve_device(recipe.device)
     loss = None if recipe.loss is None else parse_loss(recipe.loss)
-    _check_balance(recipe, loss)
     target = None if recipe.runtime is None else load_target(recipe.runtime)
     names = choose_formats(recipe.formats, target, (spec, *filter(None, (grids or {}).values())))
     formats: tuple[Format, ...] = tuple(registry.load("swquant.formats", name)() for name in names)
@@ -191,20 +187,6 @@ def make_plan(recipe: Recipe, source: str | Path, grids: Mapping[str, QuantSpec 
         notes,
         disk.tensor_bytes,
     )
-
-
-def balance_of(recipe: Recipe) -> Balance:
-    """What the recipe says of the loss's terms."""
-    return Balance(recipe.balance, recipe.loss_schedule, recipe.loss_depth)
-
-
-def _check_balance(recipe: Recipe, loss: WeightedSum | None) -> None:
-    if not balance_of(recipe).idle and (loss is None or len(loss.parts) == 1):
-        raise SwquantError(
-            "balance, loss_schedule and loss_depth say how the terms of a loss share the gradient, and "
-            f"{'each method has its own loss here' if loss is None else f'{str(loss)!r} has one term'}: "
-            "give a sum, e.g. --loss '0.9*mse + 0.1*sliced_wasserstein'"
-        )
 
 
 def choose_formats(

@@ -14,7 +14,6 @@ import yaml
 from pydantic import Field
 
 from swquant.errors import SwquantError, did_you_mean
-from swquant.losses.balancing import Course, Kind
 from swquant.quant.kgrids import K_GRIDS, UNIFORM
 from swquant.quant.spec import QuantSpec
 from swquant.validation import build, read_yaml
@@ -23,7 +22,7 @@ CHANNEL = "channel"
 GRID_KEYS = ("bits", "group_size", "symmetric")
 """Keys that follow from a K grid."""
 
-LATER_KEYS = ("grid", "balance", "loss_schedule", "loss_depth", "precision")
+LATER_KEYS = ("grid", "precision")
 """Keys younger than the first recipes, whose hashes stay."""
 
 _FOLDER = resources.files("swquant") / "recipes"
@@ -58,11 +57,6 @@ class Recipe:
             parentheses: ``gptq + block_ap(epochs=4) + tesseraq``.
         options: Options of the method, where there is only one.
         loss: Loss expression, e.g. ``0.9*mse + 0.1*sliced_wasserstein(slices=256)``; ``None`` is each method's own.
-        balance: What the weights in ``loss`` are: ``fixed`` takes them as they are; ``value`` and ``gradient`` as
-            shares of the loss, or of its gradient with respect to a block's output, brought about anew at every step.
-        loss_schedule: Course of all terms but the main one over the steps of a phase: ``constant``, ``rising``,
-            ``falling``, ``early`` (the first half) or ``late`` (the second).
-        loss_depth: The same over the blocks.
         calibration: A text or jsonl file, a datasets name, or ``self`` for samples drawn from the model.
         samples: Calibration samples; ``None`` is the preset's number.
         seq_len: Tokens of a sample; ``None`` is 2048, or the model's limit if that is less.
@@ -91,9 +85,6 @@ class Recipe:
     method: str = "omniquant"
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])
     loss: str | None = None
-    balance: Kind = "fixed"
-    loss_schedule: Course = "constant"
-    loss_depth: Course = "constant"
     calibration: str = "self"
     samples: Annotated[int, Field(ge=1)] | None = None
     seq_len: Annotated[int, Field(ge=2)] | None = None
@@ -224,8 +215,7 @@ class Recipe:
     @property
     def summary(self) -> str:
         """The recipe in a line."""
-        balance = "" if self.balance == "fixed" else f" balanced by {self.balance}"
-        loss = f"loss {self.loss}{balance}, " if self.loss else ""
+        loss = f"loss {self.loss}, " if self.loss else ""
         if self.grid != UNIFORM:
             return f"grid {self.grid}, {self.method}, {loss}preset {self.preset}"
         groups = "per channel" if self.group_size is None else f"groups of {self.group_size}"

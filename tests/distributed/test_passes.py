@@ -18,7 +18,6 @@ from swquant import SwquantError, parse_loss, registry
 from swquant.distributed.ranks import Alone, Ranks, on_any, own_rows, own_turns, require_same
 from swquant.families.llama import LLAMA
 from swquant.learnables.base import BlockFacts, Theta
-from swquant.losses.balancing import Balance
 from swquant.losses.base import LossContext
 from swquant.phases.base import Problem
 from swquant.phases.hessian import input_moments
@@ -48,7 +47,7 @@ def normal(seed: int, *shape: int) -> Tensor:
 TRUTH = normal(1, WIDTH, WIDTH)
 
 
-def problem_of(loss: Any, balance: Balance | None = None, samples: int = SAMPLES) -> Problem:
+def problem_of(loss: Any, samples: int = SAMPLES) -> Problem:
     """A linear and a bend, in float64."""
     inputs = normal(2, samples, TOKENS, WIDTH)
     return Problem(
@@ -64,7 +63,6 @@ def problem_of(loss: Any, balance: Balance | None = None, samples: int = SAMPLES
         rng=partial(generator, 0),
         device=torch.device("cpu"),
         step=lambda done, total: None,
-        balance=balance or Balance(),
     )
 
 
@@ -185,19 +183,19 @@ def phase_of(keep_best: bool, batch_size: int) -> Train:
 @pytest.mark.parametrize("keep_best", [True, False])
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize(
-    ("loss", "balance"),
+    "loss",
     [
-        ("mse", Balance()),
-        ("sliced_wasserstein(slices=16)", Balance()),
-        ("0.7*mse + 0.3*sliced_wasserstein(slices=16)", Balance("gradient", "rising")),
-        ("0.7*mse + 0.3*l1", Balance("value")),
+        "mse",
+        "sliced_wasserstein(slices=16)",
+        "0.7*mse + 0.3*sliced_wasserstein(slices=16)",
+        "0.7*mse + 0.3*l1",
     ],
 )
 @pytest.mark.parametrize(("size", "portion"), [(1, 1), (1, 2), (2, None), (4, 1)])
 def test_a_phase_is_the_same_however_its_batches_are_cut(
-    crew: RunCrew, keep_best: bool, batch_size: int, loss: str, balance: Balance, size: int, portion: int | None
+    crew: RunCrew, keep_best: bool, batch_size: int, loss: str, size: int, portion: int | None
 ) -> None:
-    phase, problem = phase_of(keep_best, batch_size), problem_of(parse_loss(loss), balance)
+    phase, problem = phase_of(keep_best, batch_size), problem_of(parse_loss(loss))
     expected, report = phase.run(draft_of(), problem)
 
     def run(ranks: Ranks) -> Any:
@@ -267,7 +265,7 @@ class Small:
 def test_where_memory_runs_out_the_portion_halves_once_and_nothing_else_changes(error: Exception, loss: str) -> None:
     for keep_best, at_once in itertools.product((True, False), (5, 4)):
         phase, small = phase_of(keep_best, 5), Small(2, error)
-        problem = problem_of(parse_loss(loss), Balance("value") if "+" in loss else None)
+        problem = problem_of(parse_loss(loss))
         expected, plain = phase.run(draft_of(), problem)
         portion = Portion(at_once)
         draft, report = phase.run(draft_of(), replace(problem, forward=small, portion=portion))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from swquant import quantize
 from swquant.engine.skeleton import Block
-from swquant.phases.train import _Job
+from swquant.phases.train import Training
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -56,7 +56,7 @@ def test_in_the_quantized_blocks_activations(
 
 @pytest.mark.parametrize("when", ["once", "always"])
 def test_in_gradients(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
-    descend = _Job.descend
+    descend = Training.descend
     calls: list[int] = []
 
     def spoiled(job: Any, *arguments: Any) -> Tensor:
@@ -69,7 +69,7 @@ def test_in_gradients(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when
                         value.grad.view(-1)[0] = torch.nan
         return loss
 
-    monkeypatch.setattr(_Job, "descend", spoiled)
+    monkeypatch.setattr(Training, "descend", spoiled)
     report = quantize(run.recipe, run.source, tmp_path / "out")
     assert calls
     assert any("the loss was not finite" in event for event in report.events)

@@ -23,7 +23,6 @@ from swquant.engine.precision import at_precision
 from swquant.engine.streams import create_stream, open_stream
 from swquant.errors import SwquantError
 from swquant.losses import Loss
-from swquant.losses.balancing import Balance
 from swquant.model.calls import Calls
 from swquant.model.layout import Layout
 from swquant.model.skeleton import Skeleton
@@ -50,7 +49,6 @@ class Job:
         samples: Calibration samples; the streams' further samples are for evaluation and train nothing.
         seed: Of everything random.
         device: Where to compute.
-        balance: How the terms of the loss share the gradient.
         ranks: The processes that do the job together.
         micro_batch: Samples of a batch that each rank takes through a block at once; ``None`` is all that are its own.
             It changes no result but for rounding.
@@ -65,7 +63,6 @@ class Job:
     samples: int
     seed: int
     device: torch.device
-    balance: Balance = field(default_factory=Balance)
     ranks: Ranks = field(default_factory=Alone)
     micro_batch: int | None = None
     precision: torch.dtype = torch.float32
@@ -199,7 +196,6 @@ def _problem(
         rng=partial(generator, job.seed, "block", index),
         device=job.device,
         step=observer.step,
-        balance=job.balance.at(index, len(job.skeleton.blocks)),
         ranks=job.ranks,
         portion=Portion(job.micro_batch),
         keep=partial(kept_copy, kept_path),

@@ -105,7 +105,6 @@ class Rig:
             rng=partial(generator, job.seed, "estimate"),
             device=self.device,
             step=step,
-            balance=job.balance.at(0, len(skeleton.blocks)),
             portion=Portion(micro_batch),
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -19,18 +19,13 @@ class LossContext:
     Attributes:
         rng: where random directions come from; on the CPU (the same directions on every device) or on the device of
             the inputs (nothing to copy). A call advances it.
-        kept: what losses keep from one call to the next, by loss and ``target``. Values are replaced and never changed
-            in place, so that a shallow copy is the state of that moment.
-        target: the number of the target, where a block is compared with several.
+        kept: what losses keep from one call to the next in a training, by loss; each target that a block is compared
+            with has its own. Values are replaced and never changed in place, so that a shallow copy is the state of
+            that moment.
     """
 
     rng: torch.Generator
     kept: dict[Any, Any] = field(default_factory=dict[Any, Any])
-    target: int = 0
-
-    def against(self, target: int) -> LossContext:
-        """Return the context for target number ``target``, with the same generator and the same memory."""
-        return replace(self, target=target)
 
 
 class Loss(Protocol):

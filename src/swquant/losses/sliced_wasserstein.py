@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from swquant.errors import SwquantError
 from swquant.losses.base import LossContext, full_precision, without_autocast
-from swquant.losses.clouds import as_points, check_least, check_sliced, scaled
+from swquant.losses.clouds import as_points, check_least
 from swquant.losses.transport import gaussian_directions, sliced_cost
 
 _NAME = "sliced_wasserstein"
@@ -22,7 +22,6 @@ def sliced_wasserstein_loss(
     slices: int = 128,
     power: int = 1,
     block: int = 1,
-    scale: str = "none",
     directions: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
@@ -57,8 +56,6 @@ def sliced_wasserstein_loss(
         slices: L, the number of directions; unused if ``directions`` are given.
         power: p, 1 or 2.
         block: b, the number of tokens joined into one point; divides the tokens of a sequence.
-        scale: ``none``; ``channel`` or ``whitened`` compares both clouds in units of the target's standard deviations,
-            see `swquant.losses.clouds.scaled`.
         directions: [block * dim, slices], used as they are (columns of length 1 for a distance); constants.
         generator: where directions are drawn from if none are given, anew at each call; on the CPU or on the device of
             the inputs. It draws what ``torch.randn(block * dim, slices, generator=generator)`` would.
@@ -86,10 +83,10 @@ def sliced_wasserstein_loss(
     .. [3] N. Bonneel, J. Rabin, G. Peyré, H. Pfister, "Sliced and Radon Wasserstein Barycenters of Measures",
        JMIV 2015.
     """
-    _check(slices, power, block, scale)
+    _check(slices, power, block)
     pred, target = full_precision(pred, target)
     with without_autocast(pred.device):
-        pred_points, target_points = scaled(as_points(pred, _NAME, block), as_points(target, _NAME, block), scale)
+        pred_points, target_points = as_points(pred, _NAME, block), as_points(target, _NAME, block)
         chosen = _directions(pred_points, slices, directions, generator)
         return sliced_cost(pred_points, target_points, chosen, power)
 
@@ -105,16 +102,14 @@ class SlicedWasserstein:
         slices: number of directions.
         power: 1 for the paper's distance, 2 for the squared 2-Wasserstein distance.
         block: consecutive tokens joined into one point.
-        scale: ``none``, ``channel`` (divided by the target's standard deviations) or ``whitened``.
     """
 
     slices: int = 128
     power: int = 1
     block: int = 1
-    scale: str = "none"
 
     def __post_init__(self) -> None:
-        _check(self.slices, self.power, self.block, self.scale)
+        _check(self.slices, self.power, self.block)
 
     @property
     def separable(self) -> bool:
@@ -124,13 +119,7 @@ class SlicedWasserstein:
     def __call__(self, pred: Tensor, target: Tensor, ctx: LossContext) -> Tensor:
         """Return the distance between the outputs' distributions; see `Loss`."""
         return sliced_wasserstein_loss(
-            pred,
-            target,
-            slices=self.slices,
-            power=self.power,
-            block=self.block,
-            scale=self.scale,
-            generator=ctx.rng,
+            pred, target, slices=self.slices, power=self.power, block=self.block, generator=ctx.rng
         )
 
 
@@ -165,8 +154,10 @@ class SlicedWassersteinLoss(nn.Module):
         return f"slices={self.config.slices}, power={self.config.power}, block={self.config.block}"
 
 
-def _check(slices: int, power: int, block: int, scale: str) -> None:
-    check_sliced(_NAME, slices, power, scale)
+def _check(slices: int, power: int, block: int) -> None:
+    check_least(_NAME, "slices", slices)
+    if power not in (1, 2):
+        raise SwquantError(f"power of {_NAME} must be 1 or 2, got {power}")
     check_least(_NAME, "block", block)
 
 

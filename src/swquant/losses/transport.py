@@ -7,8 +7,7 @@ one matrix product with the directions then gives the gradient.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,38 +49,7 @@ def gaussian_directions(width: int, slices: int, generator: torch.Generator, lik
     return normals.div_(squares.sqrt_().clamp_min_(torch.finfo(normals.dtype).tiny))
 
 
-class Projector(Protocol):
-    """Directions to project on: constants, as a matrix or as a transform that is faster than one."""
-
-    def rows(self, points: Tensor) -> Tensor:
-        """Return the projections of ``points [points, width]`` in fresh contiguous memory, [slices, points]."""
-        ...
-
-    def back(self, slopes: Tensor) -> Tensor:
-        """Return the sum over slices of ``slopes [slices, points]`` times the directions, [points, width]."""
-        ...
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """Directions as the columns of a matrix.
-
-    Attributes:
-        directions: [width, slices], of the points' precision and device.
-    """
-
-    directions: Tensor
-
-    def rows(self, points: Tensor) -> Tensor:
-        """Return ``(points @ directions).T``; see `Projector`."""
-        return _project(points, self.directions)
-
-    def back(self, slopes: Tensor) -> Tensor:
-        """Return ``slopes.T @ directions.T``; see `Projector`."""
-        return _back_project(slopes, self.directions)
-
-
-def sliced_cost(pred: Tensor, target: Tensor, directions: Tensor | Projector, power: int) -> Tensor:
+def sliced_cost(pred: Tensor, target: Tensor, directions: Tensor, power: int) -> Tensor:
     """Return the cost of transport between the projections of two clouds, averaged over points and directions.
 
     ``mean over l and n of |sort(pred·w_l)_n - sort(target·w_l)_n| ** power``, differentiable once with respect to both
@@ -90,100 +58,48 @@ def sliced_cost(pred: Tensor, target: Tensor, directions: Tensor | Projector, po
     Args:
         pred: [points, width], float32 or float64.
         target: [points, width], same precision and device.
-        directions: [width, slices], same precision and device, or a projector; constants.
+        directions: [width, slices], same precision and device; constants.
         power: 1 or 2.
 
     Returns:
         A scalar of the same precision.
     """
-    return _apply(pred, target, directions, power, True)
-
-
-def slice_costs(pred: Tensor, target: Tensor, directions: Tensor | Projector, power: int) -> Tensor:
-    """Return the cost of each direction, [slices]: as `sliced_cost`, which is their mean."""
-    return _apply(pred, target, directions, power, False)
-
-
-def direction_slopes(pred: Tensor, target: Tensor, directions: Tensor, power: int) -> tuple[Tensor, Tensor]:
-    """Return each direction's cost, [slices], and its gradient with respect to the direction, [width, slices].
-
-    The gradient is ``1/n sum over n of slope_n (pred_a(n) - target_b(n))`` for the pairs (a, b) that sorting makes.
-    """
-    costs, pred_slope, target_slope = _solve(pred, target, Matrix(directions), power, (True, True))
-    assert pred_slope is not None
-    assert target_slope is not None
-    gradient = (pred_slope @ pred + target_slope @ target) / pred.shape[0]
-    return costs.mean(1), gradient.t()
-
-
-@torch.no_grad()
-def partners(pred: Tensor, target: Tensor) -> Tensor:
-    """Return for each projection of a point that of the target point which transport pairs it with.
-
-    Args:
-        pred: Projections [slices, points], float32 or float64.
-        target: The same, of the same precision and device.
-
-    Returns:
-        [slices, points], constants.
-    """
-    _, order = _sort_rows(pred.clone(memory_format=torch.contiguous_format), with_order=True)
-    ranked, _ = _sort_rows(target.clone(memory_format=torch.contiguous_format), with_order=False)
-    assert order is not None
-    return _unsort(ranked, order)
-
-
-def _apply(pred: Tensor, target: Tensor, directions: Tensor | Projector, power: int, whole: bool) -> Tensor:
     if not torch.is_grad_enabled():
         pred, target = pred.detach(), target.detach()
-    projector = Matrix(directions) if isinstance(directions, Tensor) else directions
-    return _SlicedCost.apply(pred, target, projector, power, whole)
-
-
-def _solve(
-    pred: Tensor, target: Tensor, projector: Projector, power: int, needed: tuple[bool, bool]
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The costs of all pairs and, of those clouds that need a gradient, their slopes; [slices, points] each."""
-    pred_sorted, pred_order = _sort_rows(projector.rows(pred), with_order=needed[0])
-    target_sorted, target_order = _sort_rows(projector.rows(target), with_order=needed[1])
-    # The two sorted arrays, still in the cache, become the slopes and the costs.
-    gap = pred_sorted.sub_(target_sorted)
-    costs = torch.abs(gap, out=target_sorted) if power == 1 else torch.square(gap, out=target_sorted)
-    slope = gap.sign_() if power == 1 else gap.mul_(2)
-    pred_slope = None if pred_order is None else _unsort(slope, pred_order)
-    target_slope = None if target_order is None else _unsort(slope.neg(), target_order)
-    return costs, pred_slope, target_slope
+    return _SlicedCost.apply(pred, target, directions, power)
 
 
 class _SlicedCost(torch.autograd.Function):
     """`sliced_cost` with the projections' gradients found in the forward pass, while their order is at hand."""
 
     @staticmethod
-    def forward(ctx: Any, pred: Tensor, target: Tensor, projector: Projector, power: int, whole: bool) -> Tensor:
-        """Return the cost, of all slices or of each; keep the slopes of those clouds that need a gradient."""
-        costs, pred_slope, target_slope = _solve(pred, target, projector, power, ctx.needs_input_grad[:2])
-        ctx.save_for_backward(pred_slope, target_slope)
-        ctx.projector = projector
-        return costs.mean() if whole else costs.mean(1)
+    def forward(ctx: Any, pred: Tensor, target: Tensor, directions: Tensor, power: int) -> Tensor:
+        """Return the cost; keep the slopes of those clouds that need a gradient."""
+        needed = ctx.needs_input_grad
+        pred_sorted, pred_order = _sort_rows(_project(pred, directions), with_order=needed[0])
+        target_sorted, target_order = _sort_rows(_project(target, directions), with_order=needed[1])
+        # The two sorted arrays, still in the cache, become the slopes and the costs.
+        gap = pred_sorted.sub_(target_sorted)
+        costs = torch.abs(gap, out=target_sorted) if power == 1 else torch.square(gap, out=target_sorted)
+        slope = gap.sign_() if power == 1 else gap.mul_(2)
+        pred_slope = None if pred_order is None else _unsort(slope, pred_order)
+        target_slope = None if target_order is None else _unsort(slope.neg(), target_order)
+        ctx.save_for_backward(directions, pred_slope, target_slope)
+        return costs.mean()
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grad_outputs: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    ) -> tuple[Tensor | None, Tensor | None, None, None]:
         """Return ``sum over slices of grad / number of terms * slope * direction`` for each cloud that needs it."""
         (grad,) = grad_outputs
+        directions, *slopes = ctx.saved_tensors
         with without_autocast(grad.device):
             pred, target = (
-                None if slope is None else ctx.projector.back(slope * _per_pair(grad, slope))
-                for slope in ctx.saved_tensors
+                None if slope is None else _back_project(slope * (grad / slope.numel()), directions) for slope in slopes
             )
-        return pred, target, None, None, None
-
-
-def _per_pair(grad: Tensor, slope: Tensor) -> Tensor:
-    """The gradient of a mean over all of ``slope``'s entries or over each of its rows, to multiply them with."""
-    return grad / slope.numel() if grad.dim() == 0 else grad.unsqueeze(1) / slope.shape[1]
+        return pred, target, None, None
 
 
 def _project(points: Tensor, directions: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from swquant.distributed.ranks import Alone, Ranks
 from swquant.learnables.base import BlockFacts, Theta
-from swquant.losses.balancing import Balance
 from swquant.losses.base import Loss
 from swquant.phases.portion import Portion
 from swquant.phases.rounds import snapshot
@@ -38,7 +37,6 @@ class Problem:
         rng: Generator for a place in the block, e.g. ``rng("slices", 17)``.
         device: Where to compute.
         step: Called with (steps done, steps in all) of the phase.
-        balance: How the terms of ``loss`` share the gradient in this block.
         ranks: The processes that work on the block together; ``inputs`` and targets are the same for all of them.
         portion: How much of a batch a rank takes at once.
         keep: Copies a state that training may come back to, e.g. to where it takes no room on the device.
@@ -56,7 +54,6 @@ class Problem:
     rng: Callable[..., torch.Generator]
     device: torch.device
     step: Callable[[int, int], None]
-    balance: Balance = field(default_factory=Balance)
     ranks: Ranks = field(default_factory=Alone)
     portion: Portion = field(default_factory=Portion)
     keep: Callable[[list[Theta]], list[Theta]] = snapshot
@@ -75,7 +72,7 @@ class PhaseReport:
         events: What went wrong and what was done about it.
         training: Mean over the steps of each round of the training loss; empty in reports of older versions.
         shares: Of the gradient with respect to the block's output, on the held-out samples, for each term of a loss
-            that has more than one: ``{"start": {label: share}, "end": {...}}``, with the weights in use there.
+            that has more than one: ``{"start": {label: share}, "end": {...}}``.
     """
 
     phase: str

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from swquant import sliced_wasserstein_loss
 from swquant.losses.base import LossContext, full_precision, without_autocast
-from swquant.losses.bases import principal
-from swquant.losses.clouds import as_points, check_sliced, scaled
-from swquant.losses.transport import sliced_cost
+from swquant.losses.clouds import as_points
+from swquant_plugin_losses.bases import principal
+from swquant_plugin_losses.scales import check_sliced, scaled
 
 _NAME = "error_sliced"
 
@@ -19,14 +20,14 @@ class ErrorSliced:
     """Sliced Wasserstein distance along the eigenvectors of ``E'E``, ``E = pred - target``, of the largest eigenvalues.
 
     Where quantization errs in few directions, isotropic slices dilute them by the width. The directions are orthonormal
-    constants, found anew at every call (`swquant.losses.bases.principal`); no gradient passes through them, and nothing
-    is random. Our own; nearest in print are the discriminative subspaces of Deshpande et al. (arXiv 1904.05877) and
-    projections on principal components, as in subspace-robust transport (Paty and Cuturi, arXiv 1901.08949).
+    constants, found anew at every call (`swquant_plugin_losses.bases.principal`); no gradient passes through them, and
+    nothing is random. Our own; nearest in print are the discriminative subspaces of Deshpande et al. (arXiv 1904.05877)
+    and projections on principal components, as in subspace-robust transport (Paty and Cuturi, arXiv 1901.08949).
 
     Attributes:
         slices: Number of directions; fewer where the width or the number of points is less.
         power: 1 for the distance, 2 for its square.
-        scale: ``none``, ``channel`` or ``whitened``, see `swquant.losses.clouds.scaled`.
+        scale: ``none``, ``channel`` or ``whitened``, see `swquant_plugin_losses.scales.scaled`.
     """
 
     slices: int = 16
@@ -47,4 +48,4 @@ class ErrorSliced:
         with without_autocast(pred.device):
             pred, target = scaled(as_points(pred, _NAME), as_points(target, _NAME), self.scale)
             _, directions = principal(pred.detach() - target.detach(), self.slices)
-            return sliced_cost(pred, target, directions[:, : self.slices].contiguous(), self.power)
+            return sliced_wasserstein_loss(pred, target, directions=directions[:, : self.slices], power=self.power)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from swquant.losses.base import LossContext, full_precision, without_autocast
-from swquant.losses.clouds import channel_deviation
+from swquant_plugin_losses.scales import channel_deviation
 
 
 @dataclass(frozen=True)
@@ -15,9 +15,9 @@ class ChannelMse:
     """Mean squared error in units of each channel's variance over the target's tokens.
 
     ``mean over channels of mean_n (pred - target)² / var_n(target)``, with the floor of
-    `swquant.losses.clouds.channel_deviation`. Where `Mse` follows the few channels with massive activations, every
-    channel counts alike here; `RelativeMse` does so for tokens. A control for the sliced losses' ``scale="channel"``:
-    the same units, but token by token. No unit.
+    `swquant_plugin_losses.scales.channel_deviation`. Where `Mse` follows the few channels with massive activations,
+    every channel counts alike here; `RelativeMse` does so for tokens. A control for the sliced losses'
+    ``scale="channel"``: the same units, but token by token. No unit.
     """
 
     @property

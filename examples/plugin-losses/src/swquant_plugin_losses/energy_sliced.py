@@ -9,8 +9,10 @@ from torch import Tensor
 
 from swquant.errors import SwquantError
 from swquant.losses.base import LossContext, full_precision, without_autocast
-from swquant.losses.clouds import as_points, check_sliced, scaled
-from swquant.losses.transport import gaussian_directions, slice_costs
+from swquant.losses.clouds import as_points
+from swquant.losses.transport import gaussian_directions
+from swquant_plugin_losses.scales import check_sliced, scaled
+from swquant_plugin_losses.slices import slice_costs
 
 _NAME = "energy_sliced"
 
@@ -28,7 +30,7 @@ class EnergySliced:
     Attributes:
         slices: Number of directions, Gaussian and drawn anew at every call.
         power: 1 for the distance, 2 for its square.
-        scale: ``none``, ``channel`` or ``whitened``, see `swquant.losses.clouds.scaled`.
+        scale: ``none``, ``channel`` or ``whitened``, see `swquant_plugin_losses.scales.scaled`.
         sharpness: Not negative.
     """
 
@@ -53,6 +55,6 @@ class EnergySliced:
         with without_autocast(pred.device):
             pred, target = scaled(as_points(pred, _NAME), as_points(target, _NAME), self.scale)
             directions = gaussian_directions(pred.shape[1], self.slices, ctx.rng, like=pred)
-            costs = slice_costs(pred, target, directions, self.power)
+            costs = slice_costs((pred @ directions).t(), (target @ directions).t(), self.power)
             relative = costs / costs.mean().clamp_min(torch.finfo(costs.dtype).tiny)
             return torch.sum(torch.softmax(self.sharpness * relative, 0) * costs)

@@ -8,10 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from swquant import sliced_wasserstein_loss
 from swquant.errors import SwquantError
 from swquant.losses.base import LossContext, full_precision, without_autocast
-from swquant.losses.clouds import as_points, check_least, check_sliced, scaled
-from swquant.losses.transport import direction_slopes, gaussian_directions, sliced_cost
+from swquant.losses.clouds import as_points, check_least
+from swquant.losses.transport import gaussian_directions
+from swquant_plugin_losses.scales import check_sliced, scaled
+from swquant_plugin_losses.slices import direction_slopes
 
 _NAME = "max_sliced"
 
@@ -32,7 +35,7 @@ class MaxSliced:
         starts: Directions to start from.
         steps: Steps from each; 0 takes the best of the directions drawn.
         power: 1 for the distance, 2 for its square.
-        scale: ``none``, ``channel`` or ``whitened``, see `swquant.losses.clouds.scaled`.
+        scale: ``none``, ``channel`` or ``whitened``, see `swquant_plugin_losses.scales.scaled`.
     """
 
     starts: int = 16
@@ -56,7 +59,8 @@ class MaxSliced:
         pred, target = full_precision(pred, target)
         with without_autocast(pred.device):
             pred, target = scaled(as_points(pred, _NAME), as_points(target, _NAME), self.scale)
-            return sliced_cost(pred, target, self._direction(pred.detach(), target.detach(), ctx.rng), self.power)
+            direction = self._direction(pred.detach(), target.detach(), ctx.rng)
+            return sliced_wasserstein_loss(pred, target, directions=direction, power=self.power)
 
     def _direction(self, pred: Tensor, target: Tensor, rng: torch.Generator) -> Tensor:
         """The best direction, [width, 1]."""

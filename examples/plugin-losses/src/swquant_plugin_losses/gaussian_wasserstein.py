@@ -9,8 +9,9 @@ from torch import Tensor
 
 from swquant.errors import SwquantError, did_you_mean
 from swquant.losses.base import LossContext, full_precision, without_autocast
-from swquant.losses.bases import orthogonal_directions
-from swquant.losses.clouds import SCALES, as_points, check_least, scaled
+from swquant.losses.clouds import as_points, check_least
+from swquant_plugin_losses.bases import orthogonal_directions
+from swquant_plugin_losses.scales import SCALES, scaled
 
 _NAME = "gaussian_wasserstein"
 
@@ -37,7 +38,7 @@ class GaussianWasserstein:
 
     Attributes:
         dim: Directions to project on where there are more channels.
-        scale: ``none``, ``channel`` or ``whitened``, see `swquant.losses.clouds.scaled`.
+        scale: ``none``, ``channel`` or ``whitened``, see `swquant_plugin_losses.scales.scaled`.
     """
 
     dim: int = 128

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from swquant import sliced_wasserstein_loss
 from swquant.losses.base import LossContext, full_precision, without_autocast
-from swquant.losses.bases import orthogonal_directions
-from swquant.losses.clouds import as_points, check_sliced, scaled
-from swquant.losses.transport import sliced_cost
+from swquant.losses.clouds import as_points
+from swquant_plugin_losses.bases import orthogonal_directions
+from swquant_plugin_losses.scales import check_sliced, scaled
 
 _NAME = "orthogonal_sliced"
 
@@ -26,7 +27,7 @@ class OrthogonalSliced:
     Attributes:
         slices: Number of directions.
         power: 1 for the distance, 2 for its square.
-        scale: ``none``, ``channel`` or ``whitened``, see `swquant.losses.clouds.scaled`.
+        scale: ``none``, ``channel`` or ``whitened``, see `swquant_plugin_losses.scales.scaled`.
     """
 
     slices: int = 128
@@ -47,4 +48,4 @@ class OrthogonalSliced:
         with without_autocast(pred.device):
             pred, target = scaled(as_points(pred, _NAME), as_points(target, _NAME), self.scale)
             directions = orthogonal_directions(pred.shape[1], self.slices, ctx.rng, like=pred)
-            return sliced_cost(pred, target, directions, self.power)
+            return sliced_wasserstein_loss(pred, target, directions=directions, power=self.power)

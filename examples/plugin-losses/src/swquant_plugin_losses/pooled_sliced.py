@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from swquant.losses.base import LossContext, full_precision, without_autocast
-from swquant.losses.clouds import as_points, check_least, check_sliced, scaled
-from swquant.losses.transport import gaussian_directions, partners
+from swquant.losses.clouds import as_points, check_least
+from swquant.losses.transport import gaussian_directions
+from swquant_plugin_losses.scales import check_sliced, scaled
+from swquant_plugin_losses.slices import partners
 
 _NAME = "pooled_sliced"
 
@@ -39,7 +41,7 @@ class PooledSliced:
         past: Batches that are kept.
         slices: Number of directions, Gaussian, of length 1.
         power: 1 for the distance, 2 for its square.
-        scale: ``none``, ``channel`` or ``whitened``, by the pool's targets, see `swquant.losses.clouds.scaled`.
+        scale: ``none``, ``channel`` or ``whitened``, by the pool's targets, see `swquant_plugin_losses.scales.scaled`.
     """
 
     past: int = 3
@@ -60,9 +62,8 @@ class PooledSliced:
         """Return the distance, differentiable in ``pred`` alone; see `Loss`."""
         pred, target = full_precision(pred, target)
         now = as_points(pred, _NAME), as_points(target.detach(), _NAME)
-        key = (self, ctx.target)
-        past: tuple[tuple[Tensor, Tensor], ...] = ctx.kept.get(key, ())
-        ctx.kept[key] = (*past, (now[0].detach(), now[1]))[-self.past :]
+        past: tuple[tuple[Tensor, Tensor], ...] = ctx.kept.get(self, ())
+        ctx.kept[self] = (*past, (now[0].detach(), now[1]))[-self.past :]
         with without_autocast(pred.device):
             ours, theirs = (torch.cat(clouds) for clouds in zip(now, *past, strict=True))
             pred_points, target_points = scaled(ours, theirs, self.scale)

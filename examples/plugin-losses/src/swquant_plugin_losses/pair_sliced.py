@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from swquant import sliced_wasserstein_loss
 from swquant.device import moved
 from swquant.losses.base import LossContext, full_precision, without_autocast
-from swquant.losses.clouds import as_points, check_sliced, scaled
-from swquant.losses.transport import sliced_cost
+from swquant.losses.clouds import as_points
+from swquant_plugin_losses.scales import check_sliced, scaled
 
 _NAME = "pair_sliced"
 
@@ -30,7 +31,7 @@ class PairSliced:
     Attributes:
         slices: Number of directions.
         power: 1 for the distance, 2 for its square.
-        scale: ``none``, ``channel`` or ``whitened``, see `swquant.losses.clouds.scaled`.
+        scale: ``none``, ``channel`` or ``whitened``, see `swquant_plugin_losses.scales.scaled`.
         matched: Pairs of a token's output and its own target; otherwise of tokens drawn independently.
     """
 
@@ -52,7 +53,8 @@ class PairSliced:
         pred, target = full_precision(pred, target)
         with without_autocast(pred.device):
             pred, target = scaled(as_points(pred, _NAME), as_points(target, _NAME), self.scale)
-            return sliced_cost(pred, target, self._directions(pred.detach(), target.detach(), ctx.rng), self.power)
+            directions = self._directions(pred.detach(), target.detach(), ctx.rng)
+            return sliced_wasserstein_loss(pred, target, directions=directions, power=self.power)
 
     def _directions(self, pred: Tensor, target: Tensor, rng: torch.Generator) -> Tensor:
         """[width, slices]; zero for a pair of equal points, whose slice then costs nothing."""
