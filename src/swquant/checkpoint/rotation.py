@@ -20,11 +20,16 @@ from torch import Tensor
 
 from swquant.checkpoint.reader import Checkpoint
 from swquant.checkpoint.shards import Stored
+from swquant.checkpoint.values import require_range
+from swquant.checkpoint.widened import Widened
 from swquant.errors import SwquantError
 from swquant.families import Family
 from swquant.families.base import NormLinears, ValueOutput
 from swquant.quant.hadamard import random_rotation
 from swquant.seeds import generator
+
+Plain = Checkpoint | Widened
+"""What has the names and the values of the plain model, as it was trained or as its quantization left it."""
 
 CHUNK_ROWS = 4096
 """Rows of the embedding and the head that are in memory in float64 at once."""
@@ -63,7 +68,7 @@ class RotatedCheckpoint:
         heads: ``H``, ``float64 [head_dim, head_dim]``.
     """
 
-    inner: Checkpoint
+    inner: Plain
     config: Mapping[str, Any]
     tensors: Mapping[str, Stored]
     seed: int
@@ -124,6 +129,18 @@ class RotatedCheckpoint:
             return self.read(name)[indices]
         return self._apply(change, self.inner.rows(change.source, indices)).float()
 
+    def part(self, name: str, start: int, stop: int) -> Tensor:
+        """``read(name)[start:stop]``; what the rotation does not change is read no further than that.
+
+        Raises:
+            SwquantError: As :meth:`Checkpoint.part`.
+            ValueError: Likewise.
+        """
+        if name in self.folded or name in self.changes:
+            require_range(self.tensors[name].shape, 0, start, stop)
+            return self.read(name)[start:stop]
+        return self.inner.part(name, start, stop)
+
     def require_finite(self, quantized: Iterable[str] = ()) -> None:
         """Look at every value of the original once.
 
@@ -156,7 +173,7 @@ class RotatedCheckpoint:
         return out.view(original.shape)
 
 
-Source = Checkpoint | RotatedCheckpoint
+Source = Plain | RotatedCheckpoint
 
 
 def stored(source: Source, name: str) -> Tensor:
@@ -174,7 +191,7 @@ def stored(source: Source, name: str) -> Tensor:
     return out
 
 
-def rotate(inner: Checkpoint, family: Family, seed: int) -> RotatedCheckpoint:
+def rotate(inner: Plain, family: Family, seed: int) -> RotatedCheckpoint:
     """See ``inner`` through a rotation of the residual stream and of each head's values; no weight is read.
 
     Args:
@@ -233,7 +250,7 @@ def _block_changes(prefix: str, family: Family, stream: Tensor, heads: Tensor) -
     return biases | {change.source: change for change in weights.values()}
 
 
-def _head_size(inner: Checkpoint, family: Family) -> int:
+def _head_size(inner: Plain, family: Family) -> int:
     """Channels of one attention head."""
     output = next(pair.output for pair in family.equivalences if isinstance(pair, ValueOutput))
     name = f"{family.blocks}.0.{output}.weight"
@@ -247,7 +264,7 @@ def _head_size(inner: Checkpoint, family: Family) -> int:
     return columns // count
 
 
-def _columns(inner: Checkpoint, name: str) -> int:
+def _columns(inner: Plain, name: str) -> int:
     if name not in inner.tensors:
         raise SwquantError(f"{inner.directory} has no tensor {name!r}; check that it is a whole checkpoint")
     shape = inner.tensors[name].shape

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from swquant.checkpoint.reader import Checkpoint
-from swquant.checkpoint.rotation import Source
+from swquant.checkpoint.rotation import Plain, Source
 from swquant.errors import SwquantError, reason_of
 from swquant.families import Family, family_for
 from swquant.phases.portion import ran_out
@@ -99,7 +98,7 @@ class Recorder(nn.Module):
         return hidden
 
 
-def with_full_names(checkpoint: Checkpoint) -> Checkpoint:
+def with_full_names(checkpoint: Plain) -> Plain:
     """``checkpoint`` as the model with its head names it; a base model's save lacks ``model.`` and names another class.
 
     Raises:
