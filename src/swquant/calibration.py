@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from swquant.checkpoint.widened import Widened
+from swquant.engine.skeleton import whole_model
 from swquant.errors import SwquantError, reason_of
 from swquant.phases.portion import ran_out
 from swquant.seeds import generator
@@ -165,19 +167,31 @@ def eval_windows(tokens: Tensor, seq_len: int, limit: int | None) -> Tensor:
 
 @torch.no_grad()
 def draw_from_model(
-    directory: Path, samples: int, seq_len: int, seed: int, device: torch.device, note: Callable[[str], None]
+    source: Path | Widened, samples: int, seq_len: int, seed: int, device: torch.device, note: Callable[[str], None]
 ) -> Tensor:
     """Samples that the model writes itself, at temperature 1 from its full distribution (LLM-QAT, arXiv 2305.17888).
 
     Each begins with the token that the model begins texts with, or a random one if it has none, and does not stop at
     the token that ends texts. This one step holds the whole model in memory.
 
+    Args:
+        source: The model's directory, or a quantized one as it is widened.
+        samples: How many.
+        seq_len: Tokens of each.
+        seed: Of the draws.
+        device: Where to compute.
+        note: Is told how far it is.
+
     Returns:
         ``int64 [samples, seq_len]``.
     """
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float32, use_safetensors=True, local_files_only=True, trust_remote_code=False
-    )
+    model: Any
+    if isinstance(source, Widened):
+        model = whole_model(source)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch.float32, use_safetensors=True, local_files_only=True, trust_remote_code=False
+        )
     model = model.to(device).eval()
     first = model.config.bos_token_id
     drawn: list[Tensor] = []

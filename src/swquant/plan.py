@@ -13,8 +13,8 @@ import torch
 
 from swquant import registry
 from swquant.calibration import read_text
+from swquant.checkpoint.opening import SourceOptions, open_source
 from swquant.checkpoint.quantized import Outline
-from swquant.checkpoint.reader import open_checkpoint
 from swquant.checkpoint.rotation import Source, rotate
 from swquant.device import resolve_device
 from swquant.engine.block import Job, split_held
@@ -96,8 +96,13 @@ class Plan:
         return tail_of(finish.epochs, train, held, len(self.skeleton.blocks), head)
 
 
-def make_plan(recipe: Recipe, source: str | Path) -> Plan:
+def make_plan(recipe: Recipe, source: str | Path, options: SourceOptions | None = None) -> Plan:
     """Check a recipe against a model, and fill in its defaults.
+
+    Args:
+        recipe: What to do.
+        source: A model directory, or a hub name.
+        options: Which of its files, and whether it may be quantized already.
 
     Raises:
         SwquantError: If any part is unknown, out of range, or does not fit another.
@@ -110,7 +115,7 @@ def make_plan(recipe: Recipe, source: str | Path) -> Plan:
     formats: tuple[Format, ...] = tuple(registry.load("swquant.formats", name)() for name in names)
     preset = PRESETS[recipe.preset]
     steps = parse_methods(recipe.method, recipe.options, recipe.epochs)
-    checkpoint: Source = with_full_names(open_checkpoint(source))
+    checkpoint: Source = with_full_names(open_source(source, options))
     family = family_for(checkpoint.config)
     pipeline = build_pipeline(steps, Setting(spec, family, preset.effort))
     if loss is not None and not any(part.trained for part in pipeline.parts if part.work in pipeline.phases):

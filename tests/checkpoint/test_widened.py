@@ -28,6 +28,8 @@ from swquant.quant.bits import pack
 Make = Callable[..., Path]
 ASKED = SourceOptions(dequantize=True)
 FP8 = torch.float8_e4m3fn
+MXFP4 = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+FOUR = {"num_bits": 4, "type": "int", "symmetric": False, "strategy": "group", "group_size": 32}
 
 
 def rng(seed: int) -> torch.Generator:
@@ -159,7 +161,7 @@ class TestFp8:
         assert note_of(source) == "the source's 1 fp8 weights are widened to bfloat16"
         assert source.dtype == torch.bfloat16
         assert not source.has("w.weight_scale_inv")
-        with pytest.raises(SwquantError, match="has no tensor 'w.weight_scale_inv'"):
+        with pytest.raises(SwquantError, match=r"has no tensor 'w\.weight_scale_inv'"):
             source.read("w.weight_scale_inv")
 
     def test_full_names(self, tmp_path: Path) -> None:
@@ -235,8 +237,6 @@ class TestFp8:
 
 
 class TestMxfp4:
-    QUANTIZATION = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
-
     @given(
         experts=st.integers(1, 4),
         out=st.integers(1, 6),
@@ -260,7 +260,7 @@ class TestMxfp4:
         name = "model.layers.0.mlp.experts.gate_up_proj"
         tensors = {f"{name}_blocks": blocks, f"{name}_scales": scales, f"{name}_bias": bias}
         given_dtype = {} if dtype is None else {"torch_dtype": dtype}
-        source = open_source(lay(tmp_path_factory.getbasetemp() / "mx", tensors, self.QUANTIZATION, **given_dtype))
+        source = open_source(lay(tmp_path_factory.getbasetemp() / "mx", tensors, MXFP4, **given_dtype))
         expected = convert_moe_packed_tensors(blocks, scales, dtype=getattr(torch, dtype or "bfloat16"))
         assert expected.shape == (experts, 32 * groups, out)
         assert list(source.tensors) == [name, f"{name}_bias"]
@@ -272,7 +272,7 @@ class TestMxfp4:
         for exponent in (0, 1, 127, 252):
             scales = torch.full((1, 1, 16), exponent, dtype=torch.uint8)
             source = open_source(
-                lay(tmp_path / "m", {"w_blocks": blocks, "w_scales": scales, "n": torch.ones(2)}, self.QUANTIZATION)
+                lay(tmp_path / "m", {"w_blocks": blocks, "w_scales": scales, "n": torch.ones(2)}, MXFP4)
             )
             assert same(source.read("w"), convert_moe_packed_tensors(blocks, scales))
 
@@ -284,8 +284,8 @@ class TestMxfp4:
             "w_scales": scales,
             "n": torch.ones(2),
         }
-        with pytest.raises(SwquantError, match="'w_blocks' in .* holds NaN or infinite values"):
-            open_source(lay(tmp_path / "m", tensors, self.QUANTIZATION)).require_finite()
+        with pytest.raises(SwquantError, match=r"'w_blocks' in .* holds NaN or infinite values"):
+            open_source(lay(tmp_path / "m", tensors, MXFP4)).require_finite()
 
     @pytest.mark.parametrize(
         ("change", "said"),
@@ -307,7 +307,7 @@ class TestMxfp4:
         }
         changed = {name: value for name, value in {**tensors, **change}.items() if value is not None}
         with pytest.raises(SwquantError, match=said):
-            open_source(lay(tmp_path / "m", changed, self.QUANTIZATION))
+            open_source(lay(tmp_path / "m", changed, MXFP4))
 
 
 def compressed(form: str, weights: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -436,8 +436,6 @@ class TestCompressedTensors:
         check_access(source, "a.weight", decompressed("pack-quantized", four, a), 1)
         check_access(source, "b.weight", decompressed("float-quantized", eight, b), 1)
 
-    FOUR = {"num_bits": 4, "type": "int", "symmetric": False, "strategy": "group", "group_size": 32}
-
     @pytest.mark.parametrize(
         ("change", "said"),
         [
@@ -464,7 +462,7 @@ class TestCompressedTensors:
         tensors = {f"w.{name}": value for name, value in state.items()} | {"n": torch.ones(2)}
         changed = {name: value for name, value in {**tensors, **change}.items() if value is not None}
         with pytest.raises(SwquantError, match=said):
-            open_source(lay(tmp_path / "m", changed, compressed("pack-quantized", self.FOUR)), ASKED)
+            open_source(lay(tmp_path / "m", changed, compressed("pack-quantized", FOUR)), ASKED)
 
     @pytest.mark.parametrize(
         ("form", "weights", "more", "said"),
@@ -638,7 +636,7 @@ class TestReading:
             f"{name}_scales": torch.full((64, 8, 2), 127, dtype=torch.uint8),
             "n": torch.ones(2),
         }
-        source = open_source(lay(tmp_path / "m", tensors, TestMxfp4.QUANTIZATION))
+        source = open_source(lay(tmp_path / "m", tensors, MXFP4))
         asked: list[tuple[int, int]] = []
         part = Checkpoint.part
 
@@ -734,8 +732,8 @@ class TestReading:
         base: dict[str, Any] = {
             "fp8": fp8_config(),
             "gptq": gptq_config(),
-            "mxfp4": TestMxfp4.QUANTIZATION,
-            "compressed-tensors": compressed("pack-quantized", {**TestCompressedTensors.FOUR, **changed}),
+            "mxfp4": MXFP4,
+            "compressed-tensors": compressed("pack-quantized", {**FOUR, **changed}),
         }[kind]
         state = packed_state(8, 64, 4, 2, torch.bfloat16, symmetric=False, seed=0) | gptq_state(
             64, 8, 4, 2, 0, first_version=True

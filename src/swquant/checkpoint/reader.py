@@ -265,7 +265,7 @@ def find_model(source: str | Path, revision: str | None = None, subfolder: str |
             return _inside(path, revision, subfolder)
         if path.exists():
             raise SwquantError(f"{path} is a file, expected a model directory or a hub name; give its directory")
-    if isinstance(source, Path) or _looks_like_path(source):
+    if isinstance(source, Path) or _looks_like_path(source.partition("@")[0]):
         raise SwquantError(
             f"no such directory: {str(source)!r}; give a model directory or a hub name like 'owner/name'"
         )

@@ -219,6 +219,30 @@ def empty_model(values: Mapping[str, Any], dtype: torch.dtype) -> Any:
     return model
 
 
+@torch.no_grad()
+def whole_model(source: Plain) -> Any:
+    """transformers' model with every weight of ``source`` in float32.
+
+    Raises:
+        SwquantError: It does not describe a model, or a tensor is missing.
+    """
+    full = with_full_names(source)
+    try:
+        model = empty_model(full.config, torch.float32)
+    except Exception as error:  # transformers raises whatever the file makes it run into
+        reason = reason_of(error)
+        raise SwquantError(f"{source.directory / 'config.json'} does not describe a model: {reason}") from error
+    names = {name for name, _ in model.named_parameters()} | {name for name, _ in model.named_buffers()}
+    read = {name: full.read(name) for name in full.tensors if name in names}
+    state = {name: value.float() if value.is_floating_point() else value for name, value in read.items()}
+    model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights()
+    for name, value in model.named_parameters():
+        if value.is_meta:
+            raise SwquantError(f"{source.directory} has no tensor {name!r}, which its config.json calls for")
+    return model
+
+
 def rebuild_buffers(model: nn.Module, config: Any) -> None:
     """Make modules that hold buffers anew outside ``meta``: rotary embeddings compute theirs from the config."""
     for name, module in list(model.named_modules()):

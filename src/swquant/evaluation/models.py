@@ -11,26 +11,28 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
+from swquant.checkpoint.opening import ALWAYS, ASKED, SourceOptions, open_source
 from swquant.checkpoint.quantized import QUANTIZATION_CONFIG, QuantizedModel
 from swquant.checkpoint.reader import read_config
 from swquant.checkpoint.shards import INDEX, SINGLE
-from swquant.engine.skeleton import empty_model
+from swquant.engine.skeleton import empty_model, whole_model
 from swquant.errors import SwquantError, reason_of
 from swquant.formats import read_quantized
 from swquant.phases.portion import ran_out
 from swquant.runtime import load
 
 
-def load_model(directory: Path, device: torch.device, *, packed: bool = False) -> Any:
+def load_model(directory: Path, device: torch.device, *, packed: bool = False, dequantize: bool = False) -> Any:
     """The model in ``directory`` in float32.
 
-    Plain checkpoints and compressed-tensors are loaded by transformers, which dequantizes; other formats are read and
-    dequantized here.
+    Plain checkpoints and compressed-tensors are loaded by transformers, which dequantizes; fp8, mxfp4 and other
+    formats are read and dequantized here.
 
     Args:
         directory: A model, quantized or not.
         device: Where to.
         packed: Load it by :func:`swquant.load` instead, so that its linears compute on packed codes.
+        dequantize: Read it as a run reads such a source, which knows more layouts of compressed-tensors and GPTQ.
 
     Raises:
         SwquantError: If there is no model that loads without code of its own.
@@ -41,6 +43,8 @@ def load_model(directory: Path, device: torch.device, *, packed: bool = False) -
     if packed:
         return load(directory, device=str(device), dtype=torch.float32)
     method = _method(config)
+    if method in ALWAYS or (dequantize and method in ASKED):
+        return whole_model(open_source(directory, SourceOptions(dequantize=True))).to(device).eval()
     if method not in (None, "compressed-tensors") or not _has_weights(directory):
         return _assembled(read_quantized(directory)[1]).to(device).eval()
     extra: dict[str, Any] = {}
