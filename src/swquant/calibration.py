@@ -13,9 +13,11 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from swquant.checkpoint.reader import read_config
+from swquant.checkpoint.widened import Widened
 from swquant.errors import SwquantError, reason_of
 from swquant.model.empty import model_class
 from swquant.model.empty import read_config as parse_config
+from swquant.model.whole import model_of
 from swquant.phases.portion import ran_out
 from swquant.seeds import generator
 
@@ -168,20 +170,32 @@ def eval_windows(tokens: Tensor, seq_len: int, limit: int | None) -> Tensor:
 
 @torch.no_grad()
 def draw_from_model(
-    directory: Path, samples: int, seq_len: int, seed: int, device: torch.device, note: Callable[[str], None]
+    source: Path | Widened, samples: int, seq_len: int, seed: int, device: torch.device, note: Callable[[str], None]
 ) -> Tensor:
     """Samples that the model writes itself, at temperature 1 from its full distribution (LLM-QAT, arXiv 2305.17888).
 
     Each begins with the token that the model begins texts with, or a random one if it has none, and does not stop at
     the token that ends texts. This one step holds the whole model in memory.
 
+    Args:
+        source: The model's directory, or a quantized one as it is widened.
+        samples: How many.
+        seq_len: Tokens of each.
+        seed: Of the draws.
+        device: Where to compute.
+        note: Is told how far it is.
+
     Returns:
         ``int64 [samples, seq_len]``.
     """
-    values = read_config(directory)
-    model: Any = model_class(values, parse_config(values)).from_pretrained(
-        directory, dtype=torch.float32, use_safetensors=True, local_files_only=True, trust_remote_code=False
-    )
+    model: Any
+    if isinstance(source, Widened):
+        model = model_of(source)
+    else:
+        values = read_config(source)
+        model = model_class(values, parse_config(values)).from_pretrained(
+            source, dtype=torch.float32, use_safetensors=True, local_files_only=True, trust_remote_code=False
+        )
     model = model.to(device).eval()
     text_config = model.config.get_text_config(decoder=True)
     first = text_config.bos_token_id

@@ -45,9 +45,10 @@ def model_card(report: Report, licence: Mapping[str, Any]) -> str:
 
 
 def _metadata(report: Report, licence: Mapping[str, Any]) -> str:
-    local = not _HUB_NAME.fullmatch(report.source) or Path(report.source).exists()
+    bare = report.source.partition("@")[0]
+    local = not _HUB_NAME.fullmatch(bare) or Path(report.source).exists()
     data: Any = ModelCardData(
-        base_model=None if local else report.source,
+        base_model=None if local else bare,
         base_model_relation=None if local else "quantized",
         pipeline_tag="text-generation",
         tags=["swquant", f"{report.recipe['bits']}-bit", *(output.format for output in report.outputs)],

@@ -15,6 +15,7 @@ from swquant.errors import LeaderStoppedError, OutOfMemoryError, RankLostError, 
 from swquant.observers.stopping import handled, interrupt
 
 if TYPE_CHECKING:
+    from swquant.checkpoint.opening import SourceOptions
     from swquant.estimate.budget import Budget
     from swquant.recipe import Recipe
 
@@ -73,6 +74,22 @@ def memory_options(command: Callable[..., None]) -> Callable[..., None]:
     return click.option("--device-memory", metavar="SIZE", help=device)(host(command))
 
 
+def source_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command what says which files its original is."""
+    options = (
+        click.option("--revision", help="Branch, tag or commit of the original on the hub; also owner/name@revision."),
+        click.option("--subfolder", help="Folder of the original's directory or repository that it lies in."),
+        click.option(
+            "--dequantize-source",
+            is_flag=True,
+            help="Take an original that compressed-tensors or GPTQ quantized; fp8 and mxfp4 are always taken.",
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="swquant")
 def app() -> None:
@@ -84,6 +101,7 @@ def app() -> None:
 @click.option(
     "--out", type=click.Path(path_type=Path), required=True, help="Where the quantized model goes; a new directory."
 )
+@source_options
 @recipe_options
 @memory_options
 @click.option("--log-json", metavar="FILE", help="Append progress to FILE as JSON lines; - is standard error.")
@@ -121,13 +139,14 @@ def quantize(
     if push_to_hub is not None:
         require_push(push_to_hub)
     asked = {name: flags.pop(name) for name in ("log_json", "tensorboard_directory", "wandb_project")}
+    files = _files(flags)
     recipe_name, recipe = _recipe(recipe_name, options, flags)
     budget = _budget(device_memory, host_memory)
     with (
         joined(os.environ, recipe.device) as ranks,
         everyone(out.name, **asked) if ranks.rank == 0 else following() as watching,
     ):
-        report = quantize_together(recipe, source, out, ranks, watching, budget)
+        report = quantize_together(recipe, source, out, ranks, watching, budget, files)
     if report is None:
         return
     print_report(report, out, recipe_name)
@@ -138,6 +157,7 @@ def quantize(
 @app.command()
 @click.argument("source")
 @click.option("--out", type=click.Path(path_type=Path), default=Path(), help="Where the quantized model would go.")
+@source_options
 @recipe_options
 @memory_options
 @click.option("--no-time", is_flag=True, help="Leave out the time, for which a block of random weights is run here.")
@@ -160,8 +180,10 @@ def plan(
     from swquant.estimate import estimate
     from swquant.estimate.shown import print_estimate
 
+    files = _files(flags)
     recipe_name, recipe = _recipe(recipe_name, options, flags)
-    found = estimate(recipe, source, out, _budget(device_memory, host_memory), measure=not no_time)
+    budget = _budget(device_memory, host_memory)
+    found = estimate(recipe, source, out, budget, measure=not no_time, source_options=files)
     click.echo(found.to_json()) if as_json else print_estimate(found, recipe_name)
     if found.problems:
         sys.exit(FAILURE)
@@ -217,6 +239,7 @@ def compare(runs: tuple[Path, ...], page: Path | None, as_json: bool) -> None:
 @click.option("--text", help="wikitext2, c4, c4-new, ptb, ptb-new, a text file, or a datasets name.")
 @click.option("--tasks", help="Tasks of lm-eval and task files: piqa,hellaswag,./mine.yaml.")
 @click.option("--reference", help="The original model: adds KL to it and agreement with it.")
+@source_options
 @click.option("--baseline", "baselines", multiple=True, help="Quantized otherwise: prints what MODEL recovers.")
 @click.option("--context", type=int, help="Tokens per window.  [2048, or the model's limit]")
 @click.option("--windows", type=int, help="Measure on the first windows only.  [all]")
@@ -237,20 +260,26 @@ def evaluate(
     With --baseline and --reference: how much MODEL recovers of what the baseline lost. Several models and several
     baselines are then one recipe each with several seeds, in the same order.
     """
+    from swquant.checkpoint.opening import SourceOptions
     from swquant.evaluation import What, measure, measure_gain
     from swquant.ui import print_gain, print_measured
 
+    files = _files(flags)
+    if reference is None and files != SourceOptions():
+        raise SwquantError(
+            "--revision, --subfolder and --dequantize-source are of the original: give --reference, or leave them out"
+        )
     what = What(tasks=tuple(filter(None, (tasks or "").split(","))), **flags)
     if baselines:
         if reference is None:
             raise SwquantError("--baseline needs --reference, the model that both were made of")
-        gain = measure_gain(models, baselines, reference, what)
+        gain = measure_gain(models, baselines, reference, what, files)
         click.echo(gain.to_json()) if as_json else print_gain(gain)
         return
     model, *others = models
     if others:
         raise SwquantError(f"{len(models)} models and no --baseline: give one model, or --baseline and --reference")
-    measured = measure(model, what, reference=reference)
+    measured = measure(model, what, reference=reference, source_options=files)
     click.echo(measured.to_json()) if as_json else print_measured(measured)
 
 
@@ -321,6 +350,13 @@ def list_(kind: str) -> None:
     width = max(map(len, lines))
     for name, line in lines.items():
         click.echo(f"{name:<{width}}  {line}")
+
+
+def _files(flags: dict[str, Any]) -> SourceOptions:
+    """What :func:`source_options` give, taken out of ``flags``."""
+    from swquant.checkpoint.opening import SourceOptions
+
+    return SourceOptions(flags.pop("revision"), flags.pop("subfolder"), flags.pop("dequantize_source"))
 
 
 def _budget(device: str | None, host: str | None) -> Budget:

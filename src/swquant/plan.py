@@ -15,8 +15,8 @@ import torch
 from swquant import registry
 from swquant.calibration import read_text
 from swquant.checkpoint.names import Piece
+from swquant.checkpoint.opening import SourceOptions, open_source
 from swquant.checkpoint.quantized import Outline
-from swquant.checkpoint.reader import open_checkpoint
 from swquant.checkpoint.rotation import rotate
 from swquant.checkpoint.source import Source
 from swquant.device import resolve_device
@@ -123,12 +123,18 @@ class Plan:
         return tail_of(finish.epochs, train, held, len(self.skeleton.blocks), head)
 
 
-def make_plan(recipe: Recipe, source: str | Path, grids: Mapping[str, QuantSpec | None] | None = None) -> Plan:
+def make_plan(
+    recipe: Recipe,
+    source: str | Path,
+    options: SourceOptions | None = None,
+    grids: Mapping[str, QuantSpec | None] | None = None,
+) -> Plan:
     """Check a recipe against a model, and fill in its defaults.
 
     Args:
         recipe: What to do.
         source: A model directory, or a hub name.
+        options: Which of its files, and whether it may be quantized already.
         grids: Other grids than the recipe's, or ``None`` to keep a matrix as it is, by shell patterns of names.
 
     Raises:
@@ -141,7 +147,7 @@ def make_plan(recipe: Recipe, source: str | Path, grids: Mapping[str, QuantSpec 
     formats: tuple[Format, ...] = tuple(registry.load("swquant.formats", name)() for name in names)
     preset = PRESETS[recipe.preset]
     steps = parse_methods(recipe.method, recipe.options, recipe.epochs)
-    disk = open_checkpoint(source)
+    disk = open_source(source, options)
     model = open_model(disk)
     hidden_size = probe(model.skeleton)
     pipeline = build_pipeline(steps, Setting(spec, _norm_biases(model.skeleton), preset.effort))

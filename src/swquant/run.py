@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from swquant.calibration import draw_from_model, eval_windows, load_tokenizer, sample_windows, tokenize
+from swquant.checkpoint.opening import SourceOptions, note_of
+from swquant.checkpoint.widened import Widened
 from swquant.checkpoint.writer import destination, publish, require_disk, require_unused
 from swquant.distributed.ranks import Alone, Ranks
 from swquant.engine.block import Job, load_block, quantize_block
@@ -48,6 +50,7 @@ def quantize(
     observer: Observer | None = None,
     budget: Budget | None = None,
     grids: Mapping[str, QuantSpec | None] | None = None,
+    source_options: SourceOptions | None = None,
 ) -> Report:
     """Quantize the model ``source`` by ``recipe`` and write the result to ``out``.
 
@@ -66,6 +69,7 @@ def quantize(
             glibc gives freed memory back at once in this process, see :func:`swquant.engine.memory.keep_little`.
         grids: Other grids than the recipe's, or ``None`` to keep a matrix as it is, by shell patterns of names in
             memory, e.g. ``{"*.v_proj": QuantSpec(4, 64, True)}``; the last pattern that matches counts.
+        source_options: Which of the source's files, and whether it may be quantized already.
 
     Returns:
         The report that also stands in ``out/report.json``.
@@ -73,7 +77,7 @@ def quantize(
     Raises:
         SwquantError: For anything a user can mend, in one sentence.
     """
-    report = quantize_together(recipe, source, out, Alone(), observer or Silent(), budget, grids)
+    report = quantize_together(recipe, source, out, Alone(), observer or Silent(), budget, source_options, grids)
     assert report is not None
     return report
 
@@ -85,6 +89,7 @@ def quantize_together(
     ranks: Ranks,
     observer: Observer,
     budget: Budget | None = None,
+    source_options: SourceOptions | None = None,
     grids: Mapping[str, QuantSpec | None] | None = None,
 ) -> Report | None:
     """:func:`quantize` by several processes that share the directories of ``source`` and ``out``.
@@ -96,6 +101,7 @@ def quantize_together(
         ranks: The processes.
         observer: Hears of the progress on rank 0.
         budget: Memory that each process may take.
+        source_options: As there.
         grids: As there.
 
     Returns:
@@ -105,9 +111,11 @@ def quantize_together(
     if budget is not None and budget.given:
         keep_little()
     plans: list[Plan] = []
-    ranks.lead(lambda: plans.append(make_plan(recipe, source, grids)))
-    plan = plans[0] if plans else make_plan(recipe, source, grids)
+    ranks.lead(lambda: plans.append(make_plan(recipe, source, source_options, grids)))
+    plan = plans[0] if plans else make_plan(recipe, source, source_options, grids)
     watching.stage(f"Reading {plan.checkpoint.directory.name}: {plan.recipe.summary}")
+    if note := note_of(plan.disk):
+        watching.stage(note[0].upper() + note[1:])
     key = ranks.lead(plan.key)
     work = _work_of(out)
     with ExitStack() as held:
@@ -131,7 +139,7 @@ def quantize_together(
             quality = _quality(plan, journal, watching)
         watching.stage(f"Writing {out}")
         with named("in writing the output"):
-            report = write_output(plan, journal, quality, key, _named(source))
+            report = write_output(plan, journal, quality, key, _named(source, source_options))
         publish(work / "output", out)
         journal.clear()
     watching.done(report)
@@ -221,10 +229,13 @@ def _say_who_rests(job: Job, watching: Observer) -> None:
         )
 
 
-def _named(source: str | Path) -> str:
-    """``source`` as the report calls it: a relative path must not look like a hub name."""
-    path = Path(source)
-    return f"./{path}" if path.is_dir() and not path.is_absolute() else str(source)
+def _named(source: str | Path, options: SourceOptions | None) -> str:
+    """``source`` as the report calls it: a relative path must look like none of the hub's names."""
+    path, given = Path(source), options or SourceOptions()
+    name = f"./{path}" if path.is_dir() and not path.is_absolute() else str(source)
+    if given.revision is not None and "@" not in name:
+        name = f"{name}@{given.revision}"
+    return name if given.subfolder is None else f"{name}/{given.subfolder}"
 
 
 def _finished(out: Path, key: Mapping[str, Any]) -> Report | None:
@@ -265,7 +276,7 @@ def _samples(plan: Plan, watching: Observer) -> tuple[Tensor, Tensor]:
         held = 0
     if plan.text is None:
         watching.stage(f"Drawing {samples + held} samples of {length} tokens from the model")
-        drawn = draw_from_model(directory, samples + held, length, recipe.seed, plan.device, watching.stage)
+        drawn = draw_from_model(_drawn_from(plan), samples + held, length, recipe.seed, plan.device, watching.stage)
         return drawn[:samples], torch.cat((measured, drawn[samples:]))
     tokens = tokenize(load_tokenizer(directory), plan.text)
     held = min(held, len(tokens) // length // EVALUATION_SHARE)
@@ -273,6 +284,11 @@ def _samples(plan: Plan, watching: Observer) -> tuple[Tensor, Tensor]:
         measured = eval_windows(tokens[-held * length :], length, held)
         tokens = tokens[: -held * length]
     return sample_windows(tokens, samples, length, recipe.seed), measured
+
+
+def _drawn_from(plan: Plan) -> Path | Widened:
+    """The model as it was before any rotation; transformers would want packages of its own for some quantized ones."""
+    return plan.disk if isinstance(plan.disk, Widened) else plan.disk.directory
 
 
 def _quality(plan: Plan, journal: Journal, watching: Observer) -> Quality | None:

@@ -38,3 +38,12 @@ def test_leading_dimensions_are_kept(bits: int) -> None:
 def test_three_bit_codes_take_three_words_for_thirty_two() -> None:
     assert packed_words(32, 3) == 3
     assert packed_words(33, 3) == 4
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8, 3])
+def test_one_word_of_a_wider_tensor(bits: int) -> None:
+    codes = torch.randint(1 << bits, (5, 32 // bits), generator=torch.Generator().manual_seed(bits), dtype=torch.uint8)
+    words = pack(codes, bits)
+    wide = torch.stack((words, words + 1), -1)[..., 0]
+    assert wide.stride(-1) != 1
+    assert torch.equal(unpack(wide, bits, codes.shape[1]), codes)

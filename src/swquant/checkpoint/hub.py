@@ -22,12 +22,41 @@ _IGNORED = ("*/*", "consolidated*")
 """Subfolders hold other formats; ``consolidated`` files repeat the weights in a layout of their own."""
 
 
-def download(name: str, patterns: Sequence[str]) -> Path:
+def split_revision(name: str, revision: str | None) -> tuple[str, str | None]:
+    """``owner/name`` and the revision out of ``owner/name@revision``, or the one that is given.
+
+    Raises:
+        SwquantError: Both are given and differ, or nothing follows the ``@``.
+    """
+    bare, at, named = name.partition("@")
+    if not at:
+        return name, revision
+    if not named:
+        raise SwquantError(f"{name!r} ends in '@'; give a branch, a tag or a commit after it")
+    if revision not in (None, named):
+        raise SwquantError(f"{name!r} names the revision {named!r} and --revision says {revision!r}; give one of them")
+    return bare, named
+
+
+def require_subfolder(folder: str) -> None:
+    """Refuse what is not a folder inside a model, or a shell pattern.
+
+    Raises:
+        SwquantError: Naming it.
+    """
+    parts = folder.split("/")
+    if any(part in ("", ".", "..") for part in parts) or any(mark in folder for mark in "\\:*?[]\0"):
+        raise SwquantError(f"--subfolder is {folder!r}, expected a folder inside the model, such as 'original'")
+
+
+def download(name: str, patterns: Sequence[str], revision: str | None = None, subfolder: str | None = None) -> Path:
     """Bring a model's files to the local cache, or find them there.
 
     Args:
         name: A model on the Hub, e.g. ``meta-llama/Llama-3.2-1B``.
         patterns: The files wanted, as shell patterns.
+        revision: A branch, a tag or a commit; the main branch if ``None``.
+        subfolder: The folder of the repository that the model lies in.
 
     Returns:
         The directory that holds them.
@@ -35,8 +64,10 @@ def download(name: str, patterns: Sequence[str]) -> Path:
     Raises:
         SwquantError: The name is no model that can be had: misspelt, gated, or the Hub cannot be reached.
     """
+    inside = f"{subfolder}/" if subfolder else ""
+    wanted, ignored = ([inside + pattern for pattern in some] for some in (patterns, _IGNORED))
     try:
-        return Path(snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=list(_IGNORED)))
+        found = Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=ignored))
     except HFValidationError as error:
         raise SwquantError(
             f"the model {name!r} is neither a directory nor a valid hub name; give a path or 'owner/name'"
@@ -46,7 +77,11 @@ def download(name: str, patterns: Sequence[str]) -> Path:
             f"the hub model {name!r} is gated; accept its terms at https://huggingface.co/{name} "
             "and sign in with 'hf auth login'"
         ) from error
-    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+    except RevisionNotFoundError as error:
+        raise SwquantError(
+            f"the hub model {name!r} has no revision {revision!r}; give a branch, a tag or a commit of it"
+        ) from error
+    except RepositoryNotFoundError as error:
         raise SwquantError(
             f"the model {name!r} is neither a directory nor a model on the hub; "
             "check the spelling, or sign in with 'hf auth login' if it is private"
@@ -61,6 +96,9 @@ def download(name: str, patterns: Sequence[str]) -> Path:
             f"the hub model {name!r} cannot be downloaded ({type(error).__name__}: {_first_line(error)}); "
             "try again, or give the path of a local copy"
         ) from error
+    if subfolder is not None and not (found / subfolder).is_dir():
+        raise SwquantError(f"the hub model {name!r} has no folder {subfolder!r}; check --subfolder")
+    return found / (subfolder or "")
 
 
 def require_push(name: str) -> None:

@@ -11,7 +11,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swquant.checkpoint.hub import download
+from swquant.checkpoint.hub import download, require_subfolder, split_revision
 from swquant.checkpoint.shards import Stored, find_shards, opened, read_errors, read_headers, read_json, shown
+from swquant.checkpoint.values import MOST, finite, require_range, runs, wanted_rows
 from swquant.errors import SwquantError
 
 CONFIG = "config.json"
@@ -45,7 +46,6 @@ _BESIDE = ("README.md", "swquant.yaml")
 """The card, which names the licence, and the recipe."""
 _NEVER_COPIED = (".py", ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".gguf", ".onnx")
 _CHUNK = 1 << 22
-_MOST = torch.finfo(torch.float16).max
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,34 @@ class Checkpoint:
         self._require_unchanged(stored.file)
         with opened(stored.file) as shard:
             tensor: Tensor = shard.get_tensor(stored.key).clone()
-        return _finite(tensor, stored)
+        return finite(tensor, stored)
+
+    def part(self, name: str, start: int, stop: int) -> Tensor:
+        """``read(name)[start:stop]``, reading no more than that, e.g. some experts of many.
+
+        Raises:
+            SwquantError: As :meth:`read`.
+            ValueError: ``name`` is a scalar, or it has no such range.
+        """
+        return self._cut(name, 0, start, stop)
+
+    def columns(self, name: str, start: int, stop: int) -> Tensor:
+        """``read(name)[:, start:stop]``, reading no more than that.
+
+        Raises:
+            SwquantError: As :meth:`read`.
+            ValueError: ``name`` has one dimension or none, or it has no such range.
+        """
+        return self._cut(name, 1, start, stop)
+
+    def _cut(self, name: str, dim: int, start: int, stop: int) -> Tensor:
+        stored = self._stored(name)
+        require_range(stored.shape, dim, start, stop)
+        self._require_unchanged(stored.file)
+        with opened(stored.file) as shard:
+            whole = shard.get_slice(stored.key)
+            tensor: Tensor = (whole[start:stop] if dim == 0 else whole[:, start:stop]).clone()
+        return finite(tensor, stored)
 
     def part(self, name: str, start: int, stop: int) -> Tensor:
         """``read(name)[start:stop]``, reading no more than that.
@@ -104,24 +131,16 @@ class Checkpoint:
             ValueError: ``name`` is not a matrix, or ``indices`` has more than one dimension.
         """
         stored = self._stored(name)
-        if len(stored.shape) != 2 or indices.dim() != 1:
-            raise ValueError(f"rows wants a matrix and a vector, got {stored.shape} and {tuple(indices.shape)}")
-        wanted, places = torch.unique(indices.cpu().long(), return_inverse=True)
-        rows, width = stored.shape
-        for row in wanted[(wanted < 0) | (wanted >= rows)].tolist()[:1]:
-            raise SwquantError(
-                f"row {row} of {shown(name)} was asked for and {stored.file} has rows 0 to {rows - 1}; "
-                "check that the tokenizer belongs to this model"
-            )
-        found = torch.empty(len(wanted), width, dtype=stored.dtype)
+        wanted, places = wanted_rows(name, stored, indices)
+        found = torch.empty(len(wanted), stored.shape[1], dtype=stored.dtype)
         self._require_unchanged(stored.file)
         with opened(stored.file) as shard:
             matrix = shard.get_slice(stored.key)
             done = 0
-            for start, stop in _runs(wanted.tolist()):
+            for start, stop in runs(wanted.tolist()):
                 found[done : done + stop - start] = matrix[start:stop]
                 done += stop - start
-        return _finite(found, stored)[places]
+        return finite(found, stored)[places]
 
     def require_finite(self, quantized: Iterable[str] = ()) -> None:
         """Look at every value once; the files are mapped, so memory holds no more than a chunk of them.
@@ -136,7 +155,7 @@ class Checkpoint:
         limited = frozenset(quantized)
         for name, stored in self.tensors.items():
             with opened(stored.file) as shard:
-                _finite(shard.get_tensor(stored.key), stored, _MOST if name in limited else math.inf)
+                finite(shard.get_tensor(stored.key), stored, MOST if name in limited else math.inf)
 
     def prefixed(self, prefix: str, expected: str, kept: str) -> Checkpoint:
         """This checkpoint under full names, if it is the save of a base model, whose names lack ``prefix``.
@@ -212,9 +231,11 @@ class Checkpoint:
 def open_checkpoint(source: str | Path, *, quantized: bool = False) -> Checkpoint:
     """Find a model and check everything that its configuration and headers tell; no weight is read.
 
+    What a run begins with may be quantized in some ways: :func:`swquant.checkpoint.opening.open_source` opens that.
+
     Args:
         source: A model directory, or the name of a model on the hub, which is downloaded if need be.
-        quantized: Take one that is quantized as well.
+        quantized: Take one that is quantized as well; tensors are then as they are stored.
 
     Raises:
         SwquantError: There is no such model, or it is not a whole safetensors checkpoint, unquantized if need be.
@@ -226,7 +247,7 @@ def open_checkpoint(source: str | Path, *, quantized: bool = False) -> Checkpoin
             _refuse_quantized(directory, config)
         shards = find_shards(directory)
         stamps = {file: _stamp(file) for file in (directory / CONFIG, *shards)}
-        tensors = read_headers(shards)
+        tensors = read_headers(shards, narrow=quantized)
     if not any(stored.dtype.is_floating_point for stored in tensors.values()):
         raise SwquantError(f"{directory} holds no floating-point tensor, expected a model's weights; download it again")
     return Checkpoint(directory, config, dict(sorted(tensors.items())), stamps)
@@ -237,23 +258,43 @@ def _stamp(file: Path) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def find_model(source: str | Path) -> Path:
+def find_model(source: str | Path, revision: str | None = None, subfolder: str | None = None) -> Path:
     """The model's directory; a hub name's is downloaded if need be.
+
+    Args:
+        source: A directory, ``owner/name`` on the hub, or ``owner/name@revision``.
+        revision: A branch, tag or commit on the hub.
+        subfolder: Where in the directory or the repository the model lies.
 
     Raises:
         SwquantError: There is no such model.
     """
     path = _expanded(Path(source))
+    if subfolder is not None:
+        require_subfolder(subfolder)
     with read_errors(path):
         if path.is_dir():
-            return path
+            return _inside(path, revision, subfolder)
         if path.exists():
             raise SwquantError(f"{path} is a file, expected a model directory or a hub name; give its directory")
-    if isinstance(source, Path) or _looks_like_path(source):
+    if isinstance(source, Path) or _looks_like_path(source.partition("@")[0]):
         raise SwquantError(
             f"no such directory: {str(source)!r}; give a model directory or a hub name like 'owner/name'"
         )
-    return download(source, (*_WEIGHTS, "*.json", *_BESIDE, *_SIDECARS, *_NOTICES, *map(str.upper, _NOTICES)))
+    name, revision = split_revision(source, revision)
+    wanted = (*_WEIGHTS, "*.json", *_BESIDE, *_SIDECARS, *_NOTICES, *map(str.upper, _NOTICES))
+    return download(name, wanted, revision, subfolder)
+
+
+def _inside(path: Path, revision: str | None, subfolder: str | None) -> Path:
+    """The folder of a directory that is asked for."""
+    if revision is not None:
+        raise SwquantError(f"{path} is a directory and has no revision {revision!r}; leave --revision out")
+    if subfolder is None:
+        return path
+    if not (path / subfolder).is_dir():
+        raise SwquantError(f"{path} has no folder {subfolder!r}; check --subfolder")
+    return path / subfolder
 
 
 def _expanded(path: Path) -> Path:
@@ -285,47 +326,26 @@ def read_config(directory: Path) -> dict[str, Any]:
     return read_json(path)
 
 
-def _refuse_quantized(directory: Path, config: Mapping[str, Any]) -> None:
+def quantization_of(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]] | None:
+    """The method that a ``config.json`` names, and its settings; ``None`` if the model is not quantized."""
     for part in (config, config.get("text_config")):
-        found = part if isinstance(part, dict) else {}
-        quantization = found.get("quantization_config", found.get("quantization"))
-        if quantization is not None:
-            method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-            raise SwquantError(
-                f"{directory} is already quantized, by {shown(str(method or 'an unnamed method'))}; "
-                "give the original model"
-            )
+        found: Mapping[str, Any] = part if isinstance(part, dict) else {}
+        settings = found.get("quantization_config", found.get("quantization"))
+        if settings is not None:
+            values: Mapping[str, Any] = settings if isinstance(settings, dict) else {}
+            return str(values.get("quant_method") or "an unnamed method"), values
+    return None
 
 
-def _finite(tensor: Tensor, stored: Stored, most: float = math.inf) -> Tensor:
-    """``tensor`` itself; chunks keep the check's memory small, and extremes, which NaN passes into, its time."""
-    if tensor.is_floating_point() and tensor.numel():
-        for chunk in tensor.view(-1).split(_CHUNK):
-            ends = torch.stack(torch.aminmax(chunk))
-            if not bool(ends.isfinite().all()):
-                raise SwquantError(
-                    f"{shown(stored.key)} in {stored.file} holds NaN or infinite values; "
-                    "download the file again or ask its author"
-                )
-            for value in ends[ends.abs() > most].tolist()[:1]:
-                raise SwquantError(
-                    f"{shown(stored.key)} in {stored.file} holds {value:g}, and weights beyond {most:.0f} have no "
-                    "scale in 16 bits; ask the model's author"
-                )
-    return tensor
+def already_quantized(directory: Path, method: str, instead: str) -> SwquantError:
+    """The refusal of a model that is quantized, by its method's name."""
+    return SwquantError(f"{directory} is already quantized, by {shown(method)}; {instead}")
 
 
-def _runs(rows: Iterable[int]) -> Iterator[tuple[int, int]]:
-    """Ascending rows as ranges ``start, stop``."""
-    start = stop = -1
-    for row in rows:
-        if row != stop:
-            if stop > start:
-                yield start, stop
-            start = row
-        stop = row + 1
-    if stop > start:
-        yield start, stop
+def _refuse_quantized(directory: Path, config: Mapping[str, Any]) -> None:
+    found = quantization_of(config)
+    if found is not None:
+        raise already_quantized(directory, found[0], "give the original model")
 
 
 def _is_sidecar(name: str) -> bool:

@@ -20,11 +20,15 @@ from torch import Tensor
 
 from swquant.checkpoint.shards import Stored
 from swquant.checkpoint.source import Source
+from swquant.checkpoint.values import require_range
 from swquant.errors import SwquantError
 from swquant.families import Family
 from swquant.families.base import NormLinears, ValueOutput
 from swquant.quant.hadamard import random_rotation
 from swquant.seeds import generator
+
+Plain = Checkpoint | Widened
+"""What has the names and the values of the plain model, as it was trained or as its quantization left it."""
 
 CHUNK_ROWS = 4096
 """Rows of the embedding and the head that are in memory in float64 at once."""
@@ -127,6 +131,18 @@ class RotatedCheckpoint:
         if change.left is not None:
             return self.read(name)[indices]
         return self._apply(change, self.inner.rows(change.source, indices)).float()
+
+    def part(self, name: str, start: int, stop: int) -> Tensor:
+        """``read(name)[start:stop]``; what the rotation does not change is read no further than that.
+
+        Raises:
+            SwquantError: As :meth:`Checkpoint.part`.
+            ValueError: Likewise.
+        """
+        if name in self.folded or name in self.changes:
+            require_range(self.tensors[name].shape, 0, start, stop)
+            return self.read(name)[start:stop]
+        return self.inner.part(name, start, stop)
 
     def require_finite(self, quantized: Iterable[str] = ()) -> None:
         """Look at every value of the original once.

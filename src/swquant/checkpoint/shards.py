@@ -35,6 +35,12 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_NARROW = {
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
+"""Floats of 8 bits, which only a quantized model has: alone they are not its weights."""
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _JSON_LIMIT = 100 << 20
 _CONVERT = (
@@ -105,16 +111,21 @@ def _refuse_weightless(directory: Path) -> NoReturn:
     raise SwquantError(f"{directory} holds no weights, {expected}; {_CONVERT}")
 
 
-def read_headers(shards: Mapping[Path, set[str]]) -> dict[str, Stored]:
+def read_headers(shards: Mapping[Path, set[str]], *, narrow: bool = False) -> dict[str, Stored]:
     """Every tensor by name, and nothing of its values.
+
+    Args:
+        shards: The files, and what is promised from each.
+        narrow: Take floats of 8 bits as well.
 
     Raises:
         SwquantError: A file is damaged, lacks what the index promises, or holds what another holds too.
     """
+    known = _DTYPES | _NARROW if narrow else _DTYPES
     tensors: dict[str, Stored] = {}
     for file, promised in shards.items():
         with opened(file) as shard:
-            found = {name: _stored(file, name, shard.get_slice(name)) for name in shard.keys()}  # noqa: SIM118
+            found = {name: _stored(file, name, shard.get_slice(name), known) for name in shard.keys()}  # noqa: SIM118
         for name in sorted(promised - found.keys()):
             raise SwquantError(f"{file} lacks {shown(name)}, which {INDEX} promises; download the model again")
         for name in sorted(found.keys() & tensors.keys()):
@@ -125,9 +136,9 @@ def read_headers(shards: Mapping[Path, set[str]]) -> dict[str, Stored]:
     return tensors
 
 
-def _stored(file: Path, name: str, header: Any) -> Stored:
+def _stored(file: Path, name: str, header: Any, known: Mapping[str, torch.dtype]) -> Stored:
     dtype_name, shape = str(header.get_dtype()), tuple(header.get_shape())
-    dtype = _DTYPES.get(dtype_name)
+    dtype = known.get(dtype_name)
     if dtype is None:
         raise SwquantError(
             f"{shown(name)} in {file} is {dtype_name}, expected F32, F16 or BF16; convert the model to bfloat16 first"

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from swquant.checkpoint.opening import SourceOptions
 from swquant.checkpoint.writer import free_disk
 from swquant.estimate.budget import (
     Budget,
@@ -68,7 +69,13 @@ class Estimate:
 
 
 def estimate(
-    recipe: Recipe, source: str | Path, out: str | Path, budget: Budget | None = None, *, measure: bool = True
+    recipe: Recipe,
+    source: str | Path,
+    out: str | Path,
+    budget: Budget | None = None,
+    *,
+    measure: bool = True,
+    source_options: SourceOptions | None = None,
 ) -> Estimate:
     """Say what ``quantize(recipe, source, out)`` will take; no weight of the model is read.
 
@@ -78,11 +85,12 @@ def estimate(
         out: Where the result would go; its disk is looked at.
         budget: What the run may take.
         measure: Run a block of random weights here for the time.
+        source_options: As of the run.
 
     Raises:
         SwquantError: As the run itself would, of whatever can be known before.
     """
-    plan, interpreter = make_plan(recipe, source), process_bytes()
+    plan, interpreter = make_plan(recipe, source, source_options), process_bytes()
     shape = shape_of(plan)
     disk, kept, whole = disk_of(plan, shape), budget or Budget(), batch_of(plan, 1)
     limit = kept.tensor_limit(plan.device, interpreter)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from swquant.calibration import load_tokenizer
+from swquant.checkpoint.opening import SourceOptions
+from swquant.checkpoint.reader import find_model
 from swquant.device import resolve_device
 from swquant.errors import SwquantError
 from swquant.evaluation.gain import recovered_by_metric
@@ -97,18 +99,34 @@ def evaluate(
     return found
 
 
-def measure(model: str | Path, what: What, *, reference: str | Path | None = None) -> Measured:
+def measure(
+    model: str | Path,
+    what: What,
+    *,
+    reference: str | Path | None = None,
+    source_options: SourceOptions | None = None,
+) -> Measured:
     """Measure one model; against its original if that is given and there is a text.
+
+    Args:
+        model: A model directory, quantized or not.
+        what: On what to measure.
+        reference: The original's directory or hub name.
+        source_options: Which of the original's files, and how to read them.
 
     Raises:
         SwquantError: As :func:`evaluate`; or a task does not run.
     """
-    original = None if reference is None or what.text is None else _load(reference, what)
+    original = None if reference is None or what.text is None else _load(reference, what, source_options)[1]
     return _measure(Path(model), what, original, packed=what.packed)
 
 
 def measure_gain(
-    models: Sequence[str | Path], baselines: Sequence[str | Path], reference: str | Path, what: What
+    models: Sequence[str | Path],
+    baselines: Sequence[str | Path],
+    reference: str | Path,
+    what: What,
+    source_options: SourceOptions | None = None,
 ) -> Gain:
     """Measure what was recovered; the original and one more model are in memory at a time.
 
@@ -117,12 +135,13 @@ def measure_gain(
         baselines: Quantized without it: one, or one for each seed, in the same order.
         reference: The original.
         what: On what to measure.
+        source_options: As of :func:`measure`.
 
     Raises:
         SwquantError: As :func:`measure`.
     """
-    original = _load(reference, what)
-    runs = run_tasks(original, load_tokenizer(Path(reference)), what.tasks, items=what.items) if what.tasks else ()
+    place, original = _load(reference, what, source_options)
+    runs = run_tasks(original, load_tokenizer(place), what.tasks, items=what.items) if what.tasks else ()
     full = Measured(str(reference), None, tuple(run.score for run in runs), runs=runs)
     sides = [
         tuple(_measure(Path(model), what, original, packed=what.packed) for model in side)
@@ -131,8 +150,11 @@ def measure_gain(
     return Gain(sides[0], sides[1], full, recovered_by_metric(sides[0], sides[1], full))
 
 
-def _load(directory: str | Path, what: What) -> Any:
-    return load_model(Path(directory), resolve_device(what.device))
+def _load(reference: str | Path, what: What, options: SourceOptions | None) -> tuple[Path, Any]:
+    """Where the original is, and the original."""
+    given = options or SourceOptions()
+    place = find_model(reference, given.revision, given.subfolder)
+    return place, load_model(place, resolve_device(what.device), dequantize=given.dequantize)
 
 
 def _measure(directory: Path, what: What, original: Any | None, *, packed: bool) -> Measured:

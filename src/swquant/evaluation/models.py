@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch import nn
 from transformers import CompressedTensorsConfig
 
-from swquant.checkpoint.converted import to_memory
+from swquant.checkpoint.opening import ALWAYS, ASKED, SourceOptions, open_source
 from swquant.checkpoint.quantized import QUANTIZATION_CONFIG, QuantizedModel, shapes_of
 from swquant.checkpoint.reader import read_config
 from swquant.checkpoint.shards import INDEX, SINGLE
@@ -20,21 +18,22 @@ from swquant.errors import SwquantError, reason_of
 from swquant.formats import read_quantized
 from swquant.model.empty import model_class
 from swquant.model.empty import read_config as parse_config
-from swquant.model.skeleton import build_model
+from swquant.model.whole import model_of, whole_model
 from swquant.phases.portion import ran_out
 from swquant.runtime import load
 
 
-def load_model(directory: Path, device: torch.device, *, packed: bool = False) -> Any:
+def load_model(directory: Path, device: torch.device, *, packed: bool = False, dequantize: bool = False) -> Any:
     """The model in ``directory`` in float32.
 
     Plain checkpoints are loaded by transformers; quantized ones are read and dequantized here, by transformers where
-    they are compressed-tensors of a kind that we do not write.
+    they are compressed-tensors of a kind that we do not read.
 
     Args:
         directory: A model, quantized or not.
         device: Where to.
         packed: Load it by :func:`swquant.load` instead, so that its linears compute on packed codes.
+        dequantize: Read it as a run reads such a source, which knows more layouts of compressed-tensors and GPTQ.
 
     Raises:
         SwquantError: If there is no model that loads without code of its own.
@@ -44,12 +43,15 @@ def load_model(directory: Path, device: torch.device, *, packed: bool = False) -
     config = read_config(directory)
     if packed:
         return load(directory, device=str(device), dtype=torch.float32)
-    if _method(config) is None and _has_weights(directory):
+    method = _method(config)
+    if method in ALWAYS or (dequantize and method in ASKED):
+        return model_of(open_source(directory, SourceOptions(dequantize=True))).to(device).eval()
+    if method is None and _has_weights(directory):
         return load_by_transformers(directory, device)
     try:
         quantized = read_quantized(directory)[1]
     except SwquantError:
-        if _method(config) != "compressed-tensors":
+        if method != "compressed-tensors":
             raise
         return load_by_transformers(directory, device)
     return _assembled(quantized).to(device).eval()
@@ -99,30 +101,10 @@ def _has_weights(directory: Path) -> bool:
     return pickles or (directory / SINGLE).is_file() or (directory / INDEX).is_file()
 
 
-@torch.no_grad()
 def _assembled(quantized: QuantizedModel) -> Any:
     """The model with every weight dequantized to float32."""
     outline = quantized.outline
-    model, names = build_model(outline.config, shapes_of(quantized), outline.directory, torch.float32)
-    known = dict(model.named_parameters()) | dict(model.named_buffers())
-    for name, value in to_memory(names, quantized.parts()):
-        if name not in known:
-            continue
-        parent, _, leaf = name.rpartition(".")
-        filled = value if isinstance(value, Tensor) else value.dequantize()
-        if filled.shape != known[name].shape:
-            raise SwquantError(
-                f"{name} in {outline.directory} has the shape {list(filled.shape)}, "
-                f"config.json calls for {list(known[name].shape)}"
-            )
-        filled = filled.to(known[name].dtype)
-        is_parameter = isinstance(known[name], nn.Parameter)
-        setattr(model.get_submodule(parent), leaf, nn.Parameter(filled, requires_grad=False) if is_parameter else filled)
-    model.tie_weights()
-    for name, value in (*model.named_parameters(), *model.named_buffers()):
-        if value.is_meta:
-            raise SwquantError(f"{outline.directory} does not load: it has no tensor {name!r}")
-    return model
+    return whole_model(outline.config, shapes_of(quantized), outline.directory, quantized.parts())
 
 
 def _does_not_load(directory: Path, error: Exception) -> SwquantError:

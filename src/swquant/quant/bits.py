@@ -65,6 +65,8 @@ def unpack(words: Tensor, bits: int, count: int) -> Tensor:
     """
     if 8 % bits == 0 and sys.byteorder == "little":
         shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=words.device)
+        if words.stride(-1) != 1:  # a last dimension of one word counts as contiguous with any stride, and view refuses
+            words = words.clone(memory_format=torch.contiguous_format)
         codes = words.contiguous().view(torch.uint8).unsqueeze(-1).bitwise_right_shift(shifts)
         return codes.bitwise_and_((1 << bits) - 1).flatten(-2)[..., :count].contiguous()
     block = _codes_per_period(bits)

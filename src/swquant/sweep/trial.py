@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from swquant.calibration import read_text
-from swquant.checkpoint.reader import open_checkpoint
+from swquant.checkpoint.opening import open_source
 from swquant.errors import SwquantError
 from swquant.output import REPORT
 from swquant.plan import versions
@@ -85,7 +85,7 @@ class Identities:
             SwquantError: The model or a text cannot be read.
         """
         if cell.source not in self._fingerprints:
-            self._fingerprints[cell.source] = open_checkpoint(cell.source).fingerprint()
+            self._fingerprints[cell.source] = open_source(cell.source).fingerprint()
         values = cell.recipe.to_mapping()
         for key in _TEXTS:
             if values[key] is not None:

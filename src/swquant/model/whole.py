@@ -1,0 +1,61 @@
+"""A whole model in memory, for evaluation and for drawing samples: transformers' code with tensors of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swquant.checkpoint.converted import to_memory
+from swquant.checkpoint.source import Source
+from swquant.errors import SwquantError
+from swquant.model.skeleton import build_model
+
+
+@torch.no_grad()
+def whole_model(
+    values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], place: Path, parts: Iterable[Mapping[str, Any]]
+) -> Any:
+    """transformers' model in float32, every quantized weight dequantized.
+
+    Args:
+        values: The content of its ``config.json``.
+        shapes: Of the tensors on disk, by name.
+        place: Where they are, for messages.
+        parts: The tensors, or quantized weights, by name on disk.
+
+    Raises:
+        SwquantError: It does not describe a model, or a tensor is missing or has another shape.
+    """
+    model, names = build_model(values, shapes, place, torch.float32)
+    known = dict(model.named_parameters()) | dict(model.named_buffers())
+    for name, value in to_memory(names, parts):
+        if name not in known:
+            continue
+        filled = value if isinstance(value, Tensor) else value.dequantize()
+        if filled.shape != known[name].shape:
+            raise SwquantError(
+                f"{name} in {place} has the shape {list(filled.shape)}, config.json calls for {list(known[name].shape)}"
+            )
+        parent, _, leaf = name.rpartition(".")
+        filled = filled.to(known[name].dtype)
+        is_parameter = isinstance(known[name], nn.Parameter)
+        setattr(model.get_submodule(parent), leaf, nn.Parameter(filled, requires_grad=False) if is_parameter else filled)
+    model.tie_weights()
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        if value.is_meta:
+            raise SwquantError(f"{place} does not load: it has no tensor {name!r}, which its config.json calls for")
+    return model.eval()
+
+
+def model_of(source: Source) -> Any:
+    """The whole model of a checkpoint.
+
+    Raises:
+        SwquantError: As :func:`whole_model`.
+    """
+    shapes = {name: stored.shape for name, stored in source.tensors.items()}
+    return whole_model(source.config, shapes, source.directory, ({name: source.read(name)} for name in source.tensors))
