@@ -118,8 +118,7 @@ def quantize(folder: Path, model: Path, out: Path, file_type: int, *, alike: boo
     _library(folder, "libggml-base.")
     _library(folder, "libggml.")
     library = _library(folder, "libllama.")
-    silent = _LOG(lambda level, text, data: None)
-    library.llama_log_set(silent, None)
+    library.llama_log_set(_SILENT, None)
     library.llama_model_quantize_default_params.restype = _Parameters
     parameters = library.llama_model_quantize_default_params()
     parameters.threads, parameters.file_type = 1, file_type
@@ -131,7 +130,116 @@ def quantize(folder: Path, model: Path, out: Path, file_type: int, *, alike: boo
         raise RuntimeError(f"llama.cpp cannot quantize {model}")
 
 
+def log_probabilities(folder: Path, model: Path, windows: Tensor) -> Tensor:
+    """The log probabilities of the tokens after each window's first, by the library itself, on one thread.
+
+    The same as ``ask(windows=...)``, a window in one batch; JavaScript takes a second a token for vocabularies of
+    a quarter million.
+
+    Args:
+        folder: What :func:`install` returned.
+        model: A GGUF file.
+        windows: ``int64 [windows, length]``.
+
+    Returns:
+        ``float64 [windows, length - 1]``.
+
+    Raises:
+        RuntimeError: llama.cpp cannot load the file, or fails.
+    """
+    library, length = _computing_library(folder), windows.shape[1]
+    loaded = library.llama_model_load_from_file(bytes(model), library.llama_model_default_params())
+    if not loaded:
+        raise RuntimeError(f"llama.cpp cannot load {model}")
+    settings = library.llama_context_default_params()
+    if tuple(settings.words[:3]) != (512, 2048, 512):  # the release's defaults: contexts, batches, parts of a batch
+        raise RuntimeError("this llama.cpp orders the parameters of a context in another way")
+    settings.words[0] = settings.words[1] = settings.words[2] = length
+    context = library.llama_init_from_model(loaded, settings)
+    if not context:
+        raise RuntimeError(f"llama.cpp makes no context of {length} tokens for {model}")
+    library.llama_set_n_threads(context, 1, 1)
+    size = library.llama_vocab_n_tokens(library.llama_model_get_vocab(loaded))
+    found = torch.stack([_log_probabilities(library, context, window, size) for window in windows])
+    library.llama_free(context)
+    library.llama_model_free(loaded)
+    return found
+
+
+def _log_probabilities(library: ctypes.CDLL, context: int, window: Tensor, size: int) -> Tensor:
+    length = len(window)
+    library.llama_memory_clear(library.llama_get_memory(context), True)
+    batch = library.llama_batch_init(length, 0, 1)
+    batch.count = length
+    for index, token in enumerate(window.tolist()):
+        batch.tokens[index], batch.positions[index] = token, index
+        batch.sequence_counts[index], batch.sequences[index][0], batch.wanted[index] = 1, 0, 1
+    failed = library.llama_decode(context, batch)
+    library.llama_batch_free(batch)
+    if failed:
+        raise RuntimeError(f"llama.cpp fails on a window with the code {failed}")
+    pointer = library.llama_get_logits(context)
+    logits = torch.frombuffer((ctypes.c_float * (length * size)).from_address(pointer), dtype=torch.float32)
+    scores = logits.view(length, size)[:-1].double()
+    return (scores.gather(1, window[1:, None]) - scores.logsumexp(1, keepdim=True)).squeeze(1)
+
+
+class _Settings(ctypes.Structure):
+    """``llama_model_params`` or ``llama_context_params``: larger than both, so that its end need not be known."""
+
+    _fields_ = (("words", ctypes.c_uint32 * 256),)
+
+
+class _Batch(ctypes.Structure):
+    """``llama_batch``."""
+
+    _fields_ = (
+        ("count", ctypes.c_int32),
+        ("tokens", ctypes.POINTER(ctypes.c_int32)),
+        ("embeddings", ctypes.POINTER(ctypes.c_float)),
+        ("positions", ctypes.POINTER(ctypes.c_int32)),
+        ("sequence_counts", ctypes.POINTER(ctypes.c_int32)),
+        ("sequences", ctypes.POINTER(ctypes.POINTER(ctypes.c_int32))),
+        ("wanted", ctypes.POINTER(ctypes.c_int8)),
+    )
+
+
+def _computing_library(folder: Path) -> ctypes.CDLL:
+    """llama.cpp's library with a processor's backend and the types of its functions."""
+    _library(folder, "libggml-base.")
+    backends = _library(folder, "libggml.")
+    backends.ggml_backend_load_all_from_path.argtypes = (ctypes.c_char_p,)
+    backends.ggml_backend_load_all_from_path(bytes(_bins(folder)))
+    library = _library(folder, "libllama.")
+    pointer, number = ctypes.c_void_p, ctypes.c_int32
+    library.llama_log_set(_SILENT, None)
+    types: dict[str, tuple[Any, tuple[Any, ...]]] = {
+        "llama_model_default_params": (_Settings, ()),
+        "llama_context_default_params": (_Settings, ()),
+        "llama_model_load_from_file": (pointer, (ctypes.c_char_p, _Settings)),
+        "llama_init_from_model": (pointer, (pointer, _Settings)),
+        "llama_set_n_threads": (None, (pointer, number, number)),
+        "llama_model_get_vocab": (pointer, (pointer,)),
+        "llama_vocab_n_tokens": (number, (pointer,)),
+        "llama_get_memory": (pointer, (pointer,)),
+        "llama_memory_clear": (None, (pointer, ctypes.c_bool)),
+        "llama_batch_init": (_Batch, (number, number, number)),
+        "llama_batch_free": (None, (_Batch,)),
+        "llama_decode": (number, (pointer, _Batch)),
+        "llama_get_logits": (pointer, (pointer,)),
+        "llama_free": (None, (pointer,)),
+        "llama_model_free": (None, (pointer,)),
+    }
+    for name, (result, arguments) in types.items():
+        function = library[name]
+        function.restype, function.argtypes = result, arguments
+        setattr(library, name, function)
+    return library
+
+
 _LOG = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+_SILENT = _LOG(lambda level, text, data: None)
+"""Lives as long as the library, which keeps it."""
 
 
 class _Parameters(ctypes.Structure):
@@ -157,8 +265,12 @@ class _Parameters(ctypes.Structure):
 
 
 def _library(folder: Path, name: str) -> ctypes.CDLL:
-    (path,) = (folder / "node_modules" / "@node-llama-cpp" / _machine() / "bins" / _machine()).glob(f"{name}*")
+    (path,) = _bins(folder).glob(f"{name}*")
     return ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+
+
+def _bins(folder: Path) -> Path:
+    return folder / "node_modules" / "@node-llama-cpp" / _machine() / "bins" / _machine()
 
 
 def _machine() -> str:
