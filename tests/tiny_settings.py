@@ -1,0 +1,93 @@
+"""Sizes of tiny models: by the name of a field, and by model type where a name does not say enough."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+Size = int | float | Callable[[Any, Mapping[str, Any]], Any]
+
+LAYER_COUNTS = (
+    "num_hidden_layers",
+    "num_layers",
+    "n_layer",
+    "n_layers",
+    "depth",
+    "layers",
+    "num_blocks",
+    "decoder_layers",
+    "encoder_layers",
+    "num_decoder_layers",
+    "num_encoder_layers",
+)
+VOCABULARIES = ("vocab_size", "vocab_size_per_layer_input", "unpadded_vocab_size", "decoder_vocab_size")
+TOKENS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1, "decoder_start_token_id": 0, "sep_token_id": 1}
+INDEX_LISTS = r"idx|indexes|indices|moe_layers|layer_ids|source_layers"
+"""Lists of layers' numbers, not one item per layer."""
+
+VECTORS = r"A_log|A_logs|dt_bias|time_decay|time_first|(^|\.)D$|rg_lru\.recurrent_param|forget_gate|slope"
+"""Parameters that keep what the class gives them whatever their shape: decays, which another draw makes explode."""
+SMALL_PARAMETERS = r"A_log|dt_bias|time_decay|correction|layer_scalar"
+
+
+def _heads(value: int, fields: Mapping[str, Any]) -> int:
+    return min(value, 4)
+
+
+def _kv_heads(value: int, fields: Mapping[str, Any]) -> int:
+    """As many as heads, one for all, or between: as the class has it."""
+    heads = next((fields[name] for name in ("num_attention_heads", "n_heads", "num_heads") if name in fields), value)
+    return 1 if value == 1 else 4 if value == heads else 2
+
+
+def _head_dim(value: int, fields: Mapping[str, Any]) -> int:
+    """32 where heads together are wider than the hidden states, as in the class's own sizes."""
+    hidden, heads = fields.get("hidden_size"), fields.get("num_attention_heads")
+    return 16 if hidden and heads and hidden == heads * value else 32
+
+
+def _at_most(limit: int) -> Size:
+    return lambda value, fields: min(value, limit)
+
+
+SIZES: tuple[tuple[str, Size], ...] = (
+    (r"(\w+_)?hidden_size|d_model|n_embd|embed_dim|embedding_dim|embedding_size|word_embed_proj_dim|emb_dim", 64),
+    (r"hidden_size_per_layer_input|hidden_size_global|input_embedding_size|output_embedding_size", 64),
+    (r"attention_hidden_size|lru_width|out_hidden_size|projection_dim|output_dim|adapter_out_dim", 64),
+    (r"(moe|expert|shared|shared_expert|shared_experts|moe_shared_expert)_(intermediate|ffn_hidden)_size", 64),
+    (r"share_expert_dim|projection_hidden_dim|moe_latent_size", 64),
+    (r"(\w+_)?intermediate_size(_mlp)?|ffn_dim|d_ff|dff|dim_ff|n_inner|ffn_hidden_size|mlp_dim|d_inner", 128),
+    (r"(encoder|decoder)_ffn_dim|feed_forward_size|inner_dim|intermediate_dim", 128),
+    (r"num_(key_value|kv)_heads|kv_n_heads|(swa|global|sliding)_num_key_value_heads|num_query_groups", _kv_heads),
+    (r"num_attention_heads|n_heads?|num_heads|(en|de)coder_attention_heads|attention_heads", _heads),
+    (r"num_(en|de)coder_attention_heads|swa_num_attention_heads|num_sliding_attention_heads|index_n_heads", _heads),
+    (r"linear_num_heads|linear_num_value_heads|mamba_n_heads|mamba_num_heads|n_mamba_heads", 4),
+    (r"linear_num_key_heads", lambda value, fields: 4 if value == fields["linear_num_value_heads"] else 2),
+    (r"head_dim|swa_head_dim|global_head_dim|kv_channels", _head_dim),
+    (r"index_head_dim|linear_(key_|value_)?head_dim|mamba_d_head|mamba_head_dim|mamba_headdim", 32),
+    (r"attention_head_dim|attention_head_size|dim_head|d_head|d_kv", 16),
+    (r"(q|kv|o)_lora_rank|qk_nope_head_dim|v_head_dim", 32),
+    (r"qk_rope_head_dim", _at_most(16)),
+    (r"rotary_dim", 8),
+    (r"n_routed_experts|num_(local_)?experts|moe_num_experts", 4),
+    (r"num_experts_per_tok(en)?|moe_top_?k|moe_k|top_k_experts", _at_most(2)),
+    (r"(n|num|moe_num)_shared_experts", _at_most(2)),
+    (r"n_group|topk_group|num_expert_group", 1),
+    (r"first_k_dense_replace|num_dense_layers|num_nextn_predict_layers|num_mtp_layers", _at_most(1)),
+    (r"zero_expert_num", 2),
+    (r"(mamba_|ssm_)?(d_)?state(_size)?", 16),
+    (r"mamba_dt_rank|time_step_rank|hc_lowrank|adapter_rank|laurel_rank|gated_norm_rank", 32),
+    (r"(mamba_)?n_?groups", 1),
+    (r"(mamba_)?chunk_size|attention_chunk_size", lambda value, fields: min(value, 16) if value > 0 else value),
+    (r"(_)?sliding_window(_size)?|attention_window_size|local_attention|window_size", _at_most(16)),
+    (r"max_position_embeddings|n_positions|n_ctx|max_seq_len|model_max_length|context_length", 256),
+    (r"max_(source|target)_positions|original_max_position_embeddings|max_2d_position_embeddings", 256),
+    (r"type_vocab_size", _at_most(2)),
+    (r"image_size", lambda value, fields: 4 * fields.get("patch_size", 16)),
+    (r"num_position_embeddings|position_embedding_size", 16),
+    (r"index_topk", 8),
+)
+"""Patterns of whole names, the first that matches, and the size or how it follows from the class's own."""
+
+OVERRIDES: dict[str, dict[str, Any]] = {}
+"""By model type, a sub-configuration's included: fields as they are to be. ``_start`` is what the class is made with."""
