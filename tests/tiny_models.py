@@ -87,6 +87,7 @@ def _shrunk(like: Any, model_type: str, settings: Mapping[str, Any], vocabulary:
     """A configuration of the class of ``like``, its fields made small."""
     kind: type[PreTrainedConfig] = type(like)
     changed = dict(_sizes(like)) | _layers(like) | _tokens(like)
+    changed |= _rotary(like, changed)
     changed |= {name: vocabulary for name in VOCABULARIES if isinstance(getattr(like, name, None), int)}
     given = _joined(OVERRIDES.get(model_type, {}), settings)
     given.pop("_start", None)
@@ -112,9 +113,10 @@ def _joined(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, An
 
 
 def _fields(like: Any) -> dict[str, Any]:
-    """The fields of a configuration that have a value, by their real names."""
-    known = {field.name for field in dataclasses.fields(like)}
-    return {name: value for name, value in vars(like).items() if name in known and value is not None}
+    """The fields of a configuration that have a value. Some are stored by another."""
+    stored, aliases = vars(like), like.attribute_map
+    values = {field.name: stored.get(aliases.get(field.name, field.name)) for field in dataclasses.fields(like)}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _default(like: Any, name: str) -> Any:
@@ -124,6 +126,9 @@ def _default(like: Any, name: str) -> Any:
 def _sizes(like: Any) -> Iterator[tuple[str, Any]]:
     """Numbers whose names ``SIZES`` knows. A field without a default is left to the class, which derives it."""
     fields = _fields(like)
+    if any(field.name == "head_dim" for field in dataclasses.fields(like)) and "head_dim" not in fields:
+        # Classes that do not derive it fail without it.
+        yield "head_dim", 16
     for name, value in fields.items():
         if type(value) not in (int, float) or _default(like, name) is None:
             continue
@@ -131,6 +136,17 @@ def _sizes(like: Any) -> Iterator[tuple[str, Any]]:
             if re.fullmatch(pattern, name):
                 yield name, type(value)(size(value, fields) if callable(size) else size)
                 break
+
+
+def _rotary(like: Any, changed: Mapping[str, Any]) -> dict[str, Any]:
+    """Sections of the rotary table for time, height and width that make up half of the small rotary width."""
+    rope = getattr(like, "rope_parameters", None)
+    if "mrope_section" not in like.ignore_keys_at_rope_validation or not isinstance(rope, dict):
+        return {}
+    width = changed.get("head_dim") or changed["hidden_size"] // changed["num_attention_heads"]
+    half = int(width * rope.get("partial_rotary_factor", 1.0)) // 2
+    third = half // 3
+    return {"rope_parameters": rope | {"mrope_section": [half - 2 * third, third, third]}}
 
 
 def _layers(like: Any) -> dict[str, Any]:
@@ -195,9 +211,11 @@ def tiny_model(model_type: str, kind: str = "causal", **settings: Any) -> PreTra
         with torch.no_grad():
             for name, value in model.named_parameters():
                 _draw(name, value)
+            # Corrections that routers add to their scores are buffers in some classes, and written to disk.
+            stored = model.state_dict()
             for name, value in model.named_buffers():
-                if re.search(r"bias$", name) and value.is_floating_point():
-                    value.add_(torch.randn_like(value) * 0.1)
+                if name in stored and name.endswith("bias") and value.dim() == 1:
+                    value.add_(torch.randn_like(value) * 0.02)
     return model.eval()
 
 

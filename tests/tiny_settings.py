@@ -86,8 +86,88 @@ SIZES: tuple[tuple[str, Size], ...] = (
     (r"image_size", lambda value, fields: 4 * fields.get("patch_size", 16)),
     (r"num_position_embeddings|position_embedding_size", 16),
     (r"index_topk", 8),
+    (r"base_channels|latent_channels", 32),
+    (r"encoder_hash_byte_group_vocab|ngram_vocab_size_base|num_embeddings|codebook_size", 64),
+    (r"projector_(in|out)put_dim|vision_output_dim|output_channels|adapter_(in_dim|input_size)", 64),
 )
 """Patterns of whole names, the first that matches, and the size or how it follows from the class's own."""
 
-OVERRIDES: dict[str, dict[str, Any]] = {}
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "blt": {"encoder_hash_byte_group_size": [3, 4]},
+    "cohere_compass_text": {
+        "_start": {"rope_parameters": {"full_attention": None, "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {
+            "full_attention": None,
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]},
+        },
+    },
+    "chameleon": {"vocabulary_map": {"<image>": 320}, "vq_config": {"channel_multiplier": [1, 1]}},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0}},
+    "deepseek_v2": {"num_experts_per_tok": 2, "first_k_dense_replace": 1},
+    "deepseek_ocr2_sam_vision_model": {"downsample_channels": [64, 64]},
+    "deepseek_ocr2_text": {"num_experts_per_tok": 2, "mlp_layer_types": ["dense", "sparse"]},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
+    "dots3_note_text": {
+        "per_layer_config": ...,
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 4,
+        "swa_q_lora_rank": 32,
+        "swa_kv_lora_rank": 32,
+        "swa_head_dim": 48,
+        "swa_qk_nope_head_dim": 32,
+        "swa_v_head_dim": 32,
+        "use_dsa": True,
+    },
+    "emu3": {"vocabulary_map": {"<image>": 320}, "vq_config": {"channel_multiplier": [1, 1]}},
+    "ernie4_5_vl_moe_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [3, 3, 2]}},
+    "falcon_h1": {"mamba_d_ssm": 128, "mamba_d_head": 32},
+    "gemma3n_text": {
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+        "num_kv_shared_layers": 2,
+        "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0],
+        "intermediate_size": [128, 128, 128, 128],
+    },
+    "gemma4_text": {"global_head_dim": 32},
+    "glm5_next_text": {"index_kpool": 4},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "attention_layers": ...},
+    "granite4_vision": {"downsample_rate": "1/2", "deepstack_layer_map": [[-1, 1]], "spatial_target_layers": [1]},
+    "inkling_vision": {"patch_size": 4, "n_layers": 2},
+    "janus": {"vq_config": {"channel_multiplier": [1, 1]}},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3},
+    "longcat_flash": {"head_dim": 16, "qk_rope_head_dim": 16},
+    "molmo2_adapter": {"vision_feature_layer": [-1, -2]},
+    "muse_spark_audio": {"hidden_sizes": [64, 64, 64, 64], "num_hidden_layers": 4, "depths": [1, 1, 1, 1]},
+    "nemotron": {"num_key_value_heads": 2},
+    "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
+    "paddleocr_vl_text": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 4, 4]}
+    },
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 32,
+        "indexer_budget": 16,
+        "indexer_compress_ratio": 4,
+    },
+    "reformer": {
+        "is_decoder": True,
+        "attn_layers": ["local", "lsh"],
+        "axial_pos_embds_dim": [32, 32],
+        "axial_pos_shape": [16, 16],
+        "hash_seed": 0,
+    },
+    "step3p5": {
+        "sliding_window": 16,
+        "layer_types": ["full_attention", "sliding_attention"],
+        "mlp_layer_types": ["dense", "sparse"],
+        "num_sliding_attention_heads": 4,
+    },
+    "unlimited_ocr_sam_vision_model": {"downsample_channels": [64, 64]},
+    "zamba": {
+        "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+        "num_hidden_layers": 4,
+    },
+}
 """By model type, a sub-configuration's included: fields as they are to be. ``_start`` is what the class is made with."""
