@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny_settings import INDEX_LISTS, LAYER_COUNTS, OVERRIDES, SIZES, SMALL_PARAMETERS, TOKENS, VECTORS, VOCABULARIES
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -30,6 +29,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
+
+from tiny_settings import INDEX_LISTS, LAYER_COUNTS, OVERRIDES, SIZES, SMALL_PARAMETERS, TOKENS, VECTORS, VOCABULARIES
 
 TEXT = "the model reads a long text and writes short codes for each weight of every block in turn"
 VOCABULARY = 320

@@ -7,6 +7,27 @@ from typing import Any
 
 Size = int | float | Callable[[Any, Mapping[str, Any]], Any]
 
+NAMED = (
+    *("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2", "olmo3", "smollm3", "granite"),
+    *("gpt_neox", "opt", "qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3", "gemma4_text", "glm4_moe", "lfm2"),
+    *(
+        "granitemoehybrid",
+        "nemotron_h",
+        "llama4_text",
+        "gpt2",
+        "bloom",
+        "falcon",
+        "mamba",
+        "mamba2",
+        "jamba",
+        "minimax",
+    ),
+    *("cohere2", "starcoder2", "stablelm", "exaone4", "ernie4_5", "hunyuan_v1_dense", "apertus", "seed_oss"),
+)
+"""Model types of the causal mapping that tests rest on."""
+NAMED_WRAPPERS = ("qwen3_5", "qwen3_5_moe", "gemma3", "gemma4", "llama4")
+"""And of the image-text mapping: language models inside a wrapper."""
+
 LAYER_COUNTS = (
     "num_hidden_layers",
     "num_layers",
@@ -95,7 +116,12 @@ SIZES: tuple[tuple[str, Size], ...] = (
 OVERRIDES: dict[str, dict[str, Any]] = {
     "blt": {"encoder_hash_byte_group_size": [3, 4]},
     "cohere_compass_text": {
-        "_start": {"rope_parameters": {"full_attention": None, "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
+        "_start": {
+            "rope_parameters": {
+                "full_attention": None,
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            }
+        },
         "layer_types": ["sliding_attention", "full_attention"],
         "rope_parameters": {
             "full_attention": None,
@@ -120,7 +146,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "use_dsa": True,
     },
     "emu3": {"vocabulary_map": {"<image>": 320}, "vq_config": {"channel_multiplier": [1, 1]}},
-    "ernie4_5_vl_moe_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [3, 3, 2]}},
+    "ernie4_5_vl_moe_text": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [3, 3, 2]}
+    },
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_d_head": 32},
     "gemma3n_text": {
         "num_hidden_layers": 4,
@@ -170,4 +198,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 4,
     },
 }
-"""By model type, a sub-configuration's included: fields as they are to be. ``_start`` is what the class is made with."""
+"""By model type, a sub-configuration's included: fields as they are to be.
+
+``_start`` is what the class is made with before its sizes are read; ``...`` leaves a field to the class.
+"""
