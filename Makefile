@@ -10,8 +10,10 @@ STAMP := $(VENV)/.installed
 demo: $(STAMP)
 	$(BIN)/swquant demo
 
+# A worker for each core, with one thread: the tests are many and small.
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE \
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal -m "not slow and not gpu"
 
 # With Triton, whose kernels run in its interpreter there.
 slow: $(STAMP)

@@ -190,7 +190,7 @@ def test_settings_that_only_running_finds_wrong(
     settings: dict[str, Any],
     part: str,
 ) -> None:
-    source = make_model("opt", 1)
+    source = make_model("opt", 1, fresh=True)
     write_config(source, **settings)
     stages = "runs" in part
     assert part in refused(capsys, tmp_path, "quantize", source, "--out", tmp_path / "out", *flags, stages=stages)

@@ -195,7 +195,7 @@ def test_text_that_is_too_short_says_how_much_is_needed(
 def test_nan_names_its_tensor(
     capsys: pytest.CaptureFixture[str], make_model: MakeModel, text: Path, tmp_path: Path
 ) -> None:
-    model = make_model("llama", 1)
+    model = make_model("llama", 1, fresh=True)
     weights = load_file(model / "model.safetensors")
     weights["model.layers.0.mlp.up_proj.weight"][3, 5] = torch.nan
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})

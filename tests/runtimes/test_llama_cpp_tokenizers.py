@@ -113,7 +113,7 @@ def trained(make_model: MakeModel) -> Callable[[str], tuple[Path, Any]]:
     """A function from a kind's name to a model directory with such a tokenizer, and the tokenizer."""
 
     def make(kind: str) -> tuple[Path, Any]:
-        folder = make_model("llama", 1, torch.float32, vocab_size=VOCABULARY)
+        folder = make_model("llama", 1, torch.float32, fresh=True, vocab_size=VOCABULARY)
         for path in folder.glob("tokenizer*"):
             path.unlink()
         return folder, save(KNOWN[kind](), folder)
