@@ -15,8 +15,8 @@ from swquant.checkpoint.writer import destination, publish, require_disk, requir
 from swquant.errors import SwquantError
 from swquant.formats import read_quantized
 from swquant.formats.base import Format
-from swquant.output import RECIPE, REPORT, described, load_report, output_of, place_of
 from swquant.model.skeleton import build_skeleton
+from swquant.output import RECIPE, REPORT, described, load_report, output_of, place_of
 from swquant.plan import choose_formats, unquantized
 from swquant.recipe import Recipe
 from swquant.report import Output
@@ -81,7 +81,9 @@ def with_ignored(model: QuantizedModel) -> QuantizedModel:
     """The model with the names of those of its linear modules that are not quantized, which a format may not keep."""
     outline = model.outline
     skeleton = build_skeleton(outline.config, shapes_of(model), outline.directory)
-    quantized = {name for name, piece in skeleton.names.pieces.items() if piece.key.removesuffix(".weight") in outline.linears}
+    quantized = {
+        name for name, piece in skeleton.names.pieces.items() if piece.key.removesuffix(".weight") in outline.linears
+    }
     ignored = unquantized(skeleton, {name.removesuffix(".weight") for name in quantized})
     return replace(model, outline=replace(outline, ignored=ignored))
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from swquant.advice import advise
 from swquant.card import CARD, licence_of, model_card
-from swquant.checkpoint.quantized import Part, QuantizedModel
 from swquant.checkpoint.converted import Blend, Stack, to_disk
 from swquant.checkpoint.names import Names
+from swquant.checkpoint.quantized import Part, QuantizedModel
 from swquant.checkpoint.source import stored
 from swquant.engine.head import predictions
 from swquant.engine.journal import Journal

@@ -24,9 +24,9 @@ from swquant.engine.block import Job, split_held
 from swquant.engine.pace import tail_of
 from swquant.engine.precision import PRECISIONS
 from swquant.errors import SwquantError
+from swquant.families import family_for
 from swquant.formats.base import Format, check_dtype
 from swquant.losses import WeightedSum, parse_loss
-from swquant.families import family_for
 from swquant.methods import Pipeline, Setting, build_pipeline, parse_methods
 from swquant.model.calls import probe
 from swquant.model.layout import Layout, lay_out
@@ -118,7 +118,8 @@ class Plan:
             return 0.0
         assert samples is not None
         train, held = map(len, split_held(samples))
-        block = sum(parameter.numel() for parameter in self.skeleton.blocks[0].module.parameters())
+        whole = sum(parameter.numel() for block in self.skeleton.blocks for parameter in block.module.parameters())
+        block = whole / len(self.skeleton.blocks)
         head = math.prod(self.checkpoint.tensors[self.skeleton.head_weight].shape) / block
         return tail_of(finish.epochs, train, held, len(self.skeleton.blocks), head)
 
@@ -195,9 +196,7 @@ def make_plan(
     )
 
 
-def choose_formats(
-    names: tuple[str, ...], target: Target | None, specs: tuple[QuantSpec, ...]
-) -> tuple[str, ...]:
+def choose_formats(names: tuple[str, ...], target: Target | None, specs: tuple[QuantSpec, ...]) -> tuple[str, ...]:
     """Names of the output's formats: those that were asked for, or the one that suits the runtime.
 
     Raises:

@@ -208,7 +208,7 @@ def _train(plan: Plan, job: Job, work: Path, key: Mapping[str, Any], watching: O
     watching.begin(len(plan.skeleton.blocks), journal.done, plan.tail())
     front = Front.load(plan.skeleton, plan.checkpoint, plan.device)
     calls = Calls.prepare(front, plan.checkpoint, journal.tokens()["tokens"])
-    for index in range(journal.done, len(plan.skeleton.blocks)):
+    for _ in range(journal.done, len(plan.skeleton.blocks)):
         left = quantize_block(job, journal, calls, watching)
         job = replace(job, micro_batch=left)
         journal = journal if ranks.rank == 0 else open_journal(work, key)

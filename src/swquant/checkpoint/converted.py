@@ -30,7 +30,9 @@ class ConvertedCheckpoint:
     inner: Source
     names: Names = field(repr=False)
     config: Mapping[str, Any]
-    _last: dict[int, dict[str, Tensor]] = field(default_factory=dict[int, "dict[str, Tensor]"], repr=False, compare=False)
+    _last: dict[int, dict[str, Tensor]] = field(
+        default_factory=dict[int, "dict[str, Tensor]"], repr=False, compare=False
+    )
 
     @property
     def directory(self) -> Path:
@@ -172,7 +174,9 @@ class Blend:
             if slices:
                 turned = [self.mixed.stacked[name][1].transposed for name in slices]
                 parts = [whole.pop(name) for name in slices]
-                whole[target] = torch.stack([part.T if turn else part for part, turn in zip(parts, turned, strict=True)])
+                whole[target] = torch.stack(
+                    [part.T if turn else part for part, turn in zip(parts, turned, strict=True)]
+                )
         return self.mixed.revert(whole)
 
 

@@ -15,8 +15,8 @@ from swquant.checkpoint.reader import (
     quantization_of,
     read_config,
 )
-from swquant.checkpoint.source import Source
 from swquant.checkpoint.shards import read_errors
+from swquant.checkpoint.source import Source
 from swquant.checkpoint.sources import fp8, gptq, mxfp4, packed
 from swquant.checkpoint.sources.base import Found
 from swquant.checkpoint.widened import Widened, widen

@@ -27,9 +27,6 @@ from swquant.families.base import NormLinears, ValueOutput
 from swquant.quant.hadamard import random_rotation
 from swquant.seeds import generator
 
-Plain = Checkpoint | Widened
-"""What has the names and the values of the plain model, as it was trained or as its quantization left it."""
-
 CHUNK_ROWS = 4096
 """Rows of the embedding and the head that are in memory in float64 at once."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -22,12 +22,14 @@ from swquant.engine.observer import Observer
 from swquant.engine.precision import at_precision
 from swquant.engine.streams import create_stream, open_stream
 from swquant.errors import SwquantError
+from swquant.learnables.base import Theta
 from swquant.losses import Loss
 from swquant.model.calls import Calls
 from swquant.model.layout import Layout
 from swquant.model.skeleton import Skeleton
 from swquant.phases.base import Phase, PhaseReport, Problem
 from swquant.phases.portion import Portion, named
+from swquant.phases.rounds import snapshot
 from swquant.quant.draft import Committed, Draft, commit, open_draft
 from swquant.report import BlockReport, Measured
 from swquant.seeds import generator
@@ -97,7 +99,15 @@ def quantize_block(job: Job, journal: Journal, calls: Calls, observer: Observer)
             bound.advance(params, streams.quantized[: job.samples], streams.augmented[: job.samples])
     ranks.barrier()
 
-    problem = _problem(job, index, bound, params, streams, observer, journal.kept_path(ranks.rank))
+    problem = pose(
+        job,
+        bound,
+        params,
+        streams,
+        observer.step,
+        split_held(job.samples),
+        partial(kept_copy, journal.kept_path(ranks.rank)),
+    )
     grids = job.layout.grids(index)
     with named(f"in rounding block {index} to the nearest"):
         draft = open_draft(params, grids, grids, stored_dtypes(job, index))
@@ -144,13 +154,13 @@ def stored_dtypes(job: Job, index: int) -> dict[str, torch.dtype]:
 
 
 @dataclass(frozen=True)
-class _Streams:
-    """In front of a block and behind it, ``[samples, tokens, dim]`` each.
+class Cached:
+    """Hidden states before a block and after it, ``[samples, tokens, dim]`` each.
 
     Attributes:
         reference: Of the full-precision model.
         quantized: Of the quantized model so far.
-        next_reference: Of the full-precision model, behind the block; the rest is likewise.
+        next_reference: Of the full-precision model, after the block; the rest is likewise.
         next_quantized: To be written at the end.
         augmented: What the full-precision block makes of ``quantized``, where a phase asks for it.
     """
@@ -162,47 +172,61 @@ class _Streams:
     augmented: Tensor | None
 
 
-def _open_streams(job: Job, journal: Journal) -> _Streams:
+def _open_streams(job: Job, journal: Journal) -> Cached:
     before = journal.open_streams()
     paths = [journal.stream_path(name, journal.done + 1) for name in STREAMS]
     if any(phase.augmented for phase in job.phases):
         paths.append(journal.root / AUGMENTED)
     samples, tokens, dim = before[0].shape
     next_reference, next_quantized, *others = create_together(job.ranks, paths, (samples, tokens, dim))
-    return _Streams(*before, next_reference, next_quantized, others[0] if others else None)
+    return Cached(*before, next_reference, next_quantized, others[0] if others else None)
 
 
-def _problem(
+def pose(
     job: Job,
-    index: int,
     bound: BoundBlock,
     params: Mapping[str, Tensor],
-    streams: _Streams,
-    observer: Observer,
-    kept_path: Path,
+    cached: Cached,
+    step: Callable[[int, int], None],
+    samples: tuple[Sequence[int], Sequence[int]],
+    keep: Callable[[list[Theta]], list[Theta]] = snapshot,
+    *,
+    proven: bool = True,
 ) -> Problem:
-    inputs = streams.quantized[: job.samples]
-    train, held = split_held(job.samples)
+    """What a block poses to the method's phases.
+
+    Args:
+        job: The run.
+        bound: The block.
+        params: Its parameters.
+        cached: Hidden states before and after it.
+        step: Called with (steps done, steps in all) of a phase.
+        samples: Those to train on, and those to compare states on.
+        keep: Copies a state that training may come back to.
+        proven: Equivalences are proven by running the block; the estimate, which has no values, takes the guesses.
+    """
+    inputs = cached.quantized[: job.samples]
+    train, held = samples
     return Problem(
         forward=at_precision(bound.forward, job.precision),
-        facts=bound.facts(params, inputs),
-        inputs=streams.quantized,
-        target=streams.next_reference,
-        augmented=streams.augmented,
+        facts=bound.facts(params, inputs, proven=proven),
+        inputs=cached.quantized,
+        target=cached.next_reference,
+        augmented=cached.augmented,
         loss=job.loss,
         watch=partial(bound.watch, inputs),
         train=train,
         held=held,
-        rng=partial(generator, job.seed, "block", index),
+        rng=partial(generator, job.seed, "block", bound.index),
         device=job.device,
-        step=observer.step,
+        step=step,
         ranks=job.ranks,
         portion=Portion(job.micro_batch),
-        keep=partial(kept_copy, kept_path),
+        keep=keep,
     )
 
 
-def _measured(job: Job, bound: BoundBlock, streams: _Streams, rounded: Committed, committed: Committed) -> Measured:
+def _measured(job: Job, bound: BoundBlock, streams: Cached, rounded: Committed, committed: Committed) -> Measured:
     """What the block lost, on this rank alone."""
     samples, tokens, _ = streams.quantized.shape
     shown = measured_samples(split_held(job.samples)[1], range(job.samples, samples), tokens)

@@ -60,9 +60,7 @@ COSINE = Optimizer(schedule="cosine")
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
-def train_scales(
-    job: Job, work: ScaleTraining, journal: Journal, calls: Calls, observer: Observer
-) -> None:
+def train_scales(job: Job, work: ScaleTraining, journal: Journal, calls: Calls, observer: Observer) -> None:
     """Train all finished blocks together, run the evaluation samples through the result, and commit both.
 
     Args:
@@ -84,7 +82,9 @@ def train_scales(
     job.ranks.lead(begin)
     stage = _Stage(job, work, TrainedModel(job, journal, calls, work), journal, stream, observer, calls.front)
     report = stage.run()
-    require_finite(stage.model.advance(stream[job.samples :], job.samples), job.ranks, "the model trained end to end puts out")
+    require_finite(
+        stage.model.advance(stream[job.samples :], job.samples), job.ranks, "the model trained end to end puts out"
+    )
     job.ranks.barrier()
     require_same(
         job.ranks, (value for theta in stage.thetas for value in theta.values()), "what was trained end to end"

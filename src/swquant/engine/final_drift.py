@@ -15,9 +15,7 @@ from swquant.report import FinalBlock
 
 
 @torch.no_grad()
-def final_blocks(
-    job: Job, journal: Journal, model: TrainedModel, calls: Calls
-) -> list[FinalBlock]:
+def final_blocks(job: Job, journal: Journal, model: TrainedModel, calls: Calls) -> list[FinalBlock]:
     """Run the original and the trained model block by block, on the samples on which each block was measured.
 
     Args:
@@ -31,7 +29,8 @@ def final_blocks(
     shown = measured_samples(split_held(job.samples)[1], range(job.samples, samples), length)
     known = torch.tensor(shown)
     reference, quantized = (
-        torch.stack(list(capture(calls.front, job.checkpoint, tokens[shown], stored=stored))) for stored in (False, True)
+        torch.stack(list(capture(calls.front, job.checkpoint, tokens[shown], stored=stored)))
+        for stored in (False, True)
     )
     found: list[FinalBlock] = []
     for index in range(len(job.skeleton.blocks)):

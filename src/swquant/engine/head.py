@@ -40,14 +40,18 @@ def measure(front: Front, checkpoint: Source, streams: tuple[Tensor, Tensor], to
         for rows in heads.chunks(len(labels)):
             original, quantized = heads.log_probabilities(states[0][rows], states[1][rows])
             wanted = labels[rows].to(front.device)
-            sums += torch.stack(
-                [
-                    functional.nll_loss(original, wanted, reduction="sum"),
-                    functional.nll_loss(quantized, wanted, reduction="sum"),
-                    _divergence(original, quantized),
-                    (original.argmax(-1) == quantized.argmax(-1)).sum(),
-                ]
-            ).double().cpu()
+            sums += (
+                torch.stack(
+                    [
+                        functional.nll_loss(original, wanted, reduction="sum"),
+                        functional.nll_loss(quantized, wanted, reduction="sum"),
+                        _divergence(original, quantized),
+                        (original.argmax(-1) == quantized.argmax(-1)).sum(),
+                    ]
+                )
+                .double()
+                .cpu()
+            )
             count += len(wanted)
     before, after, kl, agreed = (sums / count).tolist()
     return Quality(

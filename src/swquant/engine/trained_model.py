@@ -112,9 +112,7 @@ class TrainedModel:
         }
         return block.floats() | moving
 
-    def run(
-        self, index: int, hidden: Tensor, samples: Tensor, precision: torch.dtype = torch.float32
-    ) -> Tensor:
+    def run(self, index: int, hidden: Tensor, samples: Tensor, precision: torch.dtype = torch.float32) -> Tensor:
         """Block number ``index`` on ``hidden [samples, tokens, dim]`` of these samples."""
         return at_precision(self._bound(index).forward, precision)(self.floats(index), hidden, samples)
 

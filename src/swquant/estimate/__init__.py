@@ -98,8 +98,8 @@ def estimate(
     on_host = plan.device.type == "cpu"
     host = interpreter + disk.streams + (memory.peak if on_host else VALUES * learned_bytes(plan))
     free = free_disk(Path(out))
-    sizes = list(plan.outline.linears.values())
-    quantized = sum(rows * columns for rows, columns in sizes)
+    grids = [(site.shape, site.spec) for site in plan.layout.sites if site.spec is not None]
+    quantized = sum(rows * columns for (rows, columns), _ in grids)
     problems = [
         *process_problems(interpreter, kept),
         *memory_problems(plan, memory, limit, portion),
@@ -113,7 +113,7 @@ def estimate(
         blocks=len(plan.skeleton.blocks),
         parameters=parameters_of(plan),
         quantized=quantized,
-        bits_per_weight=sum(rows * row_bits(plan.spec, columns) for rows, columns in sizes) / quantized,
+        bits_per_weight=sum(rows * row_bits(spec, columns) for (rows, columns), spec in grids) / quantized,
         portion=portion,
         device=memory.peak,
         host=host,

@@ -119,7 +119,7 @@ def shape_of(plan: Plan) -> tuple[int, int, int]:
     recipe = plan.recipe
     assert recipe.samples is not None
     assert recipe.seq_len is not None
-    return recipe.samples + recipe.evaluation_samples, recipe.seq_len, plan.skeleton.hidden_size
+    return recipe.samples + recipe.evaluation_samples, recipe.seq_len, plan.hidden_size
 
 
 def drawing_bytes(plan: Plan) -> int:
@@ -129,7 +129,7 @@ def drawing_bytes(plan: Plan) -> int:
 
 def parameters_of(plan: Plan) -> int:
     """Of the model, in all."""
-    return sum(math.prod(stored.shape) for stored in plan.checkpoint.tensors.values())
+    return sum(math.prod(stored.shape) for stored in plan.disk.tensors.values())
 
 
 def drawing_problems(plan: Plan, interpreter: int, budget: Budget) -> list[str]:

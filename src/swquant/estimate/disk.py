@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 from swquant.engine.streams import stream_bytes
 from swquant.formats.base import Format, packed_bytes
+from swquant.model.layout import Site
 from swquant.phases.train import Train
 from swquant.plan import Plan
 from swquant.quant.kgrids import SUPER
@@ -62,8 +65,10 @@ def disk_of(plan: Plan, shape: tuple[int, int, int], ranks: int = 1) -> Disk:
 
 def journal_bytes(plan: Plan) -> int:
     """All finished blocks: packed codes, scales and zero points, and plain parameters as they were."""
-    total = sum(block_weight_bytes(plan.spec, *shape) for shape in plan.outline.linears.values())
-    return total + sum(stored.nbytes for name, stored in plan.checkpoint.tensors.items() if _plain_inside(plan, name))
+    total = sum(block_weight_bytes(site.spec, *site.shape) for site in plan.layout.sites if site.spec is not None)
+    weights = {site.weight for site in plan.layout.sites}
+    names = (f"{block.prefix}.{name}" for block in plan.skeleton.blocks for name in block.names())
+    return total + sum(plan.checkpoint.tensors[name].nbytes for name in names if name not in weights)
 
 
 def block_weight_bytes(spec: QuantSpec, rows: int, columns: int) -> int:
@@ -84,25 +89,36 @@ def kept_bytes(plan: Plan) -> int:
     keeps = (phase for phase in plan.pipeline.phases if isinstance(phase, Train) and phase.keep_best)
     if not any({"weights", "rounding"} & part.writes for phase in keeps for part in phase.learnables):
         return 0
-    shapes = plan.outline.linears.values()
-    values = sum(rows * (columns + GROUP_VALUES * plan.spec.groups(columns)) for rows, columns in shapes)
-    return 4 * values // len(plan.skeleton.blocks)
+    blocks = (
+        sum(rows * (columns + GROUP_VALUES * spec.groups(columns)) for (rows, columns), spec in _grids(block))
+        for block in plan.layout.blocks
+    )
+    return 4 * max(blocks)
 
 
 def learned_bytes(plan: Plan) -> int:
     """All that the end-to-end training learns, in float32; 0 without one."""
     if plan.pipeline.finish is None:
         return 0
-    weights, shapes = plan.pipeline.finish.weights, plan.outline.linears.values()
-    return 4 * sum(rows * (_scales(plan.spec, columns) + columns * weights) for rows, columns in shapes)
+    weights = plan.pipeline.finish.weights
+    pairs = (pair for block in plan.layout.blocks for pair in _grids(block))
+    return 4 * sum(rows * (_scales(spec, columns) + columns * weights) for (rows, columns), spec in pairs)
 
 
 def output_bytes(form: Format, plan: Plan) -> int:
     """The tensors that a format writes."""
     outline = plan.outline
-    quantized = {f"{module}.weight" for module in outline.linears}
-    plain = [stored for name, stored in plan.checkpoint.tensors.items() if name not in quantized]
-    weights = (form.weight_bytes(outline, rows, columns) for rows, columns in outline.linears.values())
+    names = plan.skeleton.names
+    quantized = names.keys_of(site.weight for site in plan.layout.sites)
+    plain = [
+        stored for name, stored in plan.disk.tensors.items() if name not in quantized and name not in names.dropped
+    ]
+    if plan.pipeline.rotate and plan.disk.config.get("tie_word_embeddings"):
+        plain.append(plan.checkpoint.tensors[plan.skeleton.head_weight])  # which a rotation unties
+    counts = Counter((outline.grids[module], shape) for module, shape in outline.linears.items())
+    weights = (
+        count * form.weight_bytes(replace(outline, grids={"": spec}), *shape) for (spec, shape), count in counts.items()
+    )
     return sum(weights) + form.plain_bytes(outline, plain)
 
 
@@ -111,6 +127,6 @@ def _scales(spec: QuantSpec, columns: int) -> int:
     return spec.groups(columns) if kind is None else (columns // SUPER) * (1 if kind.symmetric else 2)
 
 
-def _plain_inside(plan: Plan, name: str) -> bool:
-    module = name.removesuffix(".weight")
-    return name.startswith(f"{plan.skeleton.family.blocks}.") and module not in plan.outline.linears
+def _grids(sites: tuple[Site, ...]) -> Iterator[tuple[tuple[int, int], QuantSpec]]:
+    """Shape and grid of each of them that is quantized."""
+    yield from ((site.shape, site.spec) for site in sites if site.spec is not None)

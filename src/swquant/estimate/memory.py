@@ -9,21 +9,22 @@ from dataclasses import dataclass, replace
 import torch
 
 from swquant.checkpoint.rotation import RotatedCheckpoint
-from swquant.engine.block import split_held
-from swquant.engine.head import VOCABULARY_ROWS
+from swquant.engine.block import Cached, split_held, stored_dtypes
+from swquant.engine.head import LOGITS
 from swquant.engine.kept import is_large, is_mapped
+from swquant.engine.streams import BYTES, FORWARD_BYTES
 from swquant.estimate.disk import learned_bytes
 from swquant.estimate.live import Live, without_values
-from swquant.estimate.rig import Rig, arguments
+from swquant.estimate.rig import Rig, bind
 from swquant.phases.awq_clip import AwqClip
 from swquant.phases.awq_scale import AwqScale
 from swquant.phases.base import Phase
 from swquant.phases.gptq import Gptq
-from swquant.phases.scale_training import LEARNED_BYTES
+from swquant.phases.scale_training import LEARNED_BYTES, ScaleTraining
 from swquant.phases.train import Train
 from swquant.plan import Plan
 from swquant.quant.bits import packed_words
-from swquant.quant.deferred import in_float
+from swquant.quant.deferred import SLICE, in_float
 from swquant.quant.draft import Draft, commit
 
 HESSIANS = 3
@@ -32,6 +33,9 @@ HESSIANS = 3
 
 CANDIDATES = 2
 """Of a search."""
+
+HEAD_COPIES = 5
+"""Of a chunk's logits: both models' log-probabilities, what the divergence is summed from, and its gradient."""
 
 
 @dataclass(frozen=True)
@@ -59,23 +63,36 @@ class Memory:
 
 
 def memory_of(plan: Plan, shape: tuple[int, int, int], micro_batch: int | None = None) -> Memory:
-    """Run the first block's forward pass, a step of each phase, and the commit, on tensors without values.
+    """Run a block of each kind, its forward pass, a step of each phase, and the commit, on tensors without values.
 
     Args:
         plan: The run; no weight of it is read.
-        shape: Of its streams, ``(samples, tokens, dim)``.
+        shape: Of the hidden states, ``(samples, tokens, dim)``.
         micro_batch: Samples of a batch that go through the block at once.
     """
-    kwargs = arguments(plan.skeleton, shape[1])
-    dtypes = plan.skeleton.block(0).stored_dtypes(plan.checkpoint)
-    with without_values() as live:
-        streams = (torch.empty(shape), torch.empty(shape), torch.empty(shape))
-        before = live.now
-        own = plan.skeleton.block(0).module.named_parameters()
-        params = {name: torch.empty(value.shape, dtype=dtypes[name]) for name, value in own}
-        rig = Rig(plan, kwargs, params, streams, torch.device("cpu"))
-        blocks = _block(rig, live, before, micro_batch)
-        return Memory(blocks, _finish(rig, shape, live, micro_batch))
+    found: dict[str, int] = {}
+    finish = 0
+    for index in plan.layout.kinds():
+        bound = bind(plan, index, shape[1], torch.device("cpu"), _sizes(plan, shape, micro_batch))
+        dtypes = stored_dtypes(plan.job(), index)
+        with without_values() as live:
+            cached = Cached(*(torch.empty(shape) for _ in range(3)), torch.empty(0), torch.empty(shape))
+            before = live.now
+            state = bound.block.module.state_dict()
+            params = {name: torch.empty(value.shape, dtype=dtypes[name]) for name, value in state.items()}
+            rig = Rig(plan, bound, params, cached)
+            for name, size in _block(rig, live, before, micro_batch).items():
+                found[name] = max(found.get(name, 0), size)
+            finish = max(finish, _finish(rig, shape, live, micro_batch))
+    return Memory(found, finish)
+
+
+def _sizes(plan: Plan, shape: tuple[int, int, int], micro_batch: int | None) -> list[int]:
+    """Numbers of samples that go through a block at once."""
+    works = [*plan.pipeline.phases, plan.pipeline.finish]
+    most = max([work.batch_size for work in works if isinstance(work, Train | ScaleTraining)], default=1)
+    forward = max(1, FORWARD_BYTES // (shape[1] * shape[2] * BYTES))
+    return [*range(1, min(most, 64) + 1), min(forward, shape[0]), *([] if micro_batch is None else [micro_batch])]
 
 
 def _block(rig: Rig, live: Live, before: int, micro_batch: int | None) -> dict[str, int]:
@@ -156,11 +173,12 @@ def _finish(rig: Rig, shape: tuple[int, int, int], live: Live, micro_batch: int 
     committed = commit(rig.draft())
     samples = min(work.batch_size, micro_batch or work.batch_size)
     hidden = torch.empty(samples, *shape[1:], requires_grad=True)
-    out = rig.forward(committed.floats(), hidden)
+    out = rig.bound.forward(committed.floats(), hidden, torch.zeros(samples, dtype=torch.long))
     out.backward(torch.empty_like(out))
     head = plan.checkpoint.tensors[plan.skeleton.head_weight]
     states = len(plan.skeleton.blocks) * samples * math.prod(shape[1:]) * 4
     copy = learned_bytes(plan)
     learned = copy // 4 * LEARNED_BYTES + (0 if is_large(copy) else copy)
     heads = head.nbytes + (4 * math.prod(head.shape) if isinstance(plan.checkpoint, RotatedCheckpoint) else 0)
-    return live.peak - before + states + learned + heads + 4 * VOCABULARY_ROWS * head.shape[1]
+    logits = HEAD_COPIES * 4 * max(LOGITS, head.shape[0])
+    return live.peak - before + states + learned + heads + logits + 4 * min(SLICE, math.prod(head.shape))

@@ -1,76 +1,55 @@
-"""A phase's problem on a lone block of a model, its weights made up."""
+"""A block of a run with made-up weights and hidden states, on which the engine's own code is run."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 
-from swquant.engine.precision import at_precision
-from swquant.engine.skeleton import Skeleton
+from swquant.distributed.ranks import Alone
+from swquant.engine.block import Cached, Job, pose, stored_dtypes
+from swquant.engine.bound import BoundBlock
 from swquant.engine.streams import batches
-from swquant.learnables.base import BlockFacts, ChannelRange
+from swquant.model.calls import Calls, Front
 from swquant.phases.base import Phase, Problem
-from swquant.phases.portion import Portion
 from swquant.plan import Plan
-from swquant.quant.deferred import in_float
 from swquant.quant.draft import Draft, open_draft
-from swquant.seeds import generator
 
 
 @dataclass(frozen=True)
 class Rig:
-    """The first block with parameters and activations that stand for the model's.
+    """A block with parameters and hidden states that stand for the model's.
 
     Attributes:
         plan: The run.
-        kwargs: What the block is called with beside hidden states.
-        params: The block's parameters in their stored dtypes.
-        streams: Inputs, targets and augmented targets, ``[samples, tokens, dim]`` each.
-        device: Where to compute.
+        bound: The block.
+        params: Its parameters in their stored dtypes.
+        cached: Hidden states before and after it.
     """
 
     plan: Plan
-    kwargs: Mapping[str, Any]
+    bound: BoundBlock
     params: Mapping[str, Tensor]
-    streams: tuple[Tensor, Tensor, Tensor]
-    device: torch.device
+    cached: Cached
 
-    def forward(self, params: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
-        """The block's output."""
-        return self.plan.skeleton.block(0).forward(params, hidden, self.kwargs)
+    @property
+    def job(self) -> Job:
+        """The run's, on the device of the rig."""
+        return replace(self.plan.job(), device=self.bound.device)
 
     @torch.no_grad()
     def advance(self, params: Mapping[str, Tensor]) -> int:
         """Run a batch of the inputs through the block as a run does; returns how many samples it has."""
-        some = self.streams[0][next(batches(self.streams[0]))].to(self.device)
-        self.forward(params, some).cpu()
+        some = self.cached.quantized[next(batches(self.cached.quantized))]
+        self.bound.advance(params, some, torch.empty_like(some))
         return len(some)
 
     def draft(self) -> Draft:
         """The block, rounded to the nearest."""
-        weights = tuple(f"{linear}.weight" for linear in self.plan.skeleton.family.linears)
-        dtypes = {name: value.dtype for name, value in self.params.items()}
-        return open_draft(self.params, weights, self.plan.spec, dtypes)
-
-    @torch.no_grad()
-    def watch(self, params: Mapping[str, Tensor], linears: Sequence[str], visit: Callable[[str, Tensor], None]) -> None:
-        """Show ``visit`` the named linears' inputs for the first sample."""
-
-        def seen(linear: str, _: nn.Module, given: tuple[Tensor, ...]) -> None:
-            visit(linear, given[0].flatten(0, -2))
-
-        with ExitStack() as hooks:
-            for linear in linears:
-                module = self.plan.skeleton.block(0).module.get_submodule(linear)
-                hooks.callback(module.register_forward_pre_hook(partial(seen, linear)).remove)
-            self.forward(in_float(params), self.streams[0][:1].to(self.device))
+        grids = self.plan.layout.grids(self.bound.index)
+        return open_draft(self.params, grids, grids, stored_dtypes(self.job, self.bound.index))
 
     def problem(
         self,
@@ -78,50 +57,37 @@ class Rig:
         train: Sequence[int],
         held: Sequence[int],
         step: Callable[[int, int], None] = lambda done, total: None,
-        watch: Callable[..., None] | None = None,
         micro_batch: int | None = None,
     ) -> Problem:
-        """What the block poses to a phase.
+        """What the block poses to a phase; inputs of linears are those of the first sample alone.
 
         Args:
             phase: The phase.
-            train: Samples of the streams to train on.
+            train: Samples to train on.
             held: Samples to compare on.
             step: Hears of the steps.
-            watch: In the place of :meth:`watch`.
             micro_batch: Samples that go through the block at once.
         """
-        job, skeleton = self.plan.job(), self.plan.skeleton
-        return Problem(
-            forward=at_precision(self.forward, job.precision),
-            facts=BlockFacts(skeleton.family, skeleton.heads, skeleton.key_value_heads, self._ranges),
-            inputs=self.streams[0],
-            target=self.streams[1],
-            augmented=self.streams[2] if phase.augmented else None,
-            loss=job.loss,
-            watch=watch or self.watch,
-            train=train,
-            held=held,
-            rng=partial(generator, job.seed, "estimate"),
-            device=self.device,
-            step=step,
-            portion=Portion(micro_batch),
-        )
-
-    def _ranges(self, linears: Sequence[str]) -> dict[str, ChannelRange]:
-        ones = {linear: torch.ones(self.params[f"{linear}.weight"].shape[1], device=self.device) for linear in linears}
-        return {linear: ChannelRange(-one, one) for linear, one in ones.items()}
+        cached = self.cached if phase.augmented else replace(self.cached, augmented=None)
+        job = replace(self.job, micro_batch=micro_batch)
+        posed = pose(job, self.bound, self.params, cached, step, (train, held), proven=False)
+        return replace(posed, watch=lambda *given: self.bound.watch(cached.quantized[:1], *given))
 
 
-def arguments(skeleton: Skeleton, tokens: int) -> dict[str, Any]:
-    """The first block's keyword arguments for samples of so many tokens; no weight is read."""
-    model, family = skeleton.model, skeleton.family
-    width = int(model.get_submodule(family.embedding).weight.shape[1])
-    model.set_submodule(family.embedding, nn.Embedding.from_pretrained(torch.zeros(1, width)))
-    body = model.get_submodule("model")
-    params = {name: torch.zeros(value.shape) for name, value in body.named_parameters() if value.is_meta}
-    ids = torch.zeros(1, tokens, dtype=torch.long)
-    with torch.no_grad():
-        functional_call(body, params, kwargs={"input_ids": ids, "use_cache": False}, strict=False)
-    recorder: Any = model.get_submodule(family.blocks)[0]
-    return dict(recorder.kwargs)
+def bind(plan: Plan, index: int, tokens: int, device: torch.device, sizes: Sequence[int] = ()) -> BoundBlock:
+    """A block with what it is called with; no weight is read.
+
+    Args:
+        plan: The run.
+        index: Which block.
+        tokens: Of a sample.
+        device: Where to compute.
+        sizes: Numbers of samples whose calls are made at once, where none can be made later.
+    """
+    front = replace(Front.empty(plan.skeleton), device=device)
+    front = replace(front, params={name: value.to(device) for name, value in front.params.items()})
+    most = max([1, *sizes])
+    calls = Calls(front, torch.zeros(most, tokens, dtype=torch.long), torch.zeros(1, dtype=torch.long, device=device))
+    for size in sorted({1, *sizes}):
+        calls.of(index, torch.zeros(size, dtype=torch.long))
+    return BoundBlock(index, plan.skeleton.block(index), calls, plan.layout, device, Alone())

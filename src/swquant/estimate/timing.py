@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from swquant.calibration import DRAWN_AT_ONCE
-from swquant.engine.block import split_held
-from swquant.engine.capture import to_device
-from swquant.estimate.rig import Rig, arguments
+from swquant.engine.block import Cached, split_held, stored_dtypes
+from swquant.estimate.rig import Rig, bind
 from swquant.phases.base import Phase
 from swquant.phases.train import Train
 from swquant.plan import Plan
@@ -60,49 +60,64 @@ class Time:
 
 
 def time_of(plan: Plan, shape: tuple[int, int, int]) -> Time:
-    """Measure a forward pass, a few steps of each phase, and the searches, on a block of random weights.
+    """Measure a forward pass, a few steps of each phase, and the searches, on a block of each kind with random weights.
 
     Args:
         plan: The run; no weight of it is read.
         shape: Of its streams, ``(samples, tokens, dim)``.
     """
-    rig = _open(plan, shape)
-    _, forward = _timed(lambda: rig.advance(in_float(rig.params)), STEPS)
-    forward /= rig.advance(in_float(rig.params))
     calibration = plan.recipe.samples or 1
     augmented = any(phase.augmented for phase in plan.pipeline.phases)
-    block = {"forward": (2 * shape[0] + calibration * augmented) * forward}
+    totals: dict[str, float] = {}
     steps: dict[str, float] = {}
-    draft, opened = _timed(rig.draft, 1)
-    for phase in plan.pipeline.phases:
-        name = type(phase).__name__
-        draft, spent, step = _phase(rig, phase, draft, forward)
-        block[name] = block.get(name, 0.0) + spent
-        if step is not None:
-            steps[name] = step
-    block["commit"] = opened + 2 * _timed(lambda: commit(draft), 1)[1]
-    drawing = _drawing(rig, shape) if plan.text is None else 0.0
-    return Time(steps, block, len(plan.skeleton.blocks), _finish(rig, shape, forward), drawing, _files(plan))
+    passes = drawing = 0.0
+    for index, count in plan.layout.kinds().items():
+        rig = _open(plan, shape, index)
+        _, forward = _timed(lambda rig=rig: rig.advance(in_float(rig.params)), STEPS)
+        forward /= rig.advance(in_float(rig.params))
+        passes += count * forward
+        block = {"forward": (2 * shape[0] + calibration * augmented) * forward}
+        draft, opened = _timed(rig.draft, 1)
+        for phase in plan.pipeline.phases:
+            name = type(phase).__name__
+            draft, spent, step = _phase(rig, phase, draft, forward)
+            block[name] = block.get(name, 0.0) + spent
+            if step is not None:
+                steps[name] = max(step, steps.get(name, 0.0))
+        block["commit"] = opened + 2 * _timed(lambda draft=draft: commit(draft), 1)[1]
+        for name, spent in block.items():
+            totals[name] = totals.get(name, 0.0) + count * spent
+        drawing += count * _drawing(rig, shape) if plan.text is None else 0.0
+    blocks = len(plan.skeleton.blocks)
+    mean = {name: spent / blocks for name, spent in totals.items()}
+    return Time(steps, mean, blocks, _finish(plan, shape, passes / blocks), drawing / blocks, _files(plan))
 
 
-def _open(plan: Plan, shape: tuple[int, int, int]) -> Rig:
+def _open(plan: Plan, shape: tuple[int, int, int], index: int) -> Rig:
     rng = torch.Generator().manual_seed(0)
     most = max([phase.batch_size for phase in plan.pipeline.phases if isinstance(phase, Train)], default=1)
     samples = min(shape[0], most + 1)
-    dtypes = plan.skeleton.block(0).stored_dtypes(plan.checkpoint)
+    bound = bind(plan, index, shape[1], plan.device)
+    dtypes = stored_dtypes(plan.job(), index)
     params = {
-        name: (torch.randn(value.shape, generator=rng) * DEVIATION + (value.dim() == 1)).to(dtypes[name])
-        for name, value in plan.skeleton.block(0).module.named_parameters()
+        name: _made_up(value.shape, dtypes[name], rng).to(plan.device)
+        for name, value in bound.block.module.state_dict().items()
     }
     hidden = torch.randn(samples, *shape[1:], generator=rng)
-    kwargs = to_device(arguments(plan.skeleton, shape[1]), plan.device)
-    streams = (hidden, hidden.flip(0), hidden.flip(1))
-    return Rig(plan, kwargs, to_device(params, plan.device), streams, plan.device)
+    cached = Cached(hidden, hidden, hidden.flip(0), torch.empty_like(hidden), hidden.flip(1))
+    return Rig(plan, bound, params, cached)
+
+
+def _made_up(shape: torch.Size, dtype: torch.dtype, rng: torch.Generator) -> Tensor:
+    """Values like a model's: matrices around 0, vectors, which are mostly norms, around 1; integers are 0."""
+    if not dtype.is_floating_point:
+        return torch.zeros(shape, dtype=dtype)
+    return (torch.randn(shape, generator=rng) * DEVIATION + (len(shape) == 1)).to(dtype)
 
 
 def _phase(rig: Rig, phase: Phase, draft: Draft, forward: float) -> tuple[Draft, float, float | None]:
     """The draft behind a phase, the seconds it takes in a run, and those of a step if it trains."""
-    samples, last = rig.plan.recipe.samples or 1, len(rig.streams[0]) - 1
+    samples, last = rig.plan.recipe.samples or 1, len(rig.cached.quantized) - 1
     ticks: list[float] = []
     if isinstance(phase, Train):
         if not phase.epochs:
@@ -117,18 +132,19 @@ def _phase(rig: Rig, phase: Phase, draft: Draft, forward: float) -> tuple[Draft,
         count = phase.epochs * (phase.steps or -(-train // batch))
         return after, count * step + (phase.epochs + 2) * held * forward, step
     watched: list[float] = []
+    problem = rig.problem(phase, [0], [last])
 
     def watch(*given: Any) -> None:
-        watched.append(_timed(lambda: rig.watch(*given), 1)[1])
+        watched.append(_timed(lambda: problem.watch(*given), 1)[1])
 
-    (after, _), spent = _timed(lambda: phase.run(draft, rig.problem(phase, [0], [last], watch=watch)), 1)
+    (after, _), spent = _timed(lambda: phase.run(draft, replace(problem, watch=watch)), 1)
     return after, spent + (samples - 1) * sum(watched), None
 
 
-def _finish(rig: Rig, shape: tuple[int, int, int], forward: float) -> float:
-    """The end-to-end training, and the evaluation samples' way through the trained model behind it."""
-    tail = rig.plan.tail()
-    measured = (shape[0] - (rig.plan.recipe.samples or 1)) * len(rig.plan.skeleton.blocks) if tail else 0
+def _finish(plan: Plan, shape: tuple[int, int, int], forward: float) -> float:
+    """The end-to-end training, and the evaluation samples' way through the trained model after it."""
+    tail = plan.tail()
+    measured = (shape[0] - (plan.recipe.samples or 1)) * len(plan.skeleton.blocks) if tail else 0
     return (tail + measured) * forward
 
 
@@ -136,7 +152,7 @@ def _finish(rig: Rig, shape: tuple[int, int, int], forward: float) -> float:
 def _drawing(rig: Rig, shape: tuple[int, int, int]) -> float:
     """Token by token through every linear of the model in float32, :data:`DRAWN_AT_ONCE` samples together."""
     wide = [value.float() for value in rig.params.values() if value.dim() == 2]
-    rows = [torch.ones(DRAWN_AT_ONCE, value.shape[1], device=rig.device) for value in wide]
+    rows = [torch.ones(DRAWN_AT_ONCE, value.shape[1], device=rig.bound.device) for value in wide]
 
     def once() -> None:
         for row, value in zip(rows, wide, strict=True):

@@ -157,7 +157,15 @@ class Front:
             out = functional_call(
                 self.skeleton.model, params, kwargs={"input_ids": ids, "use_cache": False}, strict=False
             )
-        except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, NotImplementedError, IndexError) as error:
+        except (
+            RuntimeError,
+            ValueError,
+            TypeError,
+            AttributeError,
+            KeyError,
+            NotImplementedError,
+            IndexError,
+        ) as error:
             if "out of memory" in str(error) or "not enough memory" in str(error):
                 raise
             name = type(self.skeleton.model).__name__

@@ -92,6 +92,16 @@ class Layout:
         called = {name for names in found for name in names}
         return (*found, *((name,) for name in sorted(known - called)))
 
+    def kinds(self) -> dict[int, int]:
+        """Blocks of different kinds, told by their matrices and how they run: the first of each kind, and how many."""
+        seen: dict[object, int] = {}
+        counts: dict[int, int] = {}
+        for index, (block, flow) in enumerate(zip(self.blocks, self.flows, strict=True)):
+            kind = (tuple((site.inner, site.shape, site.spec) for site in block), flow.inputs)
+            first = seen.setdefault(kind, index)
+            counts[first] = counts.get(first, 0) + 1
+        return counts
+
     def grids(self, index: int) -> dict[str, QuantSpec]:
         """Grid of each of a block's weights, by its name inside the block."""
         return {f"{site.inner}.weight": site.spec for site in self.blocks[index] if site.spec is not None}

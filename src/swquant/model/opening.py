@@ -71,5 +71,3 @@ def _equal(source: Source, one: str, other: str) -> bool:
         torch.equal(source.part(one, start, start + CHUNK), source.part(other, start, start + CHUNK))
         for start in range(0, rows, CHUNK)
     )
-
-

@@ -355,8 +355,6 @@ def _unfused_names(
     return out, mixtures, split
 
 
-def _slices(
-    path: str, whole: str, own: str, part: str, count: int, turned: bool
-) -> dict[str, tuple[str, Piece]]:
+def _slices(path: str, whole: str, own: str, part: str, count: int, turned: bool) -> dict[str, tuple[str, Piece]]:
     """Each expert's slice of a parameter that a rule makes."""
     return {f"{path}.{index}.{own}.{part}": (whole, Piece(whole, index, turned)) for index in range(count)}

@@ -43,7 +43,9 @@ def whole_model(
         parent, _, leaf = name.rpartition(".")
         filled = filled.to(known[name].dtype)
         is_parameter = isinstance(known[name], nn.Parameter)
-        setattr(model.get_submodule(parent), leaf, nn.Parameter(filled, requires_grad=False) if is_parameter else filled)
+        setattr(
+            model.get_submodule(parent), leaf, nn.Parameter(filled, requires_grad=False) if is_parameter else filled
+        )
     model.tie_weights()
     for name, value in (*model.named_parameters(), *model.named_buffers()):
         if value.is_meta:

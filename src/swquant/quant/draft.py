@@ -155,9 +155,7 @@ def realize(draft: Draft, constants: Mapping[str, Tensor] | None = None) -> dict
         constants: Results for names whose part of the draft has not changed; they are taken as they are.
     """
     known = constants or {}
-    out = {
-        name: _as_stored(draft.params[name], dtype) for name, dtype in draft.dtypes.items() if name not in known
-    }
+    out = {name: _as_stored(draft.params[name], dtype) for name, dtype in draft.dtypes.items() if name not in known}
     for name, slot in draft.slots.items():
         if name not in known:
             out[name] = _snapped_later(draft.params[name], slot)

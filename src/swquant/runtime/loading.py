@@ -81,7 +81,11 @@ def _empty_model(quantized: QuantizedModel, dtype: torch.dtype, kernel: str) -> 
     """The model with packed layers, on ``meta`` but for the buffers that it computes, and where its tensors lie."""
     outline = quantized.outline
     model, names = build_model(outline.config, shapes_of(quantized), outline.directory, dtype)
-    places = {piece.key.removesuffix(".weight"): name.removesuffix(".weight") for name, piece in names.pieces.items() if piece.whole}
+    places = {
+        piece.key.removesuffix(".weight"): name.removesuffix(".weight")
+        for name, piece in names.pieces.items()
+        if piece.whole
+    }
     for module, shape in outline.linears.items():
         name = places.get(module, module)
         model.set_submodule(name, _packed(model, name, shape, outline.grids[module], outline.directory, dtype, kernel))
