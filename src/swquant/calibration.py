@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from swquant.checkpoint.widened import Widened
-from swquant.engine.skeleton import whole_model
 from swquant.errors import SwquantError, reason_of
 from swquant.phases.portion import ran_out
 from swquant.seeds import generator
@@ -167,7 +165,12 @@ def eval_windows(tokens: Tensor, seq_len: int, limit: int | None) -> Tensor:
 
 @torch.no_grad()
 def draw_from_model(
-    source: Path | Widened, samples: int, seq_len: int, seed: int, device: torch.device, note: Callable[[str], None]
+    source: Path | Callable[[], Any],
+    samples: int,
+    seq_len: int,
+    seed: int,
+    device: torch.device,
+    note: Callable[[str], None],
 ) -> Tensor:
     """Samples that the model writes itself, at temperature 1 from its full distribution (LLM-QAT, arXiv 2305.17888).
 
@@ -175,7 +178,7 @@ def draw_from_model(
     the token that ends texts. This one step holds the whole model in memory.
 
     Args:
-        source: The model's directory, or a quantized one as it is widened.
+        source: The model's directory, or what makes the model in float32.
         samples: How many.
         seq_len: Tokens of each.
         seed: Of the draws.
@@ -186,8 +189,8 @@ def draw_from_model(
         ``int64 [samples, seq_len]``.
     """
     model: Any
-    if isinstance(source, Widened):
-        model = whole_model(source)
+    if not isinstance(source, Path):
+        model = source()
     else:
         model = AutoModelForCausalLM.from_pretrained(
             source, dtype=torch.float32, use_safetensors=True, local_files_only=True, trust_remote_code=False

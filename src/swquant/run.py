@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -25,7 +25,7 @@ from swquant.engine.head import measure
 from swquant.engine.journal import MANIFEST, STREAMS, Journal, lock_directory, open_journal
 from swquant.engine.memory import keep_little
 from swquant.engine.observer import Observer, Silent
-from swquant.engine.skeleton import try_block
+from swquant.engine.skeleton import try_block, whole_model
 from swquant.engine.streams import create_stream
 from swquant.estimate.budget import Budget, portion_within, shape_of
 from swquant.estimate.disk import disk_of
@@ -275,10 +275,10 @@ def _samples(plan: Plan, watching: Observer) -> tuple[Tensor, Tensor]:
     return sample_windows(tokens, samples, length, recipe.seed), measured
 
 
-def _drawn_from(plan: Plan) -> Path | Widened:
+def _drawn_from(plan: Plan) -> Path | Callable[[], Any]:
     """The model as it was before any rotation; transformers would want packages of its own for some quantized ones."""
     plain = plan.checkpoint.inner if isinstance(plan.checkpoint, RotatedCheckpoint) else plan.checkpoint
-    return plain if isinstance(plain, Widened) else plain.directory
+    return partial(whole_model, plain) if isinstance(plain, Widened) else plain.directory
 
 
 def _quality(plan: Plan, journal: Journal, watching: Observer) -> Quality | None:
