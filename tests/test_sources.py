@@ -224,7 +224,7 @@ class TestCommand:
         reference = ["--reference", str(packed.parent), "--subfolder", "inner", "--dequantize-source"]
         done = CliRunner().invoke(app, [*given, *reference], catch_exceptions=False)
         assert done.exit_code == 0, done.output
-        assert json.loads(done.stdout)["text"]["kl"] == pytest.approx(0, abs=1e-6)
+        assert json.loads(done.stdout)["kl"] == pytest.approx(0, abs=1e-6)
         with pytest.raises(SwquantError, match="are of the original: give --reference"):
             CliRunner().invoke(app, [*given, "--subfolder", "inner"], catch_exceptions=False)
 

@@ -13,11 +13,9 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from swquant.checkpoint.reader import read_config
-from swquant.checkpoint.widened import Widened
 from swquant.errors import SwquantError, reason_of
 from swquant.model.empty import model_class
 from swquant.model.empty import read_config as parse_config
-from swquant.model.whole import model_of
 from swquant.phases.portion import ran_out
 from swquant.seeds import generator
 
@@ -170,7 +168,12 @@ def eval_windows(tokens: Tensor, seq_len: int, limit: int | None) -> Tensor:
 
 @torch.no_grad()
 def draw_from_model(
-    source: Path | Widened, samples: int, seq_len: int, seed: int, device: torch.device, note: Callable[[str], None]
+    source: Path | Callable[[], Any],
+    samples: int,
+    seq_len: int,
+    seed: int,
+    device: torch.device,
+    note: Callable[[str], None],
 ) -> Tensor:
     """Samples that the model writes itself, at temperature 1 from its full distribution (LLM-QAT, arXiv 2305.17888).
 
@@ -178,7 +181,7 @@ def draw_from_model(
     the token that ends texts. This one step holds the whole model in memory.
 
     Args:
-        source: The model's directory, or a quantized one as it is widened.
+        source: The model's directory, or what makes the model in float32.
         samples: How many.
         seq_len: Tokens of each.
         seed: Of the draws.
@@ -189,8 +192,8 @@ def draw_from_model(
         ``int64 [samples, seq_len]``.
     """
     model: Any
-    if isinstance(source, Widened):
-        model = model_of(source)
+    if not isinstance(source, Path):
+        model = source()
     else:
         values = read_config(source)
         model = model_class(values, parse_config(values)).from_pretrained(

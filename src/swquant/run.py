@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -29,6 +29,7 @@ from swquant.errors import SwquantError, reason_of
 from swquant.estimate.budget import Budget, portion_within, shape_of
 from swquant.estimate.disk import disk_of
 from swquant.model.calls import Calls, Front, capture
+from swquant.model.whole import model_of
 from swquant.output import REPORT, load_report, write_output
 from swquant.phases.portion import named, ran_out
 from swquant.phases.train import Train
@@ -286,9 +287,9 @@ def _samples(plan: Plan, watching: Observer) -> tuple[Tensor, Tensor]:
     return sample_windows(tokens, samples, length, recipe.seed), measured
 
 
-def _drawn_from(plan: Plan) -> Path | Widened:
+def _drawn_from(plan: Plan) -> Path | Callable[[], Any]:
     """The model as it was before any rotation; transformers would want packages of its own for some quantized ones."""
-    return plan.disk if isinstance(plan.disk, Widened) else plan.disk.directory
+    return partial(model_of, plan.disk) if isinstance(plan.disk, Widened) else plan.disk.directory
 
 
 def _quality(plan: Plan, journal: Journal, watching: Observer) -> Quality | None:

@@ -593,3 +593,60 @@ class TestHostileShards:
                     checkpoint.rows(name, torch.tensor([0]))
         except SwquantError as error:
             assert str(error).isprintable()  # noqa: PT017
+
+
+class TestParts:
+    """``part`` and ``columns`` are slices of what is read whole."""
+
+    @pytest.mark.parametrize("shape", [(6,), (6, 4), (5, 3, 4)])
+    def test_a_part_is_a_slice(self, lay_out: Make, shape: tuple[int, ...]) -> None:
+        tensor = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+        checkpoint = open_checkpoint(lay_out({"w": tensor}))
+        for start, stop in ((0, shape[0]), (2, 4), (3, 3), (0, 1)):
+            part = checkpoint.part("w", start, stop)
+            assert torch.equal(part, tensor[start:stop])
+            assert part.untyped_storage().nbytes() == part.nbytes
+        for wrong in ((-1, 2), (3, 2), (0, shape[0] + 1)):
+            with pytest.raises(ValueError, match="no range"):
+                checkpoint.part("w", *wrong)
+
+    def test_columns(self, lay_out: Make) -> None:
+        tensor = torch.arange(24, dtype=torch.int32).view(4, 6)
+        checkpoint = open_checkpoint(lay_out({"w": tensor, "n": torch.ones(3)}))
+        assert torch.equal(checkpoint.columns("w", 1, 5), tensor[:, 1:5])
+        for name, stop in (("w", 7), ("n", 1)):
+            with pytest.raises(ValueError, match="no range"):
+                checkpoint.columns(name, 0, stop)
+
+    def test_a_scalar_has_no_part_and_a_missing_tensor_is_named(self, lay_out: Make) -> None:
+        checkpoint = open_checkpoint(lay_out({"s": torch.tensor(1.0)}))
+        with pytest.raises(ValueError, match="no range"):
+            checkpoint.part("s", 0, 0)
+        with pytest.raises(SwquantError, match="has no tensor 'x'"):
+            checkpoint.part("x", 0, 1)
+
+    def test_only_bad_values_inside_are_found(self, lay_out: Make) -> None:
+        matrix = torch.ones(5, 3)
+        matrix[3, 1] = torch.nan
+        checkpoint = open_checkpoint(lay_out({"w": matrix}))
+        assert torch.equal(checkpoint.part("w", 0, 3), torch.ones(3, 3))
+        with pytest.raises(SwquantError, match="holds NaN or infinite values"):
+            checkpoint.part("w", 3, 4)
+
+    def test_a_changed_file_is_refused(self, lay_out: Make) -> None:
+        directory = lay_out({"w": torch.ones(5, 3)})
+        checkpoint = open_checkpoint(directory)
+        save_file({"w": torch.zeros(6, 3)}, directory / "model.safetensors")
+        with pytest.raises(SwquantError, match="has changed since it was opened"):
+            checkpoint.part("w", 0, 1)
+
+
+def test_eight_bit_floats_are_read_where_quantized_files_are(lay_out: Make) -> None:
+    codes = torch.arange(120, dtype=torch.uint8)
+    shard = {"a": codes.view(torch.float8_e4m3fn), "b": codes.view(torch.float8_e5m2), "c": torch.ones(2)}
+    directory = lay_out(shard)
+    checkpoint = open_checkpoint(directory, quantized=True)
+    assert torch.equal(checkpoint.read("a").view(torch.uint8), codes)
+    assert torch.equal(checkpoint.part("b", 3, 9).view(torch.uint8), codes[3:9])
+    assert checkpoint.tensor_bytes == 248
+    refused(directory, "F8_E4M3, expected F32, F16 or BF16")

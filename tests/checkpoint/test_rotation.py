@@ -219,3 +219,12 @@ def test_a_missing_or_flat_tensor_is_named(make_model: MakeModel, name: str) -> 
     flat = {**checkpoint.tensors, name: checkpoint.tensors["model.norm.weight"]}
     with pytest.raises(SwquantError, match=rf"{name} in .* has the shape \[64\], expected a matrix"):
         rotate(replace(checkpoint, tensors=flat), family_for(checkpoint.config), 0)
+
+
+def test_a_part_of_the_view_is_a_slice_of_what_is_read(make_model: MakeModel) -> None:
+    view = view_of(make_model("llama", 1))
+    for name in view.tensors:
+        whole = view.read(name)
+        assert torch.equal(view.part(name, 1, 7), whole[1:7]), name
+        with pytest.raises(ValueError, match="no range"):
+            view.part(name, 0, len(whole) + 1)

@@ -348,7 +348,7 @@ class TestCompressedTensors:
         dtype=st.sampled_from(["bfloat16", "float16", None]),
         seed=st.integers(0, 2**31),
     )
-    @settings(max_examples=80, deadline=None)
+    @settings(max_examples=50, deadline=None)
     def test_packed_as_the_package(
         self,
         tmp_path_factory: pytest.TempPathFactory,
@@ -692,7 +692,7 @@ class TestReading:
         check_access(source, "w.weight", weight.float() * 0.5, 0)
 
     @given(data=st.data())
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=100, deadline=None)
     def test_any_settings_are_read_or_refused_in_a_sentence(
         self, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
     ) -> None:
