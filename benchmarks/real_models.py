@@ -128,7 +128,7 @@ def quantize(
 
 
 def sentence_of(command: Sequence[str]) -> str | None:
-    """Run a command; the last paragraph of what it says if it fails."""
+    """Run a command; what it says at last if it fails."""
     done = subprocess.run(command, env=one_thread(), capture_output=True, text=True)
     return None if done.returncode == 0 else last_words(done.stderr)
 
@@ -143,8 +143,8 @@ def measured(form: str, place: Path, folder: Path, runtime: Path, windows: int) 
 
 def last_words(text: str) -> str:
     lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
-    starts = [index for index, line in enumerate(lines) if line.startswith(("Error:", "error:"))]
-    return " ".join(lines[starts[-1] :] if starts else lines[-1:])[:600] or "it died without a word"
+    starts = [index for index, line in enumerate(lines) if line.startswith("swquant:")]
+    return " ".join(lines[starts[-1] :] if starts else lines[-1:]).removeprefix("swquant: ")[:600] or "it died without a word"
 
 
 def one_thread() -> dict[str, str]:
