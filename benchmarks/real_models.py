@@ -90,6 +90,7 @@ def run(case: Case, folder: Path, windows: int, runtime: Path) -> dict[str, Any]
         formats = list(RUNTIMES)
         refusal = quantize(case, folder, out, formats, windows)
         if refusal is not None:  # perhaps one format only: which of them does not take this model?
+            print(f"{case.name}: {refusal}", file=sys.stderr, flush=True)
             for form in list(formats):
                 sentence = quantize(case, folder, Path(scratch) / form, [form], windows, dry=True)
                 if sentence is not None:
