@@ -89,14 +89,9 @@ def run(case: Case, folder: Path, windows: int, runtime: Path) -> dict[str, Any]
         started, out, problems = time.monotonic(), Path(scratch) / "out", {}
         formats = list(RUNTIMES)
         refusal = quantize(case, folder, out, formats, windows)
-        if refusal is not None:  # perhaps one format only: which of them does not take this model?
-            print(f"{case.name}: {refusal}", file=sys.stderr, flush=True)
-            for form in list(formats):
-                sentence = quantize(case, folder, Path(scratch) / form, [form], windows, dry=True)
-                if sentence is not None:
-                    problems[form] = sentence
-                    formats.remove(form)
-            refusal = quantize(case, folder, out, formats, windows) if formats and problems else refusal
+        while refusal is not None and len(formats) > 1:  # before any work; perhaps of the last format only
+            problems[formats.pop(-1 if len(formats) == len(RUNTIMES) else 0)] = refusal
+            refusal = quantize(case, folder, out, formats, windows)
         seconds = time.monotonic() - started
         if refusal is not None:
             return {"windows": windows, "seconds": seconds, "problems": {"swquant": refusal}}
@@ -112,20 +107,12 @@ def run(case: Case, folder: Path, windows: int, runtime: Path) -> dict[str, Any]
     return {"windows": windows, "seconds": seconds, **quality, "runtimes": found, "problems": problems}
 
 
-def quantize(
-    case: Case, folder: Path, out: Path, formats: Sequence[str], windows: int, *, dry: bool = False
-) -> str | None:
-    """Run the command line; the sentence of its refusal, or nothing.
-
-    ``dry`` tries a format by the cheapest run there is, rounding to the nearest without evaluation.
-    """
+def quantize(case: Case, folder: Path, out: Path, formats: Sequence[str], windows: int) -> str | None:
+    """Run the command line; the sentence of its refusal, or nothing."""
     command = [sys.executable, "-m", "swquant", "quantize", str(folder / "model"), "--out", str(out)]
     command += ["--format", ",".join(formats), "--device", "cpu", "--calibration", str(folder / "calibration.txt")]
-    if dry:
-        grid = ["--bits", str(case.bits), "--group-size", "64", "--method", "rtn", "--samples", "1"]
-        return sentence_of(command + grid + ["--seq-len", "32", "--evaluation-samples", "0"])
-    measured_on = ["--evaluation", str(folder / "evaluation.txt"), "--evaluation-samples", str(windows)]
-    return sentence_of(command + case.flags() + measured_on)
+    command += ["--evaluation", str(folder / "evaluation.txt"), "--evaluation-samples", str(windows)]
+    return sentence_of([*command, *case.flags()])
 
 
 def sentence_of(command: Sequence[str]) -> str | None:
