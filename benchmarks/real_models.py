@@ -89,13 +89,9 @@ def run(case: Case, folder: Path, windows: int, runtime: Path) -> dict[str, Any]
         started, out, problems = time.monotonic(), Path(scratch) / "out", {}
         formats = list(RUNTIMES)
         refusal = quantize(case, folder, out, formats, windows)
-        if refusal is not None:  # perhaps one format only: which of them does not take this model?
-            for form in list(formats):
-                sentence = quantize(case, folder, Path(scratch) / form, [form], windows, dry=True)
-                if sentence is not None:
-                    problems[form] = sentence
-                    formats.remove(form)
-            refusal = quantize(case, folder, out, formats, windows) if formats and problems else refusal
+        while refusal is not None and len(formats) > 1:  # before any work; perhaps of the last format only
+            problems[formats.pop(-1 if len(formats) == len(RUNTIMES) else 0)] = refusal
+            refusal = quantize(case, folder, out, formats, windows)
         seconds = time.monotonic() - started
         if refusal is not None:
             return {"windows": windows, "seconds": seconds, "problems": {"swquant": refusal}}
@@ -111,24 +107,16 @@ def run(case: Case, folder: Path, windows: int, runtime: Path) -> dict[str, Any]
     return {"windows": windows, "seconds": seconds, **quality, "runtimes": found, "problems": problems}
 
 
-def quantize(
-    case: Case, folder: Path, out: Path, formats: Sequence[str], windows: int, *, dry: bool = False
-) -> str | None:
-    """Run the command line; the sentence of its refusal, or nothing.
-
-    ``dry`` tries a format by the cheapest run there is, rounding to the nearest without evaluation.
-    """
+def quantize(case: Case, folder: Path, out: Path, formats: Sequence[str], windows: int) -> str | None:
+    """Run the command line; the sentence of its refusal, or nothing."""
     command = [sys.executable, "-m", "swquant", "quantize", str(folder / "model"), "--out", str(out)]
     command += ["--format", ",".join(formats), "--device", "cpu", "--calibration", str(folder / "calibration.txt")]
-    if dry:
-        grid = ["--bits", str(case.bits), "--group-size", "64", "--method", "rtn", "--samples", "1"]
-        return sentence_of(command + grid + ["--seq-len", "32", "--evaluation-samples", "0"])
-    measured_on = ["--evaluation", str(folder / "evaluation.txt"), "--evaluation-samples", str(windows)]
-    return sentence_of(command + case.flags() + measured_on)
+    command += ["--evaluation", str(folder / "evaluation.txt"), "--evaluation-samples", str(windows)]
+    return sentence_of([*command, *case.flags()])
 
 
 def sentence_of(command: Sequence[str]) -> str | None:
-    """Run a command; the last paragraph of what it says if it fails."""
+    """Run a command; what it says at last if it fails."""
     done = subprocess.run(command, env=one_thread(), capture_output=True, text=True)
     return None if done.returncode == 0 else last_words(done.stderr)
 
@@ -143,8 +131,8 @@ def measured(form: str, place: Path, folder: Path, runtime: Path, windows: int) 
 
 def last_words(text: str) -> str:
     lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
-    starts = [index for index, line in enumerate(lines) if line.startswith(("Error:", "error:"))]
-    return " ".join(lines[starts[-1] :] if starts else lines[-1:])[:600] or "it died without a word"
+    starts = [index for index, line in enumerate(lines) if line.startswith("swquant:")]
+    return " ".join(lines[starts[-1] :] if starts else lines[-1:]).removeprefix("swquant: ")[:600] or "it died without a word"
 
 
 def one_thread() -> dict[str, str]:

@@ -35,6 +35,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gguf import GGUFReader
+from tokenizers import pre_tokenizers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
@@ -124,6 +126,9 @@ def export(path: Path, out: Path) -> None:
     plain.load_state_dict(model.to(torch.bfloat16).state_dict(), assign=True)
     plain.tie_weights()
     plain.save_pretrained(out)
+    if GGUFReader(path).fields["tokenizer.ggml.pre"].contents() == "smollm":  # transformers forgets the digits, as in ½
+        backend = tokenizer.backend_tokenizer
+        backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(True), backend.pre_tokenizer])
     tokenizer.save_pretrained(out)
 
 

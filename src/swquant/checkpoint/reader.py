@@ -107,18 +107,6 @@ class Checkpoint:
             tensor: Tensor = (whole[start:stop] if dim == 0 else whole[:, start:stop]).clone()
         return finite(tensor, stored)
 
-    def part(self, name: str, start: int, stop: int) -> Tensor:
-        """``read(name)[start:stop]``, reading no more than that.
-
-        Raises:
-            SwquantError: As :meth:`read`.
-        """
-        stored = self._stored(name)
-        self._require_unchanged(stored.file)
-        with opened(stored.file) as shard:
-            part: Tensor = shard.get_slice(stored.key)[start:stop]
-        return _finite(part, stored)
-
     def rows(self, name: str, indices: Tensor) -> Tensor:
         """``read(name)[indices]`` of a matrix, reading no other rows; each row is read once.
 
