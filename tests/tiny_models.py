@@ -232,7 +232,11 @@ def save_tiny(
     folder: Path, model_type: str, kind: str = "causal", dtype: torch.dtype = torch.float32, **settings: Any
 ) -> Path:
     """Write :func:`tiny_model` and the tokenizer to ``folder`` as transformers does, and return ``folder``."""
-    model: Any = tiny_model(model_type, kind, **settings)
+    return write(folder, tiny_model(model_type, kind, **settings), dtype)
+
+
+def write(folder: Path, model: Any, dtype: torch.dtype = torch.float32) -> Path:
+    """Write ``model``, which is cast to ``dtype``, and the tokenizer to ``folder``, and return ``folder``."""
     model.to(dtype).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
