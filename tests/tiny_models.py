@@ -252,7 +252,10 @@ def save_tiny(
 
 
 def write(folder: Path, model: Any, dtype: torch.dtype = torch.float32) -> Path:
-    """Write ``model``, which is cast to ``dtype``, and the tokenizer to ``folder``, and return ``folder``."""
-    model.to(dtype).save_pretrained(folder)
+    """Write ``model``, its parameters cast to ``dtype``, and the tokenizer to ``folder``, and return ``folder``."""
+    for value in model.parameters():
+        # Not ``model.to``, which would make tables of complex numbers real.
+        value.data = value.data.to(dtype)
+    model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
