@@ -15,6 +15,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import sys
@@ -23,7 +24,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,8 @@ import swquant
 from families_left_out import NOT_DECODERS
 from swquant import Recipe, SwquantError, quantize
 from swquant.evaluation.models import load_model
-from tiny_models import KINDS, VOCABULARY, prose, save_tiny, tiny_model
+from tiny_models import KINDS, VOCABULARY, prose, tiny_model, write
+from tiny_settings import VARIANTS
 
 METHODS: Mapping[str, Mapping[str, Any]] = {
     "rtn": {"method": "rtn"},
@@ -59,16 +61,26 @@ MARKS = ("<!-- families: begin -->", "<!-- families: end -->")
 
 @dataclass(frozen=True)
 class Entry:
-    """A class of transformers: ``kind`` of ``KINDS``, a model type, and the class's name."""
+    """A class of transformers: ``kind`` of ``KINDS``, model type, the class's name, and one of ``VARIANTS`` or none."""
 
     kind: str
     model_type: str
     name: str
+    variant: str = ""
 
     @property
     def key(self) -> str:
         """The name of its result."""
-        return f"{self.kind}:{self.model_type}"
+        return f"{self.kind}:{self.shown}"
+
+    @property
+    def shown(self) -> str:
+        """The model type, with the variant after a plus sign."""
+        return f"{self.model_type}+{self.variant}" if self.variant else self.model_type
+
+    def start(self) -> dict[str, Any]:
+        """What its results begin with."""
+        return {"kind": self.kind, "model_type": self.shown, "class": self.name}
 
 
 def entries() -> list[Entry]:
@@ -79,7 +91,13 @@ def entries() -> list[Entry]:
             entry = Entry(kind, model_type, name)
             if entry.key not in NOT_DECODERS:
                 found.setdefault((name, CONFIG_MAPPING[model_type].__name__), entry)
-    return list(found.values())
+    variants = [
+        replace(entry, variant=name)
+        for entry in found.values()
+        if entry.kind == "causal"
+        for name in VARIANTS.get(entry.model_type, {})
+    ]
+    return [*found.values(), *variants]
 
 
 @torch.no_grad()
@@ -121,15 +139,16 @@ def outcome_of(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 def build(entry: Entry, folder: Path, ids: Tensor) -> dict[str, Any]:
     """Write the tiny model; it must give finite logits, and the same ones when it is read back."""
-    model = tiny_model(entry.model_type, entry.kind)
+    settings = VARIANTS[entry.model_type][entry.variant] if entry.variant else {}
+    model = tiny_model(entry.model_type, entry.kind, **settings)
     logits = logits_of(model, ids)
     if not torch.isfinite(logits).all():
         return {"outcome": "wrong", "sentence": "logits of the tiny model are not finite"}
     size = sum(value.numel() for value in model.parameters())
-    save_tiny(folder, entry.model_type, entry.kind)
+    write(folder, model)
     apart = difference(logits, their_logits(entry, folder, ids))
     text = model.config.get_text_config()
-    facts = {"parameters": size, "layers": text.num_hidden_layers, "difference": apart}
+    facts = {"parameters": size, "layers": getattr(text, "num_hidden_layers", None), "difference": apart}
     if apart > TOLERANCE:
         return {"outcome": "wrong", "sentence": "transformers reads back another model than it wrote"} | facts
     return {"outcome": "works"} | facts
@@ -155,10 +174,12 @@ def written(source: Path, place: Path, method: str) -> tuple[dict[str, Path], st
 
 
 def shares_of_blocks(source: Path, output: Path) -> list[int]:
-    """How many matrices of numbered blocks differ between two plain checkpoints, and how many there are."""
+    """How many matrices of a decoder's numbered blocks differ between two plain checkpoints, and how many there are."""
     before, after = _tensors(source), _tensors(output)
     names = [
-        name for name, value in before.items() if value.dim() > 1 and any(part.isdigit() for part in name.split("."))
+        name
+        for name, value in before.items()
+        if value.dim() > 1 and re.search(r"\.\d+\.", name) and not re.search(r"vis|vit|audio|image|qformer", name)
     ]
     changed = [name for name in names if name not in after or not torch.equal(before[name], after[name])]
     return [len(changed), len(names)]
@@ -200,7 +221,7 @@ def run(entry: Entry, methods: Iterable[str]) -> dict[str, Any]:
     place = Path(tempfile.mkdtemp(prefix="families-"))
     ids = torch.randint(2, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(1))
     try:
-        record: dict[str, Any] = {"kind": entry.kind, "model_type": entry.model_type, "class": entry.name}
+        record = entry.start()
         record["build"] = outcome_of(lambda: build(entry, place / "model", ids))
         if record["build"]["outcome"] == "works":
             for index, method in enumerate(methods):
@@ -243,7 +264,7 @@ def apart(entry: Entry, methods: tuple[str, ...], memory: float, timeout: float)
 
 def _ended(entry: Entry, sentence: str) -> dict[str, Any]:
     failed = {"outcome": "traceback", "sentence": sentence}
-    return {"kind": entry.kind, "model_type": entry.model_type, "class": entry.name, "build": failed}
+    return entry.start() | {"build": failed}
 
 
 def markdown(results: Mapping[str, Mapping[str, Any]]) -> str:
@@ -267,8 +288,10 @@ def markdown(results: Mapping[str, Mapping[str, Any]]) -> str:
             lines.append(f"{name} not built: {cell(record['build'])} | | |")
             continue
         plain = [cell(record.get(method)) for method in METHODS]
-        packed = next((record[method][PACKED] for method in METHODS if PACKED in record.get(method, {})), None)
-        lines.append(f"{name} {' | '.join(plain)} | {cell(packed)} |")
+        packed = [record[method][PACKED] for method in METHODS if PACKED in record.get(method, {})]
+        # One word for both methods: the worse of them.
+        packed.sort(key=lambda part: part["outcome"] == "works")
+        lines.append(f"{name} {' | '.join(plain)} | {cell(packed[0] if packed else None)} |")
     lines += ["", *(f"{index + 1}. {' '.join(note.replace('|', '/').split())}" for index, note in enumerate(notes))]
     lines += ["", "Left out, since they are no decoders of text:", ""]
     reasons: dict[str, list[str]] = {}
@@ -282,9 +305,11 @@ def summary(results: Mapping[str, Mapping[str, Any]]) -> str:
     built = [record for record in results.values() if record["build"]["outcome"] == "works"]
     text = [f"transformers {transformers.__version__}: {len(built)} of {len(results)} classes were built."]
     for method in METHODS:
-        counts = Counter(record[method]["outcome"] for record in built if method in record)
-        parts = ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items())) or "not measured"
-        text.append(f"`{method}`: {parts}.")
+        done = [record[method] for record in built if method in record]
+        packed = [part[PACKED] for part in done if PACKED in part]
+        for name, parts in ((f"`{method}`", done), (f"`{method}` in compressed-tensors", packed)):
+            counts = sorted(Counter(part["outcome"] for part in parts).items())
+            text.append(f"{name}: {', '.join(f'{count} {outcome}' for outcome, count in counts) or 'not measured'}.")
     return " ".join(text)
 
 
@@ -312,7 +337,7 @@ def main() -> None:
     results: dict[str, dict[str, Any]] = json.loads(options.out.read_text()) if options.out.is_file() else {}
     for entry in entries():
         done = results.get(entry.key)
-        chosen = not options.names or {entry.key, entry.model_type, entry.name} & set(options.names)
+        chosen = not options.names or {entry.key, entry.shown, entry.name} & set(options.names)
         finished = done is not None and (done["build"]["outcome"] != "works" or all(name in done for name in methods))
         if not chosen or (finished and not options.again):
             continue

@@ -33,6 +33,15 @@ def test_a_hybrid_keeps_a_layer_of_each_kind() -> None:
     assert set(tiny_config("nemotron_h").layers_block_type) == {"linear_attention", "moe", "full_attention", "mlp"}
 
 
+@pytest.mark.parametrize(("name", "every"), [("qwen3_5", 2), ("gemma3_text", 2), ("gpt2", 1), ("deepseek_v3", 1)])
+def test_more_layers_repeat_the_kinds_in_turns(name: str, every: int) -> None:
+    config = tiny_config(name, layers=5).get_text_config()
+    assert config.num_hidden_layers == 5
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * 5
+    assert kinds == (kinds[:every] * 5)[:5]
+    assert len(set(kinds)) == every
+
+
 def test_settings_reach_the_language_model_of_a_wrapper() -> None:
     config = tiny_config("qwen3_5", text_config={"hidden_size": 96, "num_attention_heads": 6})
     assert config.get_text_config().hidden_size == 96

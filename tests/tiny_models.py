@@ -67,11 +67,12 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
 
 
-def tiny_config(model_type: str, **settings: Any) -> PreTrainedConfig:
+def tiny_config(model_type: str, *, layers: int | None = None, **settings: Any) -> PreTrainedConfig:
     """The configuration of ``model_type`` with every size shrunk.
 
     Args:
         model_type: A key of transformers' configuration mapping.
+        layers: Of the language model, whose kinds then come in turns; by default one of each kind, and two at least.
         settings: Fields to set on top; those of a wrapper's language model go into a mapping ``text_config``.
 
     Returns:
@@ -81,10 +82,12 @@ def tiny_config(model_type: str, **settings: Any) -> PreTrainedConfig:
     kind = CONFIG_MAPPING[model_type]
     like = kind(**OVERRIDES.get(model_type, {}).get("_start", {}))
     vocabulary = VOCABULARY + (MARKERS if kind.sub_configs or _markers(like) else 0)
-    return _shrunk(like, model_type, settings, vocabulary)
+    return _shrunk(like, model_type, settings, vocabulary, layers)
 
 
-def _shrunk(like: Any, model_type: str, settings: Mapping[str, Any], vocabulary: int) -> PreTrainedConfig:
+def _shrunk(
+    like: Any, model_type: str, settings: Mapping[str, Any], vocabulary: int, layers: int | None
+) -> PreTrainedConfig:
     """A configuration of the class of ``like``, its fields made small."""
     kind: type[PreTrainedConfig] = type(like)
     changed = dict(_sizes(like)) | _layers(like) | _tokens(like)
@@ -97,10 +100,12 @@ def _shrunk(like: Any, model_type: str, settings: Mapping[str, Any], vocabulary:
         inner = given.pop(name, {})
         if isinstance(inner, dict) and isinstance(part, PreTrainedConfig):
             # A dictionary is read by the class's own code, which may choose the sub-configuration's class by it.
-            changed[name] = _shrunk(part, part.model_type, inner, vocabulary).to_dict()
+            changed[name] = _shrunk(part, part.model_type, inner, vocabulary, layers).to_dict()
         elif isinstance(inner, dict) and isinstance(part, dict):
-            changed[name] = tiny_config(part["model_type"], **inner).to_dict()
+            changed[name] = tiny_config(part["model_type"], layers=layers, **inner).to_dict()
     changed |= given
+    if layers is not None and "vocab_size" in changed:
+        changed |= _deepened(changed, layers)
     return kind(**{name: value for name, value in changed.items() if value is not ...})
 
 
@@ -114,7 +119,7 @@ def _joined(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, An
 
 
 def _fields(like: Any) -> dict[str, Any]:
-    """The fields of a configuration that have a value. Some are stored by another."""
+    """The fields of a configuration that have a value. Some are stored by other names."""
     stored, aliases = vars(like), like.attribute_map
     values = {field.name: stored.get(aliases.get(field.name, field.name)) for field in dataclasses.fields(like)}
     return {name: value for name, value in values.items() if value is not None}
@@ -171,6 +176,17 @@ def _layers(like: Any) -> dict[str, Any]:
     }
 
 
+def _deepened(changed: Mapping[str, Any], layers: int) -> dict[str, Any]:
+    """The number of layers, and every list with an item per layer repeated up to it."""
+    counts = {name: changed[name] for name in LAYER_COUNTS if name in changed}
+    lists = {
+        name: [value[index % len(value)] for index in range(layers)]
+        for name, value in changed.items()
+        if isinstance(value, list) and len(value) in counts.values() and not re.search(INDEX_LISTS, name)
+    }
+    return dict.fromkeys(counts, layers) | lists
+
+
 def _tokens(like: Any) -> dict[str, Any]:
     """Token ids within the vocabulary: the tokenizer's own for begin and end, one after it for any other marker."""
     out: dict[str, Any] = {}
@@ -195,7 +211,7 @@ def tiny_model(model_type: str, kind: str = "causal", **settings: Any) -> PreTra
     Args:
         model_type: A key of transformers' mapping for ``kind``.
         kind: One of ``KINDS``.
-        settings: As in :func:`tiny_config`.
+        settings: As in :func:`tiny_config`, ``layers`` too.
 
     Raises:
         ValueError: If the model has more than ``LARGEST`` parameters.
@@ -232,7 +248,14 @@ def save_tiny(
     folder: Path, model_type: str, kind: str = "causal", dtype: torch.dtype = torch.float32, **settings: Any
 ) -> Path:
     """Write :func:`tiny_model` and the tokenizer to ``folder`` as transformers does, and return ``folder``."""
-    model: Any = tiny_model(model_type, kind, **settings)
-    model.to(dtype).save_pretrained(folder)
+    return write(folder, tiny_model(model_type, kind, **settings), dtype)
+
+
+def write(folder: Path, model: Any, dtype: torch.dtype = torch.float32) -> Path:
+    """Write ``model``, its parameters cast to ``dtype``, and the tokenizer to ``folder``, and return ``folder``."""
+    for value in model.parameters():
+        # Not ``model.to``, which would make tables of complex numbers real.
+        value.data = value.data.to(dtype)
+    model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder

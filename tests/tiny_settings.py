@@ -114,6 +114,7 @@ SIZES: tuple[tuple[str, Size], ...] = (
 """Patterns of whole names, the first that matches, and the size or how it follows from the class's own."""
 
 OVERRIDES: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},
     "blt": {"encoder_hash_byte_group_size": [3, 4]},
     "cohere_compass_text": {
         "_start": {
@@ -160,11 +161,28 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "gemma4_text": {"global_head_dim": 32},
     "glm5_next_text": {"index_kpool": 4},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "attention_layers": ...},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"], "num_hidden_layers": 2},
     "granite4_vision": {"downsample_rate": "1/2", "deepstack_layer_map": [[-1, 1]], "spatial_target_layers": [1]},
     "inkling_vision": {"patch_size": 4, "n_layers": 2},
+    "jamba": {
+        "num_hidden_layers": 4,
+        "attn_layer_period": 4,
+        "attn_layer_offset": 2,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+    },
     "janus": {"vq_config": {"channel_multiplier": [1, 1]}},
+    "laguna": {
+        "num_attention_heads_per_layer": [4, 4],
+        "layer_types": ["full_attention", "sliding_attention"],
+        "mlp_layer_types": ["dense", "sparse"],
+        "num_hidden_layers": 2,
+    },
+    "lfm2": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2, "block_auto_adjust_ff_dim": False},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3},
+    "llama4_text": {"interleave_moe_layer_step": 2},
     "longcat_flash": {"head_dim": 16, "qk_rope_head_dim": 16},
+    "mllama_text_model": {"num_hidden_layers": 3, "cross_attention_layers": [1]},
     "molmo2_adapter": {"vision_feature_layer": [-1, -2]},
     "muse_spark_audio": {"hidden_sizes": [64, 64, 64, 64], "num_hidden_layers": 4, "depths": [1, 1, 1, 1]},
     "nemotron": {"num_key_value_heads": 2},
@@ -179,6 +197,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "indexer_budget": 16,
         "indexer_compress_ratio": 4,
     },
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "reformer": {
         "is_decoder": True,
         "attn_layers": ["local", "lsh"],
@@ -202,3 +221,27 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 
 ``_start`` is what the class is made with before its sizes are read; ``...`` leaves a field to the class.
 """
+
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "falcon": {"new": {"new_decoder_architecture": True, "num_kv_heads": 2}},
+    "gemma4_text": {
+        "shared": {
+            "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+            "num_kv_shared_layers": 2,
+            "use_double_wide_mlp": True,
+        },
+        "moe": {
+            "enable_moe_block": True,
+            "num_experts": 4,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 64,
+            "hidden_size_per_layer_input": 0,
+            "attention_k_eq_v": True,
+        },
+    },
+    "gpt_neox": {"sequential": {"use_parallel_residual": False}},
+    "opt": {"350m": {"do_layer_norm_before": False, "word_embed_proj_dim": 32}},
+    "stablelm": {"parallel": {"use_parallel_residual": True, "use_qkv_bias": True, "qk_layernorm": True}},
+}
+"""By model type, other models of the same class that published checkpoints use: a name and the settings."""
