@@ -175,7 +175,7 @@ def test_groups_wider_than_the_weights_are_refused(narrow: Path, recipe: Recipe,
 def test_weights_that_no_16_bit_scale_reaches_are_refused_by_name(
     make_model: MakeModel, recipe: Recipe, tmp_path: Path, value: float
 ) -> None:
-    source = make_model("llama", 1, torch.bfloat16)
+    source = make_model("llama", 1, torch.bfloat16, fresh=True)
     name = "model.layers.0.mlp.up_proj.weight"
     weights = load_file(source / "model.safetensors")
     weights[name][3, 5] = value
