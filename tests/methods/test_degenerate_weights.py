@@ -161,7 +161,8 @@ def test_k_grids(wide: Path, recipe: Recipe, tmp_path: Path, sound: list[str], g
 def test_linears_with_one_input(
     narrow: Path, recipe: Recipe, tmp_path: Path, sound: list[str], symmetric: bool
 ) -> None:
-    recipe = replace(recipe, group_size=None, symmetric=symmetric, method="gptq + block_ap + tesseraq", epochs=1)
+    method = "gptq + block_ap + tesseraq(rounds=2, iterations=3)"
+    recipe = replace(recipe, group_size=None, symmetric=symmetric, method=method, epochs=1)
     run(replace(recipe, format="dequantized"), narrow, tmp_path / "out", sound)
 
 
