@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from importlib import resources
 from pathlib import Path
 
@@ -41,4 +42,11 @@ def test_the_demo_prints_a_row_for_each_way(tmp_path: Path, capsys: pytest.Captu
     reports = run_demo(tmp_path)
     assert list(reports) == [way.title for way in WAYS]
     assert reports["OmniQuant"].quality.kl < reports["RTN"].quality.kl
-    assert all(way.title in capsys.readouterr().out for way in WAYS[:1])
+    lines = [line.strip(" │┃|") for line in capsys.readouterr().out.splitlines()]
+    for way in WAYS:
+        quality = reports[way.title].quality
+        (row,) = (line for line in lines if re.match(rf"{re.escape(way.title)} *[│┃|]", line))
+        assert [cell.strip() for cell in re.split("[│┃|]", row)][1:3] == [
+            f"{quality.perplexity:.2f}",
+            f"{quality.kl:.3f}",
+        ]

@@ -29,7 +29,7 @@ def test_a_reason_says_what_the_error_says() -> None:
 def test_control_characters_of_a_config_reach_no_terminal(
     make_model: Callable[..., Path], tmp_path: Path, text: Path
 ) -> None:
-    model = make_model()
+    model = make_model(fresh=True)
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "dtype": "a\0\x1bb"}))
     with pytest.raises(SwquantError, match="does not describe a model: ") as caught:

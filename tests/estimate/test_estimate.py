@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from transformers import LlamaConfig
 
 import swquant.run
 from swquant.checkpoint.reader import Checkpoint
@@ -153,20 +152,41 @@ print(estimate(Recipe.load(sys.argv[1]), sys.argv[2], sys.argv[3], measure=False
 """
 
 
+@pytest.fixture
+def large_block(make_model: MakeModel) -> Path:
+    """A block whose tensors outweigh the interpreter, in the proportions of a 70B model's."""
+    sizes = {"hidden_size": 2048, "intermediate_size": 7168, "num_attention_heads": 16, "num_key_value_heads": 2}
+    return make_model("llama", 1, torch.bfloat16, head_dim=128, max_position_embeddings=512, **sizes)
+
+
+HEAVY = ("omniquant(epochs=1)", "gptq + block_ap(epochs=1)", "gptq + block_ap(epochs=1) + end_to_end(epochs=1)")
+
+
 @pytest.mark.slow
-def test_the_memory_is_known_within_15_percent(make_model: MakeModel, text: Path, tmp_path: Path) -> None:
-    sizes = LlamaConfig(hidden_size=2048, intermediate_size=5632, num_attention_heads=16, num_key_value_heads=16)
-    kept = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
-    settings = {name: getattr(sizes, name) for name in kept}
-    source = make_model("llama", 1, torch.bfloat16, head_dim=128, max_position_embeddings=512, **settings)
-    recipe = replace(RECIPE, samples=3, seq_len=512, evaluation_samples=0, calibration=str(text))
+@pytest.mark.parametrize("method", HEAVY)
+def test_the_memory_is_known_within_15_percent(large_block: Path, text: Path, tmp_path: Path, method: str) -> None:
+    recipe = replace(RECIPE, method=method, samples=3, seq_len=512, evaluation_samples=0, calibration=str(text))
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
-    given = [str(tmp_path / "recipe.yaml"), str(source), str(tmp_path / "out")]
+    given = [str(tmp_path / "recipe.yaml"), str(large_block), str(tmp_path / "out")]
     said, found = (
         int(subprocess.run([sys.executable, "-c", code, *given], check=True, stdout=subprocess.PIPE).stdout.split()[-1])
         for code in (SAID, PEAK)
     )
     assert said == pytest.approx(found, rel=0.15)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an allocator that counts")
+@pytest.mark.parametrize("method", HEAVY[:2])
+def test_a_devices_memory_is_known_within_15_percent(
+    large_block: Path, text: Path, tmp_path: Path, method: str
+) -> None:
+    shape = {"samples": 3, "seq_len": 512, "evaluation_samples": 0}
+    recipe = replace(RECIPE, method=method, calibration=str(text), device="cuda", **shape)
+    said = estimate(recipe, large_block, tmp_path / "out", measure=False).device
+    torch.cuda.reset_peak_memory_stats()
+    report = quantize(recipe, large_block, tmp_path / "out")
+    assert said == pytest.approx(max(block["device_peak_bytes"] for block in report.blocks), rel=0.15)
 
 
 @pytest.mark.slow

@@ -35,7 +35,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def trained(make_model: MakeModel, text: Path) -> Path:
     """A model that knows the text, so that quantization has something to lose."""
-    folder = make_model("llama", 2)
+    folder = make_model("llama", 2, fresh=True)
     model = AutoModelForCausalLM.from_pretrained(folder).train()
     tokens = tokenize(load_tokenizer(folder), text.read_text())
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)

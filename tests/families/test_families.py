@@ -88,7 +88,7 @@ def test_a_post_norm_opt_is_refused() -> None:
 
 
 def test_a_missing_or_misshapen_tensor_is_named(make_model: MakeModel) -> None:
-    directory = make_model("llama", 1)
+    directory = make_model("llama", 1, fresh=True)
     config = directory / "config.json"
     config.write_text(config.read_text().replace('"intermediate_size": 128', '"intermediate_size": 96'))
     with pytest.raises(SwquantError, match=r"gate_proj.weight .* has the shape \[128, 64\], .* \[96, 64\]"):

@@ -222,7 +222,7 @@ def test_genai_is_told_sizes_names_and_special_tokens(written: Path, make_model:
     assert (decoder["num_attention_heads"], decoder["num_key_value_heads"], decoder["head_size"]) == (4, 2, 16)
     names = {value.name for value in onnx.load(written / "model.onnx", load_external_data=False).graph.input}
     assert {decoder["inputs"]["past_key_names"] % 1, decoder["inputs"]["attention_mask"]} <= names
-    source = make_model("llama", 1, torch.float32)
+    source = make_model("llama", 1, torch.float32, fresh=True)
     (source / "generation_config.json").write_text('{"eos_token_id": [7, 9], "pad_token_id": null}')
     config = json.loads((source / "config.json").read_text()) | {"pad_token_id": None}
     (source / "config.json").write_text(json.dumps(config))

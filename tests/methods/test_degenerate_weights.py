@@ -161,7 +161,8 @@ def test_k_grids(wide: Path, recipe: Recipe, tmp_path: Path, sound: list[str], g
 def test_linears_with_one_input(
     narrow: Path, recipe: Recipe, tmp_path: Path, sound: list[str], symmetric: bool
 ) -> None:
-    recipe = replace(recipe, group_size=None, symmetric=symmetric, method="gptq + block_ap + tesseraq", epochs=1)
+    method = "gptq + block_ap + tesseraq(rounds=2, iterations=3)"
+    recipe = replace(recipe, group_size=None, symmetric=symmetric, method=method, epochs=1)
     run(replace(recipe, format="dequantized"), narrow, tmp_path / "out", sound)
 
 
@@ -175,7 +176,7 @@ def test_groups_wider_than_the_weights_are_refused(narrow: Path, recipe: Recipe,
 def test_weights_that_no_16_bit_scale_reaches_are_refused_by_name(
     make_model: MakeModel, recipe: Recipe, tmp_path: Path, value: float
 ) -> None:
-    source = make_model("llama", 1, torch.bfloat16)
+    source = make_model("llama", 1, torch.bfloat16, fresh=True)
     name = "model.layers.0.mlp.up_proj.weight"
     weights = load_file(source / "model.safetensors")
     weights[name][3, 5] = value
