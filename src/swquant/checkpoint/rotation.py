@@ -111,10 +111,6 @@ class RotatedCheckpoint:
             out[rows] = self.rows(name, rows)
         return out
 
-    def part(self, name: str, start: int, stop: int) -> Tensor:
-        """``read(name)[start:stop]``."""
-        return self.inner.part(name, start, stop) if name not in self.changes else self.read(name)[start:stop]
-
     def rows(self, name: str, indices: Tensor) -> Tensor:
         """``read(name)[indices]`` of a matrix; no other rows are read unless the rotation mixes rows.
 
