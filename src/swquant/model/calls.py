@@ -71,8 +71,8 @@ def vocabulary_tables(skeleton: Skeleton) -> tuple[str, ...]:
     size = skeleton.model.get_submodule(skeleton.embedding).weight.shape[0]
     found = [skeleton.embedding]
     for name, module in skeleton.model.named_modules():
-        own = f"{name}.weight" in skeleton.outside and isinstance(module, nn.Embedding)
-        if own and module.weight.shape[0] >= size // 2 and module.weight.shape[0] > 1024:
+        own = f"{name}.weight" in skeleton.outside and isinstance(module, nn.Embedding) and "pos" not in name
+        if own and 0.9 * size <= module.weight.shape[0] <= 1.1 * size:
             found.append(name)
     return tuple(found)
 
