@@ -103,16 +103,24 @@ class Front:
 
     @staticmethod
     def empty(skeleton: Skeleton) -> Front:
-        """Zeros in the place of everything that is on disk."""
+        """Random numbers in the place of everything that is on disk."""
         tables = vocabulary_tables(skeleton)
         looked_up = {f"{name}.weight" for name in tables}
         state = skeleton.model.state_dict()
-        params = {
-            name: torch.zeros(state[name].shape, dtype=state[name].dtype)
-            for name in skeleton.outside
-            if name not in looked_up
-        }
+        rng = torch.Generator().manual_seed(0)
+        params = {name: _made_up(state[name], rng) for name in skeleton.outside if name not in looked_up}
         return Front(skeleton, params, tables, torch.device("cpu"))
+
+    def head_input(self, ids: Tensor, out_of: Mapping[int, Tensor]) -> Tensor:
+        """What reaches the head, given the outputs of blocks; the head itself may have no weights."""
+        seen: list[Tensor] = []
+        head = self.skeleton.model.get_submodule(self.skeleton.head)
+        hook = head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        try:
+            self.run(ids, out_of=out_of)
+        finally:
+            hook.remove()
+        return seen[0] if seen else torch.zeros(0)
 
     @contextmanager
     def looking_up(self, used: Tensor, rows: Mapping[str, Tensor]) -> Iterator[None]:
@@ -203,6 +211,12 @@ def probe(skeleton: Skeleton, tokens: int = 8) -> int:
     return hidden.shape[2]
 
 
+def _made_up(like: Tensor, rng: torch.Generator) -> Tensor:
+    if not like.dtype.is_floating_point:
+        return torch.zeros(like.shape, dtype=like.dtype)
+    return torch.randn(like.shape, generator=rng, dtype=torch.float32).to(like.dtype)
+
+
 def _wide(value: Tensor) -> Tensor:
     return value.float() if value.is_floating_point() and value.dtype != torch.float64 else value
 
@@ -266,11 +280,18 @@ def _depends(calls: Calls) -> bool:
     first = calls.tokens[:1]
     other = calls.used[torch.arange(first.shape[1]) % len(calls.used)].cpu()[None]
     other = other.roll(1, 1) if torch.equal(other, first) else other
-    for one, two in zip(calls._all(first), calls._all(other), strict=True):  # pyright: ignore[reportPrivateUsage]
-        for value, same in zip(_leaves(one), _leaves(two), strict=True):
-            if isinstance(value, Tensor) and not (value.shape == same.shape and torch.equal(value, same)):
-                return True
-    return False
+    pairs = zip(calls._all(first), calls._all(other), strict=True)  # pyright: ignore[reportPrivateUsage]
+    return any(_differ(one, two) for one, two in pairs)
+
+
+def _differ(one: Call, other: Call) -> bool:
+    """Whether two calls of a block have other tensors among their arguments."""
+    mine, theirs = _leaves(one), _leaves(other)
+    return len(mine) != len(theirs) or any(
+        isinstance(value, Tensor)
+        and not (isinstance(same, Tensor) and value.shape == same.shape and torch.equal(value, same))
+        for value, same in zip(mine, theirs, strict=True)
+    )
 
 
 def _leaves(call: Call) -> list[Any]:
@@ -280,8 +301,9 @@ def _leaves(call: Call) -> list[Any]:
 def _require_plain(front: Front, tokens: int) -> None:
     """Refuse a model of which more goes from block to block than hidden states ``[samples, tokens, dim]``.
 
-    Each recorder puts out random hidden states, which the next block has to be given as they are; what a block returns
-    beside them, or puts into a mapping that it was given, must reach no other block.
+    Each recorder puts out random hidden states, which the next block has to be given as they are. Nothing else that a
+    block is called with may follow from them, from what a block returns beside them, or from what it puts into a
+    mapping that it was given; and what reaches the head must follow from the last block's output alone.
     """
     name, recorders = type(front.skeleton.model).__name__, front.skeleton.recorders
     ids = torch.zeros(2, tokens, dtype=torch.long, device=front.device)
@@ -293,14 +315,24 @@ def _require_plain(front: Front, tokens: int) -> None:
                 f"the blocks of {name} hand on {list(shape)} instead of hidden states [samples, tokens, dim], which "
                 "swquant does not support yet"
             )
+        plain = [recorder.calls[0] for recorder in recorders]
         rng = torch.Generator().manual_seed(0)
-        drawn = {recorder.index: torch.randn(shape, generator=rng).to(front.device) for recorder in recorders[:-1]}
-        front.run(ids, out_of=drawn)
+        drawn, other = (
+            {recorder.index: torch.randn(shape, generator=rng).to(front.device) for recorder in recorders}
+            for _ in range(2)
+        )
+        last = {recorders[-1].index: drawn[recorders[-1].index]}
+        alone = torch.equal(*(front.head_input(ids, {**out, **last}).nan_to_num() for out in (other, drawn)))
+    if not alone:
+        raise SwquantError(
+            f"{name} predicts from the outputs of several blocks, not of the last alone, which swquant does not support "
+            "yet"
+        )
     extras = {id(extra) for recorder in recorders for extra in recorder.extras}
-    for recorder in recorders:
-        given = drawn.get(recorder.index - 1)
+    for recorder, before in zip(recorders, plain, strict=True):
+        given, call = drawn.get(recorder.index - 1), recorder.calls[0]
         same = given is None or (isinstance(recorder.hidden, Tensor) and torch.equal(recorder.hidden, given))
-        used = any(id(leaf) in extras for leaf in _leaves(recorder.calls[0]))
+        used = any(id(leaf) in extras for leaf in _leaves(call)) or _differ(before, call)
         if not same or used or (recorder.flow is not None and recorder.flow.writes):
             what = "other hidden states than the block before it puts out" if not same else "more than hidden states"
             raise SwquantError(
