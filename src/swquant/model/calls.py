@@ -159,7 +159,8 @@ class Front:
         recorders = self.skeleton.recorders
         for recorder in recorders:
             recorder.calls, recorder.hidden, recorder.given = [], None, (out_of or {}).get(recorder.index)
-        recorders[-1].given = given
+        if given is not None:
+            recorders[-1].given = given
         params = {**self.params, **(extra or {})}
         try:
             out = functional_call(
