@@ -111,17 +111,6 @@ class Front:
         params = {name: _made_up(state[name], rng) for name in skeleton.outside if name not in looked_up}
         return Front(skeleton, params, tables, torch.device("cpu"))
 
-    def head_input(self, ids: Tensor, out_of: Mapping[int, Tensor]) -> Tensor:
-        """What reaches the head, given the outputs of blocks; the head itself may have no weights."""
-        seen: list[Tensor] = []
-        head = self.skeleton.model.get_submodule(self.skeleton.head)
-        hook = head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-        try:
-            self.run(ids, out_of=out_of)
-        finally:
-            hook.remove()
-        return seen[0] if seen else torch.zeros(0)
-
     @contextmanager
     def looking_up(self, used: Tensor, rows: Mapping[str, Tensor]) -> Iterator[None]:
         """With ``rows`` of the tokens ``used`` in the place of each table; zeros where it has none."""
@@ -323,11 +312,12 @@ def _require_plain(front: Front, tokens: int) -> None:
             for _ in range(2)
         )
         last = {recorders[-1].index: drawn[recorders[-1].index]}
-        alone = torch.equal(*(front.head_input(ids, {**out, **last}).nan_to_num() for out in (other, drawn)))
-    if not alone:
+    reached = [_head_input(front, ids, {**out, **last}, seed) for seed, out in enumerate((other, drawn))]
+    with torch.no_grad(), front.looking_up(ids[0, :1], {}):
+        front.run(ids, out_of=drawn)
+    if not torch.equal(*reached):
         raise SwquantError(
-            f"{name} predicts from the outputs of several blocks, not of the last alone, which swquant does not support "
-            "yet"
+            f"{name} predicts from more than its last block's output, which swquant does not support yet"
         )
     extras = {id(extra) for recorder in recorders for extra in recorder.extras}
     for recorder, before in zip(recorders, plain, strict=True):
@@ -339,6 +329,24 @@ def _require_plain(front: Front, tokens: int) -> None:
             raise SwquantError(
                 f"block {recorder.index} of {name} takes or hands on {what}, which swquant does not support yet"
             )
+
+
+@torch.no_grad()
+def _head_input(front: Front, ids: Tensor, out_of: Mapping[int, Tensor], seed: int) -> Tensor:
+    """What reaches the head, given the outputs of all blocks and a random embedding."""
+    seen: list[Tensor] = []
+    model, rng = front.skeleton.model, torch.Generator().manual_seed(seed)
+    rows = {
+        name: torch.randn(1, model.get_submodule(name).weight.shape[1], generator=rng).to(front.device)
+        for name in front.tables
+    }
+    hook = model.get_submodule(front.skeleton.head).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    try:
+        with front.looking_up(ids[0, :1], rows):
+            front.run(ids, out_of=out_of)
+    finally:
+        hook.remove()
+    return seen[0].nan_to_num() if seen else torch.zeros(0)
 
 
 def capture(front: Front, checkpoint: Source, tokens: Tensor, *, stored: bool = False) -> Iterator[Tensor]:
