@@ -16,7 +16,7 @@ from swquant.checkpoint.names import Mixed, Names, Piece, analyse
 from swquant.errors import SwquantError, reason_of
 from swquant.model.empty import build_empty
 from swquant.model.flow import Flow, trace
-from swquant.model.unfused import FusedExperts, UnfusedExperts, fused_experts, linear_of
+from swquant.model.unfused import FusedExperts, fused_experts, linear_of, unfused
 
 
 @dataclass(frozen=True)
@@ -234,7 +234,8 @@ def _find_blocks(model: Any, place: Path) -> tuple[str, list[nn.Module]]:
             _, _, path, modules = max(found, key=lambda one: one[:2])
             return path, modules
     raise SwquantError(
-        f"{place}: {type(model).__name__} has no list of blocks in its decoder, so it cannot be quantized block by block"
+        f"{place}: {type(model).__name__} has no list of blocks in its decoder, so it cannot be quantized block by "
+        "block"
     )
 
 
@@ -325,7 +326,7 @@ def _unfuse(
         facts = fused_experts(module)
         if facts is not None:
             pieces, mixed, split = _unfused_names(path, facts, module, pieces, mixed, shapes)
-            model.set_submodule(path, UnfusedExperts(module, facts, split))
+            model.set_submodule(path, unfused(module, facts, split))
         elif isinstance(module, Conv1D):
             name = f"{path}.weight"
             if name in pieces:
