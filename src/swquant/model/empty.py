@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -48,6 +49,10 @@ def model_class(values: Mapping[str, Any], config: Any) -> type[PreTrainedModel]
     """
     known = _classes(config)
     for name in values.get("architectures") or ():
+        if _OTHER_HEADS.search(str(name)):
+            raise SwquantError(
+                f"architectures names {name!r:.200}, which does not predict text: give the model that it was made from"
+            )
         if name in {one.__name__ for one in known}:
             return next(one for one in known if one.__name__ == name)
     if not known:
@@ -56,6 +61,10 @@ def model_class(values: Mapping[str, Any], config: Any) -> type[PreTrainedModel]
             "give a decoder for text, or a model for images and text"
         )
     return known[0]
+
+
+_OTHER_HEADS = re.compile(r"For(\w*Classification|QuestionAnswering|MultipleChoice|NextSentencePrediction)$")
+"""Ends of architectures whose files have another head than the one for text, even where their kind has both."""
 
 
 def _classes(config: Any) -> list[type[PreTrainedModel]]:

@@ -67,7 +67,5 @@ def _equal(source: Source, one: str, other: str) -> bool:
     if source.tensors[one].shape != source.tensors[other].shape:
         return False
     rows = source.tensors[one].shape[0]
-    return all(
-        torch.equal(source.part(one, start, start + CHUNK), source.part(other, start, start + CHUNK))
-        for start in range(0, rows, CHUNK)
-    )
+    ranges = ((start, min(start + CHUNK, rows)) for start in range(0, rows, CHUNK))
+    return all(torch.equal(source.part(one, *range_), source.part(other, *range_)) for range_ in ranges)
