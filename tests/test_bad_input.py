@@ -195,7 +195,6 @@ def test_a_damaged_model(
     [
         ({"num_attention_heads": -1}, "does not describe a model that runs"),
         ({"dropout": 3}, "does not describe a model that runs"),
-        ({"_remove_final_layer_norm": True}, "a model without model.decoder.final_layer_norm"),
     ],
 )
 def test_settings_that_only_running_finds_wrong(

@@ -13,7 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from swquant import Recipe, SwquantError, evaluate, quantize
+from swquant import Recipe, SwquantError, evaluate, load, quantize
+from swquant.convert import convert
+from swquant.evaluation.models import load_model
 
 MakeModel = Callable[..., Path]
 
@@ -96,3 +98,27 @@ def test_a_head_that_is_no_embedding_and_is_missing_is_named(
     (source / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
     with pytest.raises(SwquantError, match=r"no tensor 'lm_head\.weight', which its config\.json calls for"):
         quantize(recipe, source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("equal", [False, True])
+def test_a_quantized_model_of_another_tool_has_the_head_that_transformers_gives_it(
+    make_model: MakeModel, recipe: Recipe, equal: bool, tmp_path: Path
+) -> None:
+    """Its configuration still says that the head is the embedding, whichever head lies in the file."""
+    quantize(recipe, make_model("llama", 2, tie_word_embeddings=True), tmp_path / "other")
+    with_head(tmp_path / "other", torch.ones(()) if equal else torch.linspace(0.5, 1.5, 64).expand(320, 64))
+    tokens = torch.arange(24).view(1, 24)
+    convert(tmp_path / "other", tmp_path / "out", format="dequantized,gptq,gguf,onnx")
+    for form in ("dequantized", "gptq", "gguf", "onnx"):
+        config = json.loads((tmp_path / "out" / form / "config.json").read_text())
+        assert config["tie_word_embeddings"] is equal, form
+    assert ("lm_head.weight" in load_file(tmp_path / "out" / "gptq" / "model.safetensors")) is not equal
+    with torch.no_grad():
+        theirs: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "other", dtype=torch.float32)
+        expected = theirs(tokens).logits
+        packed = load(tmp_path / "other", device="cpu")
+        assert torch.allclose(packed(tokens).logits, expected, atol=1e-5)
+        assert packed.config.tie_word_embeddings is equal
+        for place in (tmp_path / "other", *sorted((tmp_path / "out").glob("*/"))):
+            found = load_model(place, torch.device("cpu"))(tokens).logits
+            assert torch.allclose(found, expected, atol=1e-4), place

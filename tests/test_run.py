@@ -110,6 +110,18 @@ def test_a_rotated_model_is_loaded_with_the_reported_numbers(
     assert report.quality.perplexity_reference == pytest.approx(measured.reference_perplexity, rel=1e-5)
 
 
+def test_a_model_without_a_last_norm_is_read_as_transformers_reads_it(
+    make_model: MakeModel, recipe: Recipe, tmp_path: Path
+) -> None:
+    """The norm is still in the file, and nothing of the model."""
+    source = make_model("opt", 1, fresh=True)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "_remove_final_layer_norm": True}))
+    recipe = replace(recipe, method="rtn", epochs=None, runtime="transformers")
+    report = quantize(recipe, source, tmp_path / "out")
+    assert report.outputs[0].verification["kl"] < 1e-6
+
+
 @pytest.mark.parametrize("name", ["w2g64", "w2g64-asym"])
 def test_the_recommended_recipe_lowers_what_rounding_lost(
     llama: Path, recipe: Recipe, tmp_path: Path, name: str

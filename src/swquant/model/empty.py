@@ -48,6 +48,11 @@ def model_class(values: Mapping[str, Any], config: Any) -> type[PreTrainedModel]
         SwquantError: There is no such class for this kind of model.
     """
     known = _classes(config)
+    if not known:
+        raise SwquantError(
+            f"transformers has no class that predicts text for model_type {config.model_type!r}: "
+            "give a decoder for text, or a model for images and text"
+        )
     for name in values.get("architectures") or ():
         if _OTHER_HEADS.search(str(name)):
             raise SwquantError(
@@ -55,11 +60,6 @@ def model_class(values: Mapping[str, Any], config: Any) -> type[PreTrainedModel]
             )
         if name in {one.__name__ for one in known}:
             return next(one for one in known if one.__name__ == name)
-    if not known:
-        raise SwquantError(
-            f"transformers has no class that predicts text for model_type {config.model_type!r}: "
-            "give a decoder for text, or a model for images and text"
-        )
     return known[0]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from swquant.checkpoint.converted import to_memory
 from swquant.checkpoint.source import Source
 from swquant.errors import SwquantError
-from swquant.model.skeleton import build_model
+from swquant.model.skeleton import build_model, tie
 
 
 @torch.no_grad()
@@ -31,7 +31,7 @@ def whole_model(
         SwquantError: It does not describe a model, or a tensor is missing or has another shape.
     """
     model, names = build_model(values, shapes, place, torch.float32)
-    known = dict(model.named_parameters()) | dict(model.named_buffers())
+    known = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
     for name, value in to_memory(names, parts):
         if name not in known:
             continue
@@ -46,7 +46,7 @@ def whole_model(
         setattr(
             model.get_submodule(parent), leaf, nn.Parameter(filled, requires_grad=False) if is_parameter else filled
         )
-    model.tie_weights()
+    tie(model)
     for name, value in (*model.named_parameters(), *model.named_buffers()):
         if value.is_meta:
             raise SwquantError(f"{place} does not load: it has no tensor {name!r}, which its config.json calls for")

@@ -19,7 +19,7 @@ from swquant.errors import SwquantError
 from swquant.formats import read_quantized
 from swquant.formats.base import check_dtype
 from swquant.formats.compressed_tensors import CompressedTensors
-from swquant.model.skeleton import build_model
+from swquant.model.skeleton import build_model, tie
 from swquant.quant.kgrids import UNIFORM
 from swquant.quant.qtensor import QTensor
 from swquant.quant.spec import QuantSpec
@@ -69,7 +69,7 @@ def load(directory: str | Path, *, device: str = "auto", dtype: torch.dtype | No
             raise SwquantError(
                 f"{name} is on a K grid of llama.cpp, for which swquant has no layer; load the file with llama.cpp"
             )
-    model.tie_weights()
+    tie(model)
     _require_filled(model, place)
     setattr(model.config, QUANTIZATION_CONFIG, CompressedTensors().config(outline))
     if (place / GENERATION).is_file():
