@@ -20,6 +20,7 @@ from swquant.formats import read_quantized
 from swquant.formats.base import Format
 from swquant.model.opening import two_heads, untied
 from swquant.model.skeleton import build_skeleton
+from swquant.model.whole import require_called_for
 from swquant.output import RECIPE, REPORT, described, load_report, output_of, place_of
 from swquant.plan import choose_formats, unquantized
 from swquant.recipe import Recipe
@@ -85,6 +86,7 @@ def with_ignored(model: QuantizedModel) -> QuantizedModel:
     """The model with the names of those of its linear modules that are not quantized, which a format may not keep."""
     outline = model.outline
     skeleton = build_skeleton(outline.config, shapes_of(model), outline.directory)
+    require_called_for(skeleton.names, outline.linears, outline.directory)
     if (keys := two_heads(skeleton)) is not None:
         model = with_one_head(model, *keys)
         outline = model.outline
