@@ -90,7 +90,9 @@ class Plan:
         return {
             "recipe": self.recipe.to_mapping(),
             "source": self.checkpoint.fingerprint(),
-            "grids": {site.name: site.spec.label for site in self.layout.sites if site.spec != self.spec and site.spec},
+            "grids": {
+                site.name: _label(site.spec) for block in self.layout.blocks for site in block if site.spec != self.spec
+            },
             **{name: text and hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()},
             "versions": versions(),
         }
@@ -122,6 +124,13 @@ class Plan:
         block = whole / len(self.skeleton.blocks)
         head = math.prod(self.checkpoint.tensors[self.skeleton.head_weight].shape) / block
         return tail_of(finish.epochs, train, held, len(self.skeleton.blocks), head)
+
+
+def _label(spec: QuantSpec | None) -> str:
+    """A grid as a run's key has it: two that differ in anything have two."""
+    if spec is None:
+        return "kept"
+    return spec.label if spec.symmetric else f"{spec.label} asymmetric"
 
 
 def make_plan(

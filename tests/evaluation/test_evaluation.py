@@ -155,7 +155,7 @@ def test_memory_that_runs_out_while_loading_is_not_taken_for_a_broken_model(
         raise MemoryError
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", full)
-    monkeypatch.setattr("swquant.evaluation.models.empty_model", full)
+    monkeypatch.setattr("swquant.evaluation.models.whole_model", full)
     for model in (llama, quantized):
         with pytest.raises(MemoryError):
             evaluate(model, str(text), context=16, windows=1, device="cpu")

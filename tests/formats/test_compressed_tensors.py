@@ -13,7 +13,7 @@ from compressed_tensors.quantization import QuantizationConfig, QuantizationSche
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swquant.checkpoint.quantized import Outline
+from outlines import outline_of
 from swquant.errors import SwquantError
 from swquant.formats.compressed_tensors import CompressedTensors
 from swquant.quant.qtensor import QTensor
@@ -78,7 +78,7 @@ def test_scales_are_stored_in_the_models_dtype(dtype: torch.dtype, make_qtensor:
 
 def test_notes_are_about_asymmetric_loads_and_rounding() -> None:
     def check(spec: QuantSpec, dtype: torch.dtype) -> tuple[str, ...]:
-        return CompressedTensors().check(Outline(Path(), {}, spec, dtype, {}, ()))
+        return CompressedTensors().check(outline_of(Path(), {}, spec, dtype, {}, ()))
 
     assert check(QuantSpec(2, 64, True), torch.bfloat16) == ()
     assert [note.split(":")[0] for note in check(QuantSpec(3, 64, False), torch.float16)] == ["asymmetric"]

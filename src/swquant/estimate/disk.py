@@ -113,8 +113,9 @@ def output_bytes(form: Format, plan: Plan) -> int:
     plain = [
         stored for name, stored in plan.disk.tensors.items() if name not in quantized and name not in names.dropped
     ]
-    if plan.pipeline.rotate and plan.disk.config.get("tie_word_embeddings"):
-        plain.append(plan.checkpoint.tensors[plan.skeleton.head_weight])  # which a rotation unties
+    head = plan.skeleton.head_weight
+    if plan.pipeline.rotate and (head not in plan.disk.tensors or head in names.dropped):
+        plain.append(plan.checkpoint.tensors[head])  # which a rotation unties
     counts = Counter((outline.grids[module], shape) for module, shape in outline.linears.items())
     weights = (
         count * form.weight_bytes(replace(outline, grids={"": spec}), *shape) for (spec, shape), count in counts.items()

@@ -104,7 +104,8 @@ def _has_weights(directory: Path) -> bool:
 def _assembled(quantized: QuantizedModel) -> Any:
     """The model with every weight dequantized to float32."""
     outline = quantized.outline
-    return whole_model(outline.config, shapes_of(quantized), outline.directory, quantized.parts())
+    shapes = shapes_of(quantized)
+    return whole_model(outline.config, shapes, outline.directory, quantized.parts(), outline.linears)
 
 
 def _does_not_load(directory: Path, error: Exception) -> SwquantError:

@@ -41,19 +41,27 @@ def open_model(source: Source) -> Model:
     config: Mapping[str, Any] = source.config
     shapes = {name: stored.shape for name, stored in source.tensors.items()}
     skeleton = build_skeleton(config, shapes, source.directory)
-    head = f"{skeleton.head}.weight"
-    piece, embedding = skeleton.names.pieces.get(head), skeleton.names.pieces.get(f"{skeleton.embedding}.weight")
-    if head in skeleton.model.all_tied_weights_keys and piece and embedding and piece != embedding:
-        equal = _equal(source, piece.key, embedding.key)
+    keys = two_heads(skeleton)
+    if keys is not None:
+        equal = _equal(source, *keys)
         if equal:
-            del shapes[piece.key]
+            del shapes[keys[0]]
         else:
             config = untied(config)
         skeleton = build_skeleton(config, shapes, source.directory)
         if equal:
-            skeleton = replace(skeleton, names=replace(skeleton.names, dropped=(piece.key,)))
+            skeleton = replace(skeleton, names=replace(skeleton.names, dropped=keys[:1]))
     config = {**config, "architectures": [type(skeleton.model).__name__]}
     return Model(ConvertedCheckpoint(source, skeleton.names, config), skeleton)
+
+
+def two_heads(skeleton: Skeleton) -> tuple[str, str] | None:
+    """Names on disk of the head and the embedding of a model that has both where its configuration has but one."""
+    head = f"{skeleton.head}.weight"
+    piece, embedding = skeleton.names.pieces.get(head), skeleton.names.pieces.get(f"{skeleton.embedding}.weight")
+    if head in skeleton.model.all_tied_weights_keys and piece and embedding and piece != embedding:
+        return piece.key, embedding.key
+    return None
 
 
 def untied(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -67,7 +75,5 @@ def _equal(source: Source, one: str, other: str) -> bool:
     if source.tensors[one].shape != source.tensors[other].shape:
         return False
     rows = source.tensors[one].shape[0]
-    return all(
-        torch.equal(source.part(one, start, start + CHUNK), source.part(other, start, start + CHUNK))
-        for start in range(0, rows, CHUNK)
-    )
+    ranges = ((start, min(start + CHUNK, rows)) for start in range(0, rows, CHUNK))
+    return all(torch.equal(source.part(one, *range_), source.part(other, *range_)) for range_ in ranges)

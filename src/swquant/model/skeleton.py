@@ -181,6 +181,19 @@ def build_model(
     return model, _with_ties(model, names)
 
 
+def tie(model: Any) -> None:
+    """Tie the weights of a model that has been filled, as transformers does while it loads.
+
+    What is still on ``meta`` is missing in the file. A head that the configuration calls the embedding, and that is
+    there and differs, stays one of its own.
+    """
+    missing = {name for name, value in model.named_parameters(remove_duplicate=False) if value.is_meta}
+    model.tie_weights(missing_keys=missing)
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is not None and embedding is not None and head.weight is not embedding.weight:
+        model.config.tie_word_embeddings = False
+
+
 def build_skeleton(values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], place: Path) -> Skeleton:
     """The skeleton of a model; no weight is read.
 
@@ -219,6 +232,8 @@ def _find_blocks(model: Any, place: Path) -> tuple[str, list[nn.Module]]:
     """
     text = model.config.get_text_config(decoder=True)
     layers = getattr(text, "num_hidden_layers", None)
+    if layers == 0:
+        raise SwquantError(f"{place}: num_hidden_layers is 0, so there is nothing to quantize")
     decoder = model.get_decoder()
     start = next((name for name, module in model.named_modules() if module is decoder), "")
     for root, place_of in ((decoder, start), (model, "")):
