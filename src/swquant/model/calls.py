@@ -7,7 +7,7 @@ follows the last block: norm, soft-capping, multipliers, head.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -112,7 +112,7 @@ class Front:
         return Front(skeleton, params, tables, torch.device("cpu"))
 
     @contextmanager
-    def looking_up(self, used: Tensor, rows: Mapping[str, Tensor]) -> Iterator[None]:
+    def looking_up(self, used: Tensor, rows: Mapping[str, Tensor]) -> Generator[None]:
         """With ``rows`` of the tokens ``used`` in the place of each table; zeros where it has none."""
         model = self.skeleton.model
         before = {name: model.get_submodule(name) for name in self.tables}
@@ -340,7 +340,11 @@ def _head_input(front: Front, ids: Tensor, out_of: Mapping[int, Tensor], seed: i
         name: torch.randn(1, model.get_submodule(name).weight.shape[1], generator=rng).to(front.device)
         for name in front.tables
     }
-    hook = model.get_submodule(front.skeleton.head).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+
+    def see(_: nn.Module, args: tuple[Any, ...]) -> None:
+        seen.append(args[0])
+
+    hook = model.get_submodule(front.skeleton.head).register_forward_pre_hook(see)
     try:
         with front.looking_up(ids[0, :1], rows):
             front.run(ids, out_of=out_of)
