@@ -79,7 +79,7 @@ def blocks_of(outline: Outline) -> str:
     found = {match.group(1) if (match := re.match(r"(.+?)\.\d+\.", name)) else name for name in outline.linears}
     if len(found) != 1:
         raise SwquantError(
-            f"{outline.directory} has quantized weights outside of its blocks, such as {min(found):.200}, which swquant "
-            "does not read"
+            f"{outline.directory} has quantized weights outside of its blocks, such as {min(found):.200}, which "
+            "swquant does not read"
         )
     return found.pop()
