@@ -35,7 +35,7 @@ from swquant.model.skeleton import Skeleton
 from swquant.quant.kgrids import UNIFORM
 from swquant.quant.spec import QuantSpec
 from swquant.recipe import PRESETS, Recipe
-from swquant.targets import choose_format, load_target, require_loads
+from swquant.targets import choose_format, load_target, require_loads, require_together
 from swquant.targets.base import Target
 
 LONGEST = 2048
@@ -213,11 +213,11 @@ def choose_formats(names: tuple[str, ...], target: Target | None, specs: tuple[Q
     """
     if target is None:
         return names or (DEFAULT_FORMAT if all(spec.grid == UNIFORM for spec in specs) else "gguf",)
-    if not names:
-        return (choose_format(target, specs[0]),)
+    names = names or (choose_format(target, specs[0]),)
     for name in [name for name in names if name in target.formats] or names[:1]:
         for spec in specs:
             require_loads(target, name, spec)
+        require_together(target, name, specs)
     return names
 
 
