@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from swquant.checkpoint.quantized import entries, QuantizedModel
+from swquant.checkpoint.quantized import QuantizedModel, entries
 from swquant.checkpoint.reader import find_model
 from swquant.formats import read_quantized
 from swquant.quant.codes import code_entropy, share_at_ends

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swquant.checkpoint.quantized import entries, QuantizedModel
+from swquant.checkpoint.quantized import QuantizedModel, entries
 from swquant.checkpoint.writer import Written, copy_sidecars, require_unused, write_beside
 from swquant.errors import SwquantError
 from swquant.formats.gguf_blocks import block_type

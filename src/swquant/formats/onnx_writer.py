@@ -11,7 +11,7 @@ from typing import IO, TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from swquant.checkpoint.quantized import Encode, entries, QuantizedModel
+from swquant.checkpoint.quantized import Encode, QuantizedModel, entries
 from swquant.checkpoint.writer import Written, copy_sidecars, require_unused, write_beside
 from swquant.errors import SwquantError
 from swquant.formats.onnx_layout import DATA, MODEL, PROPERTY, DecoderLayout, decoder_layout, onnx_types, require_onnx
