@@ -97,6 +97,18 @@ class Plan:
             "versions": versions(),
         }
 
+    def assumed(self) -> str:
+        """What was found by inspecting the model, in a sentence."""
+        sites = list(self.layout.sites)
+        kept: dict[str, set[str]] = {}
+        for name, reason in self.layout.kept.items():
+            kept.setdefault(reason, set()).add(name.rpartition(".")[2])
+        apart = "; ".join(f"{', '.join(sorted(names))} ({reason})" for reason, names in kept.items())
+        return (
+            f"{type(self.skeleton.model).__name__}: {len(self.skeleton.blocks)} blocks in {self.skeleton.path} with "
+            f"{len(sites)} matrices to quantize" + (f"; kept as they are: {apart}" if apart else "")
+        )
+
     def job(self) -> Job:
         """What stays the same from block to block."""
         samples, recipe = self.recipe.samples, self.recipe

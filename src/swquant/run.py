@@ -115,6 +115,7 @@ def quantize_together(
     ranks.lead(lambda: plans.append(make_plan(recipe, source, source_options, grids)))
     plan = plans[0] if plans else make_plan(recipe, source, source_options, grids)
     watching.stage(f"Reading {plan.checkpoint.directory.name}: {plan.recipe.summary}")
+    watching.stage(plan.assumed())
     if note := note_of(plan.disk):
         watching.stage(note[0].upper() + note[1:])
     key = ranks.lead(plan.key)

@@ -198,7 +198,7 @@ def probe(skeleton: Skeleton, tokens: int = 8) -> int:
     _require_plain(Front.empty(skeleton), tokens)
     hidden = skeleton.recorders[0].hidden
     assert hidden is not None
-    return hidden.shape[2]
+    return hidden.shape[2:].numel()
 
 
 def _made_up(like: Tensor, rng: torch.Generator) -> Tensor:
@@ -300,7 +300,7 @@ def _require_plain(front: Front, tokens: int) -> None:
     with torch.no_grad(), front.looking_up(ids[0, :1], {}):
         front.run(ids)
         shape = recorders[0].hidden.shape if isinstance(recorders[0].hidden, Tensor) else ()
-        if len(shape) != 3 or shape[:2] != (2, tokens):
+        if len(shape) < 3 or shape[:2] != (2, tokens):
             raise SwquantError(
                 f"the blocks of {name} hand on {list(shape)} instead of hidden states [samples, tokens, dim], which "
                 "swquant does not support yet"
@@ -374,7 +374,7 @@ def capture(front: Front, checkpoint: Source, tokens: Tensor, *, stored: bool = 
             front.run(sample[None].to(front.device))
         hidden = front.skeleton.recorders[0].hidden
         assert hidden is not None
-        yield hidden[0]
+        yield hidden[0].flatten(1)
 
 
 @dataclass(frozen=True)
