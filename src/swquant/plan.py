@@ -198,7 +198,7 @@ def make_plan(
     )
     return Plan(
         resolved,
-        disk,
+        model.checkpoint.inner,
         checkpoint,
         skeleton,
         layout,
