@@ -39,10 +39,12 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-import swquant
 from families_left_out import NOT_DECODERS
 from swquant import Recipe, SwquantError, quantize
-from swquant.evaluation.models import load_model
+from swquant.checkpoint.opening import open_source
+from swquant.model.calls import Calls, Front, Tail, capture, probe
+from swquant.model.opening import open_model
+from swquant.quant.deferred import in_float
 from tiny_models import KINDS, VOCABULARY, prose, tiny_model, write
 from tiny_settings import VARIANTS
 
@@ -105,11 +107,20 @@ def logits_of(model: Any, ids: Tensor) -> Tensor:
     return model(input_ids=ids, use_cache=False).logits.float()
 
 
+@torch.no_grad()
 def our_logits(outputs: Mapping[str, Path], ids: Tensor) -> Tensor:
-    """The quantized model's logits as swquant computes them: on packed codes where there are any."""
-    if PACKED in outputs:
-        return logits_of(swquant.load(outputs[PACKED], device="cpu", dtype=torch.float32), ids)
-    return logits_of(load_model(outputs[PLAIN], torch.device("cpu")), ids)
+    """The quantized model's logits as our engine computes them: block by block, called as the model calls them."""
+    model = open_model(open_source(outputs[PLAIN]))
+    probe(model.skeleton)
+    front = Front.load(model.skeleton, model.checkpoint, torch.device("cpu"))
+    calls = Calls.prepare(front, model.checkpoint, ids)
+    hidden = torch.stack(list(capture(front, model.checkpoint, ids)))
+    samples = torch.arange(len(ids))
+    for index, block in enumerate(model.skeleton.blocks):
+        params = {name: model.checkpoint.read(f"{block.prefix}.{name}") for name in block.names()}
+        hidden = block.forward(in_float(params), hidden, calls.of(index, samples))
+    tail = Tail.load(front, model.checkpoint)
+    return torch.stack([tail.logits(states) for states in hidden])
 
 
 def their_logits(entry: Entry, folder: Path, ids: Tensor) -> Tensor:
@@ -223,6 +234,9 @@ def run(entry: Entry, methods: Iterable[str]) -> dict[str, Any]:
     try:
         record = entry.start()
         record["build"] = outcome_of(lambda: build(entry, place / "model", ids))
+        if record["build"]["outcome"] == "traceback":
+            # Transformers' own, for instance where a class needs a package that is not installed.
+            record["build"]["outcome"] = "not built"
         if record["build"]["outcome"] == "works":
             for index, method in enumerate(methods):
                 work = place / f"work-{index}"
@@ -285,7 +299,7 @@ def markdown(results: Mapping[str, Mapping[str, Any]]) -> str:
     for record in sorted(results.values(), key=lambda record: (record["class"].lower(), record["model_type"])):
         name = f"| `{record['class']}` | `{record['model_type']}` |"
         if record["build"]["outcome"] != "works":
-            lines.append(f"{name} not built: {cell(record['build'])} | | |")
+            lines.append(f"{name} {cell(record['build'])} | | |")
             continue
         plain = [cell(record.get(method)) for method in METHODS]
         packed = [record[method][PACKED] for method in METHODS if PACKED in record.get(method, {})]

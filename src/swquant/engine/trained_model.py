@@ -152,7 +152,8 @@ class TrainedModel:
     def advance(self, stream: Tensor, first: int) -> bool:
         """Replace the hidden states before the first block by those after the last, in place.
 
-        The samples are those from number ``first`` on. Each rank takes samples of its own; returns whether all of these end in finite values.
+        The samples are those from number ``first`` on. Each rank takes samples of its own; returns whether all of these
+        end in finite values.
         """
         own = list(own_batches(self._job.ranks, stream))
         for index in range(len(self.thetas)):

@@ -71,8 +71,8 @@ def vocabulary_tables(skeleton: Skeleton) -> tuple[str, ...]:
     size = skeleton.model.get_submodule(skeleton.embedding).weight.shape[0]
     found = [skeleton.embedding]
     for name, module in skeleton.model.named_modules():
-        own = f"{name}.weight" in skeleton.outside and isinstance(module, nn.Embedding)
-        if own and module.weight.shape[0] >= size // 2 and module.weight.shape[0] > 1024:
+        own = f"{name}.weight" in skeleton.outside and isinstance(module, nn.Embedding) and "pos" not in name
+        if own and 0.9 * size <= module.weight.shape[0] <= 1.1 * size:
             found.append(name)
     return tuple(found)
 
@@ -103,15 +103,12 @@ class Front:
 
     @staticmethod
     def empty(skeleton: Skeleton) -> Front:
-        """Zeros in the place of everything that is on disk."""
+        """Random numbers in the place of everything that is on disk."""
         tables = vocabulary_tables(skeleton)
         looked_up = {f"{name}.weight" for name in tables}
         state = skeleton.model.state_dict()
-        params = {
-            name: torch.zeros(state[name].shape, dtype=state[name].dtype)
-            for name in skeleton.outside
-            if name not in looked_up
-        }
+        rng = torch.Generator().manual_seed(0)
+        params = {name: _made_up(state[name], rng) for name in skeleton.outside if name not in looked_up}
         return Front(skeleton, params, tables, torch.device("cpu"))
 
     @contextmanager
@@ -151,7 +148,8 @@ class Front:
         recorders = self.skeleton.recorders
         for recorder in recorders:
             recorder.calls, recorder.hidden, recorder.given = [], None, (out_of or {}).get(recorder.index)
-        recorders[-1].given = given
+        if given is not None:
+            recorders[-1].given = given
         params = {**self.params, **(extra or {})}
         try:
             out = functional_call(
@@ -201,6 +199,12 @@ def probe(skeleton: Skeleton, tokens: int = 8) -> int:
     hidden = skeleton.recorders[0].hidden
     assert hidden is not None
     return hidden.shape[2]
+
+
+def _made_up(like: Tensor, rng: torch.Generator) -> Tensor:
+    if not like.dtype.is_floating_point:
+        return torch.zeros(like.shape, dtype=like.dtype)
+    return torch.randn(like.shape, generator=rng, dtype=torch.float32).to(like.dtype)
 
 
 def _wide(value: Tensor) -> Tensor:
@@ -266,11 +270,18 @@ def _depends(calls: Calls) -> bool:
     first = calls.tokens[:1]
     other = calls.used[torch.arange(first.shape[1]) % len(calls.used)].cpu()[None]
     other = other.roll(1, 1) if torch.equal(other, first) else other
-    for one, two in zip(calls._all(first), calls._all(other), strict=True):  # pyright: ignore[reportPrivateUsage]
-        for value, same in zip(_leaves(one), _leaves(two), strict=True):
-            if isinstance(value, Tensor) and not (value.shape == same.shape and torch.equal(value, same)):
-                return True
-    return False
+    pairs = zip(calls._all(first), calls._all(other), strict=True)  # pyright: ignore[reportPrivateUsage]
+    return any(_differ(one, two) for one, two in pairs)
+
+
+def _differ(one: Call, other: Call) -> bool:
+    """Whether two calls of a block have other tensors among their arguments."""
+    mine, theirs = _leaves(one), _leaves(other)
+    return len(mine) != len(theirs) or any(
+        isinstance(value, Tensor)
+        and not (isinstance(same, Tensor) and value.shape == same.shape and torch.equal(value, same))
+        for value, same in zip(mine, theirs, strict=True)
+    )
 
 
 def _leaves(call: Call) -> list[Any]:
@@ -280,8 +291,9 @@ def _leaves(call: Call) -> list[Any]:
 def _require_plain(front: Front, tokens: int) -> None:
     """Refuse a model of which more goes from block to block than hidden states ``[samples, tokens, dim]``.
 
-    Each recorder puts out random hidden states, which the next block has to be given as they are; what a block returns
-    beside them, or puts into a mapping that it was given, must reach no other block.
+    Each recorder puts out random hidden states, which the next block has to be given as they are. Nothing else that a
+    block is called with may follow from them, from what a block returns beside them, or from what it puts into a
+    mapping that it was given; and what reaches the head must follow from the last block's output alone.
     """
     name, recorders = type(front.skeleton.model).__name__, front.skeleton.recorders
     ids = torch.zeros(2, tokens, dtype=torch.long, device=front.device)
@@ -293,19 +305,48 @@ def _require_plain(front: Front, tokens: int) -> None:
                 f"the blocks of {name} hand on {list(shape)} instead of hidden states [samples, tokens, dim], which "
                 "swquant does not support yet"
             )
+        plain = [recorder.calls[0] for recorder in recorders]
         rng = torch.Generator().manual_seed(0)
-        drawn = {recorder.index: torch.randn(shape, generator=rng).to(front.device) for recorder in recorders[:-1]}
+        drawn, other = (
+            {recorder.index: torch.randn(shape, generator=rng).to(front.device) for recorder in recorders}
+            for _ in range(2)
+        )
+        last = {recorders[-1].index: drawn[recorders[-1].index]}
+    reached = [_head_input(front, ids, {**out, **last}, seed) for seed, out in enumerate((other, drawn))]
+    with torch.no_grad(), front.looking_up(ids[0, :1], {}):
         front.run(ids, out_of=drawn)
+    if not torch.equal(*reached):
+        raise SwquantError(
+            f"{name} predicts from more than its last block's output, which swquant does not support yet"
+        )
     extras = {id(extra) for recorder in recorders for extra in recorder.extras}
-    for recorder in recorders:
-        given = drawn.get(recorder.index - 1)
+    for recorder, before in zip(recorders, plain, strict=True):
+        given, call = drawn.get(recorder.index - 1), recorder.calls[0]
         same = given is None or (isinstance(recorder.hidden, Tensor) and torch.equal(recorder.hidden, given))
-        used = any(id(leaf) in extras for leaf in _leaves(recorder.calls[0]))
+        used = any(id(leaf) in extras for leaf in _leaves(call)) or _differ(before, call)
         if not same or used or (recorder.flow is not None and recorder.flow.writes):
             what = "other hidden states than the block before it puts out" if not same else "more than hidden states"
             raise SwquantError(
                 f"block {recorder.index} of {name} takes or hands on {what}, which swquant does not support yet"
             )
+
+
+@torch.no_grad()
+def _head_input(front: Front, ids: Tensor, out_of: Mapping[int, Tensor], seed: int) -> Tensor:
+    """What reaches the head, given the outputs of all blocks and a random embedding."""
+    seen: list[Tensor] = []
+    model, rng = front.skeleton.model, torch.Generator().manual_seed(seed)
+    rows = {
+        name: torch.randn(1, model.get_submodule(name).weight.shape[1], generator=rng).to(front.device)
+        for name in front.tables
+    }
+    hook = model.get_submodule(front.skeleton.head).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    try:
+        with front.looking_up(ids[0, :1], rows):
+            front.run(ids, out_of=out_of)
+    finally:
+        hook.remove()
+    return seen[0].nan_to_num() if seen else torch.zeros(0)
 
 
 def capture(front: Front, checkpoint: Source, tokens: Tensor, *, stored: bool = False) -> Iterator[Tensor]:

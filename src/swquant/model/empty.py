@@ -119,19 +119,41 @@ def compute_buffers(model: nn.Module) -> None:
     A buffer that this code leaves alone stays on ``meta``, so that whoever uses it fails instead of reading anything.
     """
     owners: dict[str, Any] = {}
+    unset: dict[str, dict[str, torch.Tensor]] = {}
     for name, module in list(model.named_modules()):
         parent = name.rpartition(".")[0]
         owners[name] = module if isinstance(module, PreTrainedModel) else owners.get(parent, owners.get(""))
         unsaved = module._non_persistent_buffers_set  # pyright: ignore[reportPrivateUsage]
         empty = {key: value for key, value in module.named_buffers(recurse=False) if value.is_meta and key in unsaved}
-        if not empty:
-            continue
         for key, value in empty.items():
             module._buffers[key] = torch.full_like(value, _unset(value.dtype), device="cpu")  # pyright: ignore
-        owners[name]._init_weights(module)
-        for key, value in empty.items():
-            if bool((module._buffers[key].nan_to_num(_UNSET) == _unset(value.dtype, _UNSET)).all()):  # pyright: ignore
-                module._buffers[key] = value  # pyright: ignore[reportPrivateUsage]
+        if empty:
+            unset[name] = empty
+            owners[name]._init_weights(module)
+    left = [name for name, empty in unset.items() if _still_unset(model.get_submodule(name), empty)]
+    # Some models compute a buffer where they initialize the module above.
+    for above in dict.fromkeys(parent for name in left for parent in _above(name)):
+        owners[above]._init_weights(model.get_submodule(above))
+    for name in left:
+        module = model.get_submodule(name)
+        for key in _still_unset(module, unset[name]):
+            module._buffers[key] = unset[name][key]  # pyright: ignore[reportPrivateUsage]
+
+
+def _still_unset(module: nn.Module, empty: Mapping[str, torch.Tensor]) -> list[str]:
+    """Those of a module's buffers that still hold what they were filled with."""
+    return [
+        key
+        for key, value in empty.items()
+        if bool((module._buffers[key].nan_to_num(_UNSET) == _unset(value.dtype, _UNSET)).all())  # pyright: ignore
+    ]
+
+
+def _above(name: str) -> Iterator[str]:
+    """Names of the modules that hold it, from the inside out, but for the model itself."""
+    while "." in name:
+        name = name.rpartition(".")[0]
+        yield name
 
 
 _UNSET = -7.0

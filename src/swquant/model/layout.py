@@ -133,6 +133,9 @@ def lay_out(skeleton: Skeleton, spec: QuantSpec, grids: Mapping[str, QuantSpec |
                 kept[full] = reason
                 continue
             sites.append(_site(full, name, linears[name], skeleton.names, flow, spec))
+        for name, value in block.module.named_parameters():
+            if value.dim() == 3 and min(value.shape[1:]) >= SMALLEST:
+                kept[f"{block.prefix}.{name}"] = "several matrices in one tensor that swquant does not take apart"
         blocks.append(tuple(sites))
     layout = Layout(tuple(blocks), tuple(flows), kept, skeleton.names.carried)
     layout = _with_grids(layout, grids or {})

@@ -16,7 +16,7 @@ from swquant.checkpoint.names import Mixed, Names, Piece, analyse
 from swquant.errors import SwquantError, reason_of
 from swquant.model.empty import build_empty
 from swquant.model.flow import Flow, trace
-from swquant.model.unfused import FusedExperts, UnfusedExperts, fused_experts, linear_of
+from swquant.model.unfused import FusedExperts, fused_experts, linear_of, unfused
 
 
 @dataclass(frozen=True)
@@ -226,25 +226,32 @@ def _one(names: Names, one: str, other: str) -> bool:
 
 
 def _find_blocks(model: Any, place: Path) -> tuple[str, list[nn.Module]]:
-    """The list of the language model's blocks: of the lists in its decoder with a module per layer, the largest."""
+    """The list of the language model's blocks: of the lists of modules in its decoder, the one with most weights.
+
+    Lists with a module per layer come first, and lists within another's modules do not count.
+    """
     text = model.config.get_text_config(decoder=True)
     layers = getattr(text, "num_hidden_layers", None)
     if layers == 0:
         raise SwquantError(f"{place}: num_hidden_layers is 0, so there is nothing to quantize")
     decoder = model.get_decoder()
     start = next((name for name, module in model.named_modules() if module is decoder), "")
-    found: list[tuple[int, str, list[nn.Module]]] = []
-    for name, module in decoder.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == layers:
-            full = ".".join(part for part in (start, name) if part)
-            if not any(full.startswith(f"{outer}.") for _, outer, _ in found):
-                found.append((sum(value.numel() for value in module.parameters()), full, list(module)))
-    if not found:
-        raise SwquantError(
-            f"{place}: {type(model).__name__} has no list of {layers} blocks, so it cannot be quantized block by block"
-        )
-    _, path, modules = max(found, key=lambda one: one[0])
-    return path, modules
+    for root, place_of in ((decoder, start), (model, "")):
+        found: list[tuple[bool, int, str, list[nn.Module]]] = []
+        for name, module in root.named_modules():
+            full = ".".join(part for part in (place_of, name) if part)
+            if not isinstance(module, nn.ModuleList) or any(full.startswith(f"{outer[2]}.") for outer in found):
+                continue
+            if all(any(True for _ in one.children()) for one in module) and len(module):
+                size = sum(value.numel() for value in module.parameters())
+                found.append((len(module) == layers, size, full, list(module)))
+        if found:
+            _, _, path, modules = max(found, key=lambda one: one[:2])
+            return path, modules
+    raise SwquantError(
+        f"{place}: {type(model).__name__} has no list of blocks in its decoder, so it cannot be quantized block by "
+        "block"
+    )
 
 
 def _ends(model: Any, place: Path) -> tuple[str, str]:
@@ -258,21 +265,29 @@ def _ends(model: Any, place: Path) -> tuple[str, str]:
 
 
 def _outside(model: Any, path: str, ends: set[str]) -> list[str]:
-    """What the language model has outside of its blocks: of the module that holds the blocks, and what is not a tower.
+    """What the language model has outside of its blocks.
 
-    Modules that stand beside the language model in a wrapper (a vision tower, a projector) are left out: text alone
-    never reaches them.
+    Modules beside those that hold the blocks are left out if they are towers (of vision, of audio): if they have a list
+    of blocks of their own. Text alone never reaches them.
     """
-    body = path.rpartition(".")[0]
-    decoder = f"{body}." if body else ""
-    head = next(iter(ends - {name for name in ends if name.startswith(decoder)}), "").rpartition(".")[0]
+    parts = path.split(".")
+    chain = [".".join(parts[:depth]) for depth in range(len(parts))]
+    towers = [
+        child
+        for above in chain
+        for name, module in model.get_submodule(above).named_children()
+        if (child := ".".join(part for part in (above, name) if part)) not in (*chain, path) and _is_tower(module)
+    ]
     return [
         name
         for name in model.state_dict()
-        if not name.startswith(f"{path}.")
-        and name not in ends
-        and (name.startswith(decoder) or (head and name.startswith(f"{head}.")) or "." not in name)
+        if name not in ends and not name.startswith(tuple(f"{one}." for one in (path, *towers)))
     ]
+
+
+def _is_tower(module: nn.Module) -> bool:
+    lists = (one for one in module.modules() if isinstance(one, nn.ModuleList))
+    return any(any(True for _ in block.children()) for one in lists for block in one)
 
 
 def _with_ties(model: Any, names: Names) -> Names:
@@ -326,7 +341,7 @@ def _unfuse(
         facts = fused_experts(module)
         if facts is not None:
             pieces, mixed, split = _unfused_names(path, facts, module, pieces, mixed, shapes)
-            model.set_submodule(path, UnfusedExperts(module, facts, split))
+            model.set_submodule(path, unfused(module, facts, split))
         elif isinstance(module, Conv1D):
             name = f"{path}.weight"
             if name in pieces:

@@ -1,8 +1,8 @@
 """Every matrix of a block as an ``nn.Linear`` of its own: fused experts and transposed ``Conv1D`` layers taken apart.
 
-transformers keeps the experts of a layer in one parameter ``[experts, out, in]`` (or ``[experts, in, out]``), and GPT-2's
-layers transposed. Methods, hooks and formats work on linears; so the skeleton gets linears in their place that compute
-the same. Only the skeleton changes: names and shapes on disk are :mod:`swquant.checkpoint.names`' business.
+transformers keeps the experts of a layer in one parameter ``[experts, out, in]`` (or ``[experts, in, out]``), and
+GPT-2's layers transposed. Methods, hooks and formats work on linears; so the skeleton gets linears in their place that
+compute the same. Only the skeleton changes: names and shapes on disk are :mod:`swquant.checkpoint.names`' business.
 """
 
 from __future__ import annotations
@@ -39,8 +39,13 @@ class FusedExperts:
 
 
 def fused_experts(module: nn.Module) -> FusedExperts | None:
-    """What is known of ``module`` if it holds fused experts behind transformers' interface; ``None`` otherwise."""
+    """What is known of ``module`` if it holds fused experts behind transformers' interface; ``None`` otherwise.
+
+    Llama 4's have another interface, :class:`RoutedExperts`.
+    """
     facts: Any = module
+    if type(module).__name__ == "Llama4TextExperts":
+        return FusedExperts(facts.num_experts, "gate_up_proj", True, True, False)
     if not all(name in vars(module) for name in ("has_gate", "is_transposed", "is_concatenated", "has_bias")):
         return None
     name = "gate_up_proj" if facts.has_gate else "up_proj"
@@ -51,7 +56,7 @@ def fused_experts(module: nn.Module) -> FusedExperts | None:
 
 
 class Expert(nn.Module):
-    """The linears of one expert: ``gate_proj`` and ``up_proj``, or ``gate_up_proj``, or ``up_proj``; and ``down_proj``."""
+    """The linears of one expert: ``gate_proj`` and ``up_proj``, or one of ``gate_up_proj`` and ``up_proj``; ``down_proj``."""
 
     def __init__(self, fused: nn.Module, facts: FusedExperts, split: bool) -> None:
         super().__init__()
@@ -128,6 +133,37 @@ class UnfusedExperts(nn.Module):
 
 def _valueless(tensor: Tensor) -> bool:
     return tensor.is_meta or valueless(tensor)
+
+
+class RoutedExperts(nn.Module):
+    """Llama 4's experts one by one: every expert gets a copy of all tokens, scaled by how much it is to see of each.
+
+    Args:
+        fused: transformers' module; its activation is used, its parameters are not.
+    """
+
+    def __init__(self, fused: nn.Module, facts: FusedExperts, split: bool) -> None:
+        super().__init__()
+        object.__setattr__(self, "fused", fused)
+        for index in range(facts.count):
+            self.add_module(str(index), Expert(fused, facts, split))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """``[experts * tokens, dim]``, all tokens of one expert after those of the other."""
+        fused: Any = self.__dict__["fused"]
+        parts = hidden_states.chunk(len(self._modules))
+        out: list[Tensor] = []
+        for part, expert in zip(parts, self.children(), strict=True):
+            assert isinstance(expert, Expert)
+            gate, up = expert.rows(part).chunk(2, -1)
+            out.append(expert.down(up * fused.act_fn(gate)))
+        return torch.cat(out)
+
+
+def unfused(fused: nn.Module, facts: FusedExperts, split: bool) -> nn.Module:
+    """The experts of ``fused`` one by one."""
+    kind = RoutedExperts if type(fused).__name__ == "Llama4TextExperts" else UnfusedExperts
+    return kind(fused, facts, split)
 
 
 def linear_of(conv: Conv1D) -> nn.Linear:

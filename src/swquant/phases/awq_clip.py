@@ -62,7 +62,7 @@ class AwqClip:
             problem.step(done, len(sets))
             if not linears:
                 continue
-            second = input_moments(problem, draft.params, linears[0]).second
+            second = input_moments(problem, draft.params, linears[:1])[0].second
             for name in (f"{linear}.weight" for linear in linears):
                 weight, slot = draft.params[name], draft.slots[name]
                 slots[name] = _clipped(weight, slot.spec, second, problem.ranks, self.factors)

@@ -59,7 +59,7 @@ class AwqScale:
         tally = ErrorTally()
         for done, pair in enumerate(pairs):
             problem.step(done, len(pairs))
-            moments = input_moments(problem, draft.params, fed_by(pair)[0])
+            moments = input_moments(problem, draft.params, fed_by(pair)[:1])[0]
             scale = _search(pair, moments, draft, problem, self.ratios)
             scales[source_of(pair)] = scale
             for name in _weights(pair):

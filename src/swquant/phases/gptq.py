@@ -10,7 +10,7 @@ from torch import Tensor
 from swquant.distributed.ranks import Ranks
 from swquant.phases.base import PhaseReport, Problem
 from swquant.phases.column_grids import open_groups
-from swquant.phases.hessian import ErrorTally, by_rows, diagonal_blocks, input_moments
+from swquant.phases.hessian import ErrorTally, Moments, by_rows, diagonal_blocks, input_moments, stages
 from swquant.quant.draft import Draft, Slot, realize, snap
 from swquant.quant.finite import is_finite
 from swquant.quant.grid import Grid, grid_from
@@ -61,22 +61,25 @@ class Gptq:
     @torch.no_grad()
     def run(self, draft: Draft, problem: Problem) -> tuple[Draft, PhaseReport]:
         """Quantize the block's linears in order."""
-        sets = problem.facts.inputs
         params, slots = dict(draft.params), dict[str, Slot]()
         tally = ErrorTally()
         events: list[str] = []
-        for done, linears in enumerate(sets):
-            problem.step(done, len(sets))
+        steps = stages(problem.facts.inputs, lambda linear: draft.params[f"{linear}.weight"].shape[1])
+        total = sum(map(len, steps))
+        for sets in steps:
             so_far = realize(replace(draft, params=params, slots=slots))
-            second = _finite(input_moments(problem, {**params, **so_far}, linears[0]).second, linears[0], events)
-            inputs = _factored(second, self.damping, self.act_order, linears[0], events)
-            for name in (f"{linear}.weight" for linear in linears):
-                weight, slot = draft.params[name], draft.slots[name]
-                params[name], grid = _by_rows(weight, slot, inputs, self.search, problem.ranks)
-                slots[name] = Slot(slot.spec, grid=grid)
-                tally.add(weight, snap(weight, slot), snap(params[name], slots[name]), second)
-            del second, inputs  # so that the next set's are not made beside them
-        problem.step(len(sets), len(sets))
+            found = input_moments(problem, {**params, **so_far}, [linears[0] for linears in sets])
+            for linears in sets:
+                problem.step(len(slots), total)
+                second = _usable(found.pop(0), linears[0], events)
+                inputs = _factored(second, self.damping, self.act_order, linears[0], events)
+                for name in (f"{linear}.weight" for linear in linears):
+                    weight, slot = draft.params[name], draft.slots[name]
+                    params[name], grid = _by_rows(weight, slot, inputs, self.search, problem.ranks)
+                    slots[name] = Slot(slot.spec, grid=grid)
+                    tally.add(weight, snap(weight, slot), snap(params[name], slots[name]), second)
+                del second, inputs  # so that the next set's are not made while these are held
+        problem.step(total, total)
         return replace(draft, params=params, slots=slots), tally.report("Gptq", events)
 
 
@@ -103,11 +106,13 @@ class _Inputs:
         return blocks
 
 
-def _finite(second: Tensor, name: str, events: list[str]) -> Tensor:
-    """The second moments, or the identity where they are not finite, which is noted."""
-    if is_finite(second):
+def _usable(moments: Moments, name: str, events: list[str]) -> Tensor:
+    """The second moments, or the identity where there are none to go by, which is noted: that rounds to the nearest."""
+    second = moments.second
+    if moments.tokens and is_finite(second):
         return second
-    events.append(f"{name}: the second moments of its inputs are not finite; rounded to the nearest")
+    why = "the second moments of its inputs are not finite" if moments.tokens else "no calibration token reached it"
+    events.append(f"{name}: {why}; rounded to the nearest")
     return torch.eye(len(second), dtype=second.dtype, device=second.device)
 
 

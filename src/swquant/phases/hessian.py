@@ -10,6 +10,7 @@ so one pass over the calibration samples serves any number of candidates.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -23,6 +24,12 @@ from swquant.quant.rounding import fake_quantize
 from swquant.quant.spec import QuantSpec
 from swquant.quant.through import widened
 
+EXPERT = re.compile(r"\.\d+\.")
+"""The number of an expert in a linear's name."""
+
+AT_ONCE = 1 << 30
+"""Bytes of second moments that are summed up in one pass over the samples."""
+
 CHUNK = 1 << 22
 """Weights whose candidates are compared at a time."""
 
@@ -34,10 +41,12 @@ class Moments:
     Attributes:
         second: Mean of ``x x^T``, ``[in, in]``.
         magnitude: Mean of ``|x|``, ``[in]``.
+        tokens: How many there were.
     """
 
     second: Tensor
     magnitude: Tensor
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -80,24 +89,52 @@ def score_linears(inputs: Sequence[Sequence[str]]) -> frozenset[str]:
     )
 
 
-def input_moments(problem: Problem, params: Mapping[str, Tensor], linear: str) -> Moments:
-    """Moments of the input that ``linear`` has in the block with ``params``, over all calibration samples.
+def stages(inputs: Sequence[tuple[str, ...]], width: Callable[[str], int]) -> tuple[tuple[tuple[str, ...], ...], ...]:
+    """The sets of linears with one input, those together whose inputs can be watched in one pass over the samples.
 
-    Sums are kept in float32 (float64 for float64 inputs), on each rank those over its own samples.
+    These are the same projections of a layer's experts, which do not read each other: as many as have second moments
+    of :data:`AT_ONCE` bytes together. Every other set is a stage of its own.
+
+    Args:
+        inputs: The sets in the order in which they run.
+        width: Of a linear's input.
     """
-    weight = widened(params[f"{linear}.weight"])
-    second, magnitude = weight.new_zeros(weight.shape[1], weight.shape[1]), weight.new_zeros(weight.shape[1])
-    tokens = torch.zeros((), dtype=torch.int64)
+    found: dict[str, list[tuple[str, ...]]] = {}
+    for names in inputs:
+        found.setdefault(EXPERT.sub(".*.", names[0]), []).append(names)
+    out: list[tuple[tuple[str, ...], ...]] = []
+    for sets in found.values():
+        most = max(1, AT_ONCE // (4 * width(sets[0][0]) ** 2))
+        out += [tuple(sets[start : start + most]) for start in range(0, len(sets), most)]
+    return tuple(out)
 
-    def visit(_: str, inputs: Tensor) -> None:
-        x = widened(inputs)
+
+def input_moments(problem: Problem, params: Mapping[str, Tensor], linears: Sequence[str]) -> list[Moments]:
+    """Moments of the inputs that ``linears`` have in the block with ``params``, over all calibration samples.
+
+    Sums are kept in float32 (float64 for float64 inputs), on each rank those over its own samples. An expert has those
+    of the tokens that are sent to it; where there are none, all moments are zero.
+    """
+    seen: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+    for linear in linears:
+        weight = params[f"{linear}.weight"]
+        like, width = widened(weight[:0]), weight.shape[1]
+        seen[linear] = like.new_zeros(width, width), like.new_zeros(width), torch.zeros((), dtype=torch.int64)
+
+    def visit(linear: str, inputs: Tensor) -> None:
+        x, (second, magnitude, tokens) = widened(inputs), seen[linear]
         second.addmm_(x.T, x)
         magnitude.add_(x.abs().sum(0))
         tokens.add_(x.shape[0])
 
-    problem.watch(params, (linear,), visit)
-    problem.ranks.sum([second, magnitude, tokens])
-    return Moments(second.div_(int(tokens)), magnitude.div_(int(tokens)))
+    problem.watch(params, tuple(linears), visit)
+    found: list[Moments] = []
+    for linear in linears:
+        second, magnitude, tokens = seen.pop(linear)
+        problem.ranks.sum([second, magnitude, tokens])
+        count = max(1, int(tokens))
+        found.append(Moments(second.div_(count), magnitude.div_(count), int(tokens)))
+    return found
 
 
 def by_rows(ranks: Ranks, rows: int, work: Callable[[slice], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
