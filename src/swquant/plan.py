@@ -114,7 +114,7 @@ class Plan:
         )
 
     def tail(self) -> float:
-        """Work behind the last block, see :func:`swquant.engine.pace.tail_of`."""
+        """Work after the last block, see :func:`swquant.engine.pace.tail_of`."""
         finish, samples = self.pipeline.finish, self.recipe.samples
         if finish is None:
             return 0.0

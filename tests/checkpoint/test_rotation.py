@@ -72,7 +72,7 @@ def original(directory: Path) -> Any:
 
 @torch.no_grad()
 def streams(source: Source) -> tuple[Skeleton, list[Tensor], Tensor]:
-    """Hidden states in front of and behind each block, and in front of block 0 by the stored embedding."""
+    """Hidden states before and after each block, and before block 0 by the stored embedding."""
     skeleton = build_skeleton(source)
     start: list[Tensor] = []
     kept: list[Tensor] = []
