@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from swquant import Recipe, SwquantError, evaluate, load, quantize, registry
 from swquant.cli import main
+from swquant.evaluation.models import load_model
 from swquant.formats import read_quantized
 from swquant.quant.qtensor import QTensor
 from swquant.quant.spec import QuantSpec
@@ -285,12 +286,17 @@ def finer(symmetric: bool = True, bits: int = 4) -> dict[str, QuantSpec | None]:
 def test_a_model_on_two_grids_reads_back_to_the_same_codes_and_predictions(
     make_model: MakeModel, recipe: Recipe, symmetric: bool, tmp_path: Path
 ) -> None:
+    """transformers loads several grids without ``dequantize=True``, and so no asymmetric ones."""
     source, grids = make_model("llama", 2, torch.float32), finer(symmetric)
-    recipe = replace(recipe, symmetric=symmetric, format="compressed_tensors,dequantized", runtime="transformers")
+    runtime = "transformers" if symmetric else None
+    recipe = replace(recipe, symmetric=symmetric, format="compressed_tensors,dequantized", runtime=runtime)
     report = quantize(recipe, source, tmp_path / "out", grids=grids)
     packed, plain = tmp_path / "out" / "compressed_tensors", tmp_path / "out" / "dequantized"
-    assert [output.verification["weights"] for output in report.outputs] == [14, 0]
-    assert report.outputs[0].verification["kl"] < 1e-6
+    first = report.outputs[0]
+    assert first.verification["weights"] == 14
+    assert first.verification["reader"] is not None
+    assert not symmetric or first.verification["kl"] < 1e-6
+    assert ("swquant.load(path)" in first.loading) is not symmetric
     _, model = read_quantized(packed)
     weights = load_file(plain / "model.safetensors")
     found = {name: value for part in model.parts() for name, value in part.items() if isinstance(value, QTensor)}
@@ -301,12 +307,12 @@ def test_a_model_on_two_grids_reads_back_to_the_same_codes_and_predictions(
         assert len(value.codes.unique()) == 2**value.spec.bits
         assert torch.equal(value.dequantize(), weights[name])
     tokens = torch.arange(24).view(1, 24)
-    settings = {} if symmetric else {"quantization_config": CompressedTensorsConfig(dequantize=True)}
-    theirs = AutoModelForCausalLM.from_pretrained(packed, dtype=torch.float32, **settings)
-    dense = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32)
+    others = [load(packed, device="cpu"), load_model(packed, torch.device("cpu"))]
+    if symmetric:
+        others.append(AutoModelForCausalLM.from_pretrained(packed, dtype=torch.float32))
     with torch.no_grad():
-        expected = dense(tokens).logits
-        for other in (theirs, load(packed, device="cpu")):
+        expected = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32)(tokens).logits
+        for other in others:
             assert torch.allclose(other(tokens).logits, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -339,6 +345,23 @@ def test_grids_that_cannot_be_are_refused_before_the_work(
 ) -> None:
     with pytest.raises(SwquantError, match=said):
         quantize(replace(recipe, format=form), llama, tmp_path / "out", grids=grids)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("runtime", "grids", "said"),
+    [
+        ("transformers", finer(False), r"cannot load compressed_tensors on several grids \(w2g32, w4g32\)"),
+        ("vllm", finer(False, 3), "vllm cannot load w3g32 as compressed_tensors: its .* --format gptq works"),
+        ("sglang", finer(bits=3), r"sglang cannot load .*--bits 3.* no kernel of it is known to compute 3-bit"),
+    ],
+)
+def test_grids_that_the_runtime_does_not_load_are_refused_before_the_work(
+    llama: Path, recipe: Recipe, tmp_path: Path, runtime: str, grids: dict[str, QuantSpec | None], said: str
+) -> None:
+    bits = 4 if runtime == "sglang" else 2
+    with pytest.raises(SwquantError, match=said):
+        quantize(replace(recipe, runtime=runtime, bits=bits), llama, tmp_path / "out", grids=grids)
     assert list(tmp_path.iterdir()) == []
 
 

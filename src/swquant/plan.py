@@ -35,7 +35,7 @@ from swquant.model.skeleton import Skeleton
 from swquant.quant.kgrids import UNIFORM
 from swquant.quant.spec import QuantSpec
 from swquant.recipe import PRESETS, Recipe
-from swquant.targets import choose_format, load_target, require_loads
+from swquant.targets import choose_format, load_target, require_loads, require_together
 from swquant.targets.base import Target
 
 LONGEST = 2048
@@ -96,6 +96,18 @@ class Plan:
             **{name: text and hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()},
             "versions": versions(),
         }
+
+    def assumed(self) -> str:
+        """What was found by inspecting the model, in a sentence."""
+        sites = list(self.layout.sites)
+        kept: dict[str, set[str]] = {}
+        for name, reason in self.layout.kept.items():
+            kept.setdefault(reason, set()).add(name.rpartition(".")[2])
+        apart = "; ".join(f"{', '.join(sorted(names))} ({reason})" for reason, names in kept.items())
+        return (
+            f"{type(self.skeleton.model).__name__}: {len(self.skeleton.blocks)} blocks in {self.skeleton.path} with "
+            f"{len(sites)} matrices to quantize" + (f"; kept as they are: {apart}" if apart else "")
+        )
 
     def job(self) -> Job:
         """What stays the same from block to block."""
@@ -213,11 +225,11 @@ def choose_formats(names: tuple[str, ...], target: Target | None, specs: tuple[Q
     """
     if target is None:
         return names or (DEFAULT_FORMAT if all(spec.grid == UNIFORM for spec in specs) else "gguf",)
-    if not names:
-        return (choose_format(target, specs[0]),)
+    names = names or (choose_format(target, specs[0]),)
     for name in [name for name in names if name in target.formats] or names[:1]:
         for spec in specs:
             require_loads(target, name, spec)
+        require_together(target, name, specs)
     return names
 
 

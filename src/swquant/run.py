@@ -115,6 +115,7 @@ def quantize_together(
     ranks.lead(lambda: plans.append(make_plan(recipe, source, source_options, grids)))
     plan = plans[0] if plans else make_plan(recipe, source, source_options, grids)
     watching.stage(f"Reading {plan.checkpoint.directory.name}: {plan.recipe.summary}")
+    watching.stage(plan.assumed())
     if note := note_of(plan.disk):
         watching.stage(note[0].upper() + note[1:])
     key = ranks.lead(plan.key)
@@ -257,11 +258,11 @@ def _start(plan: Plan, journal: Journal, out: Path, watching: Observer, ranks: i
     tokens = torch.cat((calibration, evaluation))
     shape = (tokens.shape[0], tokens.shape[1], plan.hidden_size)
     front = Front.load(plan.skeleton, plan.checkpoint, plan.device)
-    for name, stored in zip(STREAMS, (False, True), strict=True):
-        stream = create_stream(journal.stream_path(name, 0), shape)
+    streams = [create_stream(journal.stream_path(name, 0), shape) for name in STREAMS]
+    for stream, stored in zip(streams, (False, True), strict=True):
         for index, hidden in enumerate(capture(front, plan.checkpoint, tokens, stored=stored)):
             stream[index] = hidden
-    try_block(plan, Calls.prepare(front, plan.checkpoint, tokens), stream[:1])
+    try_block(plan, Calls.prepare(front, plan.checkpoint, tokens), streams[0][:1])
     journal.begin({"tokens": tokens}, shape, {"evaluation_samples": evaluation.shape[0]})
 
 

@@ -65,7 +65,8 @@ def load_by_transformers(directory: Path, device: torch.device) -> Any:
     """
     config = read_config(directory)
     extra: dict[str, Any] = {}
-    if _method(config) is not None:
+    if _method(config) is not None and _groups(config) < 2:
+        # Of several groups it would take the first one's grid for all weights; without, it takes each its own.
         extra["quantization_config"] = CompressedTensorsConfig(dequantize=True)
     try:
         with warnings.catch_warnings():
@@ -93,6 +94,12 @@ def _method(config: Mapping[str, Any]) -> str | None:
     if not settings:
         return None
     return str(settings.get("quant_method", "")) if isinstance(settings, dict) else ""
+
+
+def _groups(config: Mapping[str, Any]) -> int:
+    """How many groups of modules a compressed-tensors ``quantization_config`` has."""
+    groups = config[QUANTIZATION_CONFIG].get("config_groups")
+    return len(groups) if isinstance(groups, dict) else 0
 
 
 def _has_weights(directory: Path) -> bool:

@@ -70,7 +70,11 @@ class CompressedTensors:
         """The notes say how to load an asymmetric model and where readers round."""
         require_fits(self, outline, mixed=True)
         notes: list[str] = []
-        if not all(spec.symmetric for spec in outline.specs):
+        if not all(spec.symmetric for spec in outline.specs) and len(outline.specs) > 1:
+            notes.append(
+                "asymmetric on several grids: transformers does not load this output, swquant.load and vLLM do"
+            )
+        elif not all(spec.symmetric for spec in outline.specs):
             notes.append(
                 "asymmetric: transformers loads this output with "
                 "quantization_config=CompressedTensorsConfig(dequantize=True) and refuses it without"
@@ -204,8 +208,8 @@ def _specs_of(directory: Path, settings: Mapping[str, Any]) -> QuantSpec | Calla
             if module in targets or _exactly(module) in targets:
                 return spec
         raise SwquantError(
-            f"{directory} says nothing of the grid of {module:.200}; swquant reads groups that name their modules one "
-            "by one"
+            f"{directory} says nothing of the grid of {module:.200}; swquant reads groups that name each of "
+            "their modules"
         )
 
     return of

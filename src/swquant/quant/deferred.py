@@ -133,7 +133,7 @@ def _on(value: Tensor, others: Mapping[int, Tensor]) -> Tensor:
 
 
 SLICE = 1 << 24
-"""Weights of a matrix that is only stored in another dtype and not learned, such as a head, that are widened at once."""
+"""Of a matrix that is stored in another dtype and not learned, such as a head: weights that are widened at once."""
 
 
 class _SlicedLinear(torch.autograd.Function):
