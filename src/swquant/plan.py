@@ -126,7 +126,7 @@ class Plan:
         )
 
     def tail(self) -> float:
-        """Work behind the last block, see :func:`swquant.engine.pace.tail_of`."""
+        """Work after the last block, see :func:`swquant.engine.pace.tail_of`."""
         finish, samples = self.pipeline.finish, self.recipe.samples
         if finish is None:
             return 0.0
@@ -169,8 +169,8 @@ def make_plan(
     formats: tuple[Format, ...] = tuple(registry.load("swquant.formats", name)() for name in names)
     preset = PRESETS[recipe.preset]
     steps = parse_methods(recipe.method, recipe.options, recipe.epochs)
-    disk = open_source(source, options)
-    model = open_model(disk)
+    model = open_model(open_source(source, options))
+    disk = model.checkpoint.inner
     hidden_size = probe(model.skeleton)
     pipeline = build_pipeline(steps, Setting(spec, _norm_biases(model.skeleton), preset.effort))
     if loss is not None and not any(part.trained for part in pipeline.parts if part.work in pipeline.phases):

@@ -56,7 +56,7 @@ def quantize(
     """Quantize the model ``source`` by ``recipe`` and write the result to ``out``.
 
     Everything that can be checked without reading weights is checked first. The run keeps a working directory beside
-    ``out``; killed at any moment and called again with the same arguments, it goes on behind the last finished block
+    ``out``; killed at any moment and called again with the same arguments, it goes on after the last finished block
     and writes the same bits. ``out`` appears whole, when all is done, or not at all.
 
     Args:
@@ -250,7 +250,7 @@ def _finished(out: Path, key: Mapping[str, Any]) -> Report | None:
 
 
 def _start(plan: Plan, journal: Journal, out: Path, watching: Observer, ranks: int) -> None:
-    """Make the samples and both streams in front of block 0, if the disk and the weights allow for a run."""
+    """Make the samples and both streams before block 0, if the disk and the weights allow for a run."""
     require_disk(out, disk_of(plan, shape_of(plan), ranks).asked)
     plan.checkpoint.sidecars()
     plan.checkpoint.require_finite(site.weight for site in plan.layout.sites)

@@ -97,7 +97,7 @@ def solid(value: Tensor) -> Tensor:
 
 
 def on_leaves(params: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[tuple[Tensor, Tensor]]]:
-    """Cut a graph in front of ``params``, so that each backward pass over them needs no graph behind.
+    """Cut a graph at ``params``, so that a backward pass ends there and can be repeated.
 
     Args:
         params: Tensors, differentiable or not, deferred or not.
