@@ -78,6 +78,7 @@ def memory_of(plan: Plan, shape: tuple[int, int, int], micro_batch: int | None =
         with without_values() as live:
             cached = Cached(*(torch.empty(shape) for _ in range(3)), torch.empty(0), torch.empty(shape))
             before = live.now
+            bound = replace(bound, calls=bound.calls.copied())
             state = bound.block.module.state_dict()
             params = {name: torch.empty(value.shape, dtype=dtypes[name]) for name, value in state.items()}
             rig = Rig(plan, bound, params, cached)
@@ -88,11 +89,19 @@ def memory_of(plan: Plan, shape: tuple[int, int, int], micro_batch: int | None =
 
 
 def _sizes(plan: Plan, shape: tuple[int, int, int], micro_batch: int | None) -> list[int]:
-    """Numbers of samples that go through a block at once."""
-    works = [*plan.pipeline.phases, plan.pipeline.finish]
-    most = max([work.batch_size for work in works if isinstance(work, Train | ScaleTraining)], default=1)
+    """Numbers of samples that go through a block at once in a run, or in what is run of it here."""
+    works = [work for work in (*plan.pipeline.phases, plan.pipeline.finish) if isinstance(work, Train | ScaleTraining)]
+    train, held = map(len, split_held(plan.recipe.samples or 1))
+    batches = {size for work in works for count in (train, held) for size in _cut(count, work.batch_size)}
+    batches |= {work.batch_size for work in works}
+    portions = {size for batch in batches for size in _cut(batch, micro_batch or batch)}
     forward = max(1, FORWARD_BYTES // (shape[1] * shape[2] * BYTES))
-    return [*range(1, min(most, 64) + 1), min(forward, shape[0]), *([] if micro_batch is None else [micro_batch])]
+    return sorted({1, *portions, *_cut(shape[0], forward)})
+
+
+def _cut(count: int, size: int) -> set[int]:
+    """Sizes of the parts when ``count`` samples are taken ``size`` at a time."""
+    return {min(size, count), count % size} - {0}
 
 
 def _block(rig: Rig, live: Live, before: int, micro_batch: int | None) -> dict[str, int]:
