@@ -16,7 +16,7 @@ def facts_of(
 ) -> BlockFacts:
     """The facts of a block that has the linears and the equivalences of ``family``.
 
-    Linears behind one norm read one tensor, every other one reads its own.
+    Linears after one norm read one tensor, every other one reads its own.
     """
     together = {
         name: pair.linears for pair in family.equivalences if isinstance(pair, NormLinears) for name in pair.linears

@@ -97,6 +97,18 @@ class Plan:
             "versions": versions(),
         }
 
+    def assumed(self) -> str:
+        """What was found by inspecting the model, in a sentence."""
+        sites = list(self.layout.sites)
+        kept: dict[str, set[str]] = {}
+        for name, reason in self.layout.kept.items():
+            kept.setdefault(reason, set()).add(name.rpartition(".")[2])
+        apart = "; ".join(f"{', '.join(sorted(names))} ({reason})" for reason, names in kept.items())
+        return (
+            f"{type(self.skeleton.model).__name__}: {len(self.skeleton.blocks)} blocks in {self.skeleton.path} with "
+            f"{len(sites)} matrices to quantize" + (f"; kept as they are: {apart}" if apart else "")
+        )
+
     def job(self) -> Job:
         """What stays the same from block to block."""
         samples, recipe = self.recipe.samples, self.recipe
@@ -114,7 +126,7 @@ class Plan:
         )
 
     def tail(self) -> float:
-        """Work behind the last block, see :func:`swquant.engine.pace.tail_of`."""
+        """Work after the last block, see :func:`swquant.engine.pace.tail_of`."""
         finish, samples = self.pipeline.finish, self.recipe.samples
         if finish is None:
             return 0.0
@@ -157,8 +169,8 @@ def make_plan(
     formats: tuple[Format, ...] = tuple(registry.load("swquant.formats", name)() for name in names)
     preset = PRESETS[recipe.preset]
     steps = parse_methods(recipe.method, recipe.options, recipe.epochs)
-    disk = open_source(source, options)
-    model = open_model(disk)
+    model = open_model(open_source(source, options))
+    disk = model.checkpoint.inner
     hidden_size = probe(model.skeleton)
     pipeline = build_pipeline(steps, Setting(spec, _norm_biases(model.skeleton), preset.effort))
     if loss is not None and not any(part.trained for part in pipeline.parts if part.work in pipeline.phases):
@@ -186,7 +198,7 @@ def make_plan(
     )
     return Plan(
         resolved,
-        disk,
+        model.checkpoint.inner,
         checkpoint,
         skeleton,
         layout,

@@ -157,17 +157,17 @@ def test_one_rank_writes_and_nothing_twice(
 def test_no_stream_is_made_while_a_rank_holds_removed_ones(
     crew: RunCrew, llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    behind, seen = Counter[str](), list[tuple[str, int]]()
+    after, seen = Counter[str](), list[tuple[str, int]]()
     through, create = run.quantize_block, block.create_stream
 
     def late(job: block.Job, *arguments: Any) -> Any:
         left = through(job, *arguments)
         time.sleep(0.1 * job.ranks.rank)
-        behind[threading.current_thread().name] += 1
+        after[threading.current_thread().name] += 1
         return left
 
     def noted(path: Path, shape: tuple[int, int, int]) -> torch.Tensor:
-        seen.append((path.name, min((*behind.values(), *[0] * (3 - len(behind))))))
+        seen.append((path.name, min((*after.values(), *[0] * (3 - len(after))))))
         return create(path, shape)
 
     monkeypatch.setattr(run, "quantize_block", late)

@@ -1,4 +1,4 @@
-"""A run that stands in front of its end-to-end stage."""
+"""A run that stands before its end-to-end stage."""
 
 from __future__ import annotations
 

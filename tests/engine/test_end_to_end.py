@@ -263,7 +263,7 @@ def test_efficientqat_is_block_ap_and_the_stage(llama: Path, recipe: Recipe) -> 
     ("method", "message"),
     [
         ("end_to_end + omniquant", "put omniquant first"),
-        ("efficientqat + end_to_end", "stands twice"),
+        ("efficientqat + end_to_end", "is listed twice"),
         ("block_ap + end_to_end(norms=True)", "both learn the norms"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What the report says of each block behind the training of the whole model."""
+"""What the report says of each block after the training of the whole model."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ FAMILY = Family(
 
 
 def block(p: dict[str, Tensor], x: Tensor) -> Tensor:
-    """Two residual branches, one behind a LayerNorm with a bias, one behind an RMS norm."""
+    """Two residual branches, one after a LayerNorm with a bias, one after an RMS norm."""
     h = F.layer_norm(x, (WIDTH,), p["first.weight"], p["first.bias"])
     x = x + F.linear(torch.tanh(F.linear(h, p["fc1.weight"])), p["fc2.weight"])
     return x + F.linear(F.rms_norm(x, (WIDTH,), p["second.weight"]), p["fc3.weight"], p["fc3.bias"])

@@ -15,13 +15,13 @@ from swquant.quant.kgrids import SUPER
 from swquant.quant.spec import QuantSpec
 
 STREAMS_IN_A_BLOCK = 4
-"""Both streams in front of a block and behind it."""
+"""Both streams before a block and after it."""
 
 GROUP_VALUES = 4
 """For each group that trains: the present ratio and zero point, and where both began."""
 
 VALUES = 4
-"""The journal has of all that is trained end to end, behind each epoch: the last value, the best, two moments."""
+"""The journal has of all that is trained end to end, after each epoch: the last value, the best, two moments."""
 
 
 @dataclass(frozen=True)

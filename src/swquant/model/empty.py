@@ -90,8 +90,8 @@ def build_empty(values: Mapping[str, Any], dtype: torch.dtype, most_layers: int 
         Exception: Whatever else the content makes transformers run into.
     """
     config = read_config(values)
-    for key, count in _depths(values) if most_layers is not None else ():
-        if not 0 <= count <= max(most_layers, 1):
+    for key, count in _depths(values):
+        if most_layers is not None and not 0 <= count <= max(most_layers, 1):
             raise SwquantError(f"{key} is {count}, and the files hold {most_layers} tensors")
     chosen = model_class(values, config)
     tie = values.get("tie_word_embeddings")
