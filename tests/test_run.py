@@ -351,7 +351,7 @@ def test_grids_that_cannot_be_are_refused_before_the_work(
 @pytest.mark.parametrize(
     ("runtime", "grids", "said"),
     [
-        ("transformers", finer(False), r"cannot load compressed_tensors on several grids \(w2g32, w4g32\)"),
+        ("transformers", finer(False), r"cannot load compressed_tensors on several grids \(w2g32, w4g32 asymmetric\)"),
         ("vllm", finer(False, 3), "vllm cannot load w3g32 as compressed_tensors: its .* --format gptq works"),
         ("sglang", finer(bits=3), r"sglang cannot load .*--bits 3.* no kernel of it is known to compute 3-bit"),
     ],
