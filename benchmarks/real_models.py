@@ -132,11 +132,20 @@ def measured(form: str, place: Path, folder: Path, runtime: Path, windows: int) 
 def last_words(text: str) -> str:
     lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
     starts = [index for index, line in enumerate(lines) if line.startswith("swquant:")]
-    return " ".join(lines[starts[-1] :] if starts else lines[-1:]).removeprefix("swquant: ")[:600] or "it died without a word"
+    return (
+        " ".join(lines[starts[-1] :] if starts else lines[-1:]).removeprefix("swquant: ")[:600]
+        or "it died without a word"
+    )
 
 
 def one_thread() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "COLUMNS": "999"}
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "COLUMNS": "999",
+    }
 
 
 def measure(form: str, place: Path, source: Path, text: Path, runtime: Path, count: int) -> float:

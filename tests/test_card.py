@@ -35,7 +35,7 @@ def test_everything_on_the_card_comes_from_the_run(report: Report) -> None:
     for said in (
         f"| perplexity | {quality.perplexity_reference:.3f} | {quality.perplexity:.3f} |",
         f"{quality.kl:.4f}",
-        f"{report.blocks[-1]['drift']:.4f} behind the last block",
+        f"{report.blocks[-1]['drift']:.4f} after the last block",
         "report.html",
         "2 samples of 32 tokens of",
         "method: rtn",

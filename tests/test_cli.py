@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -53,6 +54,12 @@ def test_help_explains_every_option(capsys: pytest.CaptureFixture[str], command:
     assert "Usage: swquant" in out
     for parameter in app.commands[command[0]].params if command else ():
         assert not isinstance(parameter, click.Option) or parameter.help, parameter.name
+
+
+def test_the_named_recipes_are_those_on_record() -> None:
+    """Under a name that somebody has written down stands the same recipe for good."""
+    record = json.loads((Path(__file__).parent / "named_recipes.json").read_text())
+    assert {name: Recipe.load(name).digest() for name in recipe_names()} == record
 
 
 @pytest.mark.parametrize("name", recipe_names())

@@ -74,7 +74,7 @@ def test_the_best_is_marked_only_where_numbers_can_be_compared(runs: list[Path])
     rounded, trained = reports(runs)
     drift = [block.drift for block in (rounded.report.block_reports[-1], trained.report.block_reports[-1])]
     best = {row.name: row.best for row in rows_of([rounded, trained])}
-    assert best["drift behind the last block"] == {drift.index(min(drift))}
+    assert best["drift after the last block"] == {drift.index(min(drift))}
     kl = [rounded.report.quality.kl, trained.report.quality.kl]
     assert best["KL, nats per token"] == {kl.index(min(kl))}
     assert best["size"] == best["method"] == frozenset()

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from swquant import Recipe, SwquantError, quantize
+from swquant import Recipe, SwquantError, evaluate, load, quantize
 from swquant.convert import convert
 from swquant.formats import read_quantized
 from swquant.inspection import code_entropy, inspect
@@ -125,22 +127,46 @@ def test_a_format_that_the_runtime_does_not_read_has_no_command_of_it(
     assert any("Humming" in note for note in outputs[1].notes)
 
 
+@pytest.mark.parametrize("form", ["compressed_tensors", "gptq", "gguf", "mlx", "onnx"])
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("layers", "said"),
     [
-        ({"num_hidden_layers": 10**9}, "quantized weights for the 1000000000 blocks"),
-        ({"num_hidden_layers": 1}, r"has a quantized .*layers\.1\."),
-        ({"num_hidden_layers": 3}, r"has no quantized .*layers\.2\."),
+        (10**9, r"num_hidden_layers is 1000000000, and the files hold \d+ tensors"),
+        (1, r"holds a quantized weight 'model\.layers\.1\..*', which its config\.json does not call for"),
+        (3, r"has no tensor 'model\.layers\.2\..*', which its config\.json calls for"),
     ],
 )
-def test_other_blocks_than_those_of_the_configuration_are_refused(
-    given: dict[str, object], said: str, llama: Path, recipe: Recipe, tmp_path: Path
+def test_other_blocks_than_those_of_the_configuration_are_refused_by_all_that_read(
+    form: str, layers: int, said: str, llama: Path, recipe: Recipe, tmp_path: Path
 ) -> None:
-    quantize(recipe, llama, tmp_path / "first")
+    quantize(replace(recipe, bits=4, format=form), llama, tmp_path / "first")
     path = tmp_path / "first" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | given))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": layers}))
+    if form == "gguf":  # whose own reader sees it first
+        missing = r"holds 'blk\.1\..*', which the model of config\.json does not have"
+        said = {1: missing, 10**9: "no tensors for the 1000000000 blocks"}.get(layers, said)
     with pytest.raises(SwquantError, match=said):
-        convert(tmp_path / "first", tmp_path / "out", format="gguf")
+        convert(tmp_path / "first", tmp_path / "out", format="dequantized")
+    with pytest.raises(SwquantError, match=said):
+        load(tmp_path / "first", device="cpu")
+    with pytest.raises(SwquantError, match=said):
+        evaluate(tmp_path / "first", recipe.calibration, context=16, windows=1, device="cpu")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("missing", ["model.layers.1.mlp.up_proj", "model.norm", "model.layers.0.input_layernorm"])
+def test_a_missing_tensor_is_named_by_all_that_read(missing: str, llama: Path, recipe: Recipe, tmp_path: Path) -> None:
+    quantize(recipe, llama, tmp_path / "first")
+    path = tmp_path / "first" / "model.safetensors"
+    tensors = {name: value for name, value in load_file(path).items() if not name.startswith(f"{missing}.weight")}
+    save_file(tensors, path, metadata={"format": "pt"})
+    said = rf"no tensor '{re.escape(missing)}\.weight', which its config\.json calls for"
+    with pytest.raises(SwquantError, match=said):
+        convert(tmp_path / "first", tmp_path / "out", format="gptq")
+    with pytest.raises(SwquantError, match=said):
+        load(tmp_path / "first", device="cpu")
+    with pytest.raises(SwquantError, match=said):
+        evaluate(tmp_path / "first", recipe.calibration, context=16, windows=1, device="cpu")
 
 
 def test_a_recipe_that_is_a_link_to_something_private_is_not_copied(

@@ -16,8 +16,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from swquant import Recipe, SwquantError, evaluate, quantize, registry
+from swquant import Recipe, SwquantError, evaluate, load, quantize, registry
 from swquant.cli import main
+from swquant.evaluation.models import load_model
+from swquant.formats import read_quantized
+from swquant.quant.qtensor import QTensor
+from swquant.quant.spec import QuantSpec
 
 MakeModel = Callable[..., Path]
 
@@ -105,6 +109,18 @@ def test_a_rotated_model_is_loaded_with_the_reported_numbers(
     assert report.quality is not None
     assert report.quality.perplexity == pytest.approx(measured.perplexity, rel=2e-3)
     assert report.quality.perplexity_reference == pytest.approx(measured.reference_perplexity, rel=1e-5)
+
+
+def test_a_model_without_a_last_norm_is_read_as_transformers_reads_it(
+    make_model: MakeModel, recipe: Recipe, tmp_path: Path
+) -> None:
+    """The norm is still in the file, and nothing of the model."""
+    source = make_model("opt", 1, fresh=True)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "_remove_final_layer_norm": True}))
+    recipe = replace(recipe, method="rtn", epochs=None, runtime="transformers")
+    report = quantize(recipe, source, tmp_path / "out")
+    assert report.outputs[0].verification["kl"] < 1e-6
 
 
 @pytest.mark.parametrize("name", ["w2g64", "w2g64-asym"])
@@ -259,3 +275,115 @@ def test_an_unfinished_run_of_another_recipe_is_kept(llama: Path, recipe: Recipe
     with pytest.raises(SwquantError, match="unfinished run that differs in recipe"):
         quantize(replace(recipe, seed=5), llama, tmp_path / "out")
     assert quantize(recipe, llama, tmp_path / "out").quality is not None
+
+
+def finer(symmetric: bool = True, bits: int = 4) -> dict[str, QuantSpec | None]:
+    """A grid of their own for the matrices that runtimes fuse into one."""
+    return dict.fromkeys(("*.q_proj", "*.k_proj", "*.v_proj"), QuantSpec(bits, 32, symmetric))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_model_on_two_grids_reads_back_to_the_same_codes_and_predictions(
+    make_model: MakeModel, recipe: Recipe, symmetric: bool, tmp_path: Path
+) -> None:
+    """transformers loads several grids without ``dequantize=True``, and so no asymmetric ones."""
+    source, grids = make_model("llama", 2, torch.float32), finer(symmetric)
+    runtime = "transformers" if symmetric else None
+    recipe = replace(recipe, symmetric=symmetric, format="compressed_tensors,dequantized", runtime=runtime)
+    report = quantize(recipe, source, tmp_path / "out", grids=grids)
+    packed, plain = tmp_path / "out" / "compressed_tensors", tmp_path / "out" / "dequantized"
+    first = report.outputs[0]
+    assert first.verification["weights"] == 14
+    assert first.verification["reader"] is not None
+    assert not symmetric or first.verification["kl"] < 1e-6
+    assert ("swquant.load(path)" in first.loading) is not symmetric
+    _, model = read_quantized(packed)
+    weights = load_file(plain / "model.safetensors")
+    found = {name: value for part in model.parts() for name, value in part.items() if isinstance(value, QTensor)}
+    assert len(found) == 14
+    for name, value in found.items():
+        fine = "self_attn" in name and "o_proj" not in name
+        assert value.spec == (grids["*.q_proj"] if fine else recipe.spec)
+        assert len(value.codes.unique()) == 2**value.spec.bits
+        assert torch.equal(value.dequantize(), weights[name])
+    tokens = torch.arange(24).view(1, 24)
+    others = [load(packed, device="cpu"), load_model(packed, torch.device("cpu"))]
+    if symmetric:
+        others.append(AutoModelForCausalLM.from_pretrained(packed, dtype=torch.float32))
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32)(tokens).logits
+        for other in others:
+            assert torch.allclose(other(tokens).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_matrix_that_is_kept_is_the_source_s(make_model: MakeModel, recipe: Recipe, tmp_path: Path) -> None:
+    source, grids = make_model("llama", 2, torch.float32), {"*.1.mlp.down_proj": None}
+    report = quantize(replace(recipe, runtime="transformers"), source, tmp_path / "out", grids=grids)
+    assert report.outputs[0].verification["weights"] == 13
+    assert report.outputs[0].verification["kl"] < 1e-6
+    before, after = (load_file(place / "model.safetensors") for place in (source, tmp_path / "out"))
+    name = "model.layers.1.mlp.down_proj.weight"
+    assert torch.equal(before[name], after[name])
+
+
+@pytest.mark.parametrize(
+    ("grids", "form", "said"),
+    [
+        ({"*.v_proj": QuantSpec(4, 32, True)}, None, r"q_proj and .*v_proj have different grids, and runtimes fuse"),
+        ({"*.up_proj": None}, None, r"gate_proj and .*up_proj have different grids, and runtimes fuse"),
+        ({"*.w_proj": QuantSpec(4, 32, True)}, None, r"no matrix is called '\*\.w_proj'"),
+        (
+            {"*.o_proj": QuantSpec(4, 128, True)},
+            None,
+            r"o_proj has 64 inputs, which the group size 128 does not divide",
+        ),
+        (finer(), "gptq", "gptq holds one grid here, and the model has w4g32, w2g32"),
+    ],
+)
+def test_grids_that_cannot_be_are_refused_before_the_work(
+    llama: Path, recipe: Recipe, tmp_path: Path, grids: dict[str, QuantSpec | None], form: str | None, said: str
+) -> None:
+    with pytest.raises(SwquantError, match=said):
+        quantize(replace(recipe, format=form), llama, tmp_path / "out", grids=grids)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("runtime", "grids", "said"),
+    [
+        ("transformers", finer(False), r"cannot load compressed_tensors on several grids \(w2g32, w4g32\)"),
+        ("vllm", finer(False, 3), "vllm cannot load w3g32 as compressed_tensors: its .* --format gptq works"),
+        ("sglang", finer(bits=3), r"sglang cannot load .*--bits 3.* no kernel of it is known to compute 3-bit"),
+    ],
+)
+def test_grids_that_the_runtime_does_not_load_are_refused_before_the_work(
+    llama: Path, recipe: Recipe, tmp_path: Path, runtime: str, grids: dict[str, QuantSpec | None], said: str
+) -> None:
+    bits = 4 if runtime == "sglang" else 2
+    with pytest.raises(SwquantError, match=said):
+        quantize(replace(recipe, runtime=runtime, bits=bits), llama, tmp_path / "out", grids=grids)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_grids_are_a_part_of_what_a_run_depends_on(llama: Path, recipe: Recipe, tmp_path: Path) -> None:
+    class Stop:
+        stage = begin = step = staticmethod(lambda *_: None)
+
+        def block(self, index: int, report: object) -> None:
+            raise KeyboardInterrupt
+
+    recipe, others = replace(recipe, method="rtn", epochs=None), [None, finer(False), finer(bits=3), {"*": None}]
+    others[-1] = finer() | {"*.o_proj": None}
+    with pytest.raises(KeyboardInterrupt):
+        quantize(recipe, llama, tmp_path / "out", observer=Stop(), grids=finer())
+    for other in others:
+        with pytest.raises(SwquantError, match="unfinished run that differs in grids"):
+            quantize(recipe, llama, tmp_path / "out", grids=other)
+    resumed = quantize(recipe, llama, tmp_path / "out", grids=finer())
+    expected = quantize(recipe, llama, tmp_path / "whole", grids=finer())
+    one, whole = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "whole"))
+    assert one == whole
+    assert resumed.quality == expected.quality
+    for other in others:
+        with pytest.raises(SwquantError, match="is in use"):
+            quantize(recipe, llama, tmp_path / "out", grids=other)

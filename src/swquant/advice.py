@@ -58,7 +58,7 @@ def end_to_end_missing(report: Report) -> str | None:
 
 
 def codes_stayed(report: Report) -> str | None:
-    """Behind the scales, codes trained on the predictions recover more, where the memory is there."""
+    """After the scales, codes trained on the predictions recover more, where the memory is there."""
     recipe, moved = report.recipe, any(block.codes for block in report.final_blocks)
     if report.finish is None or moved or int(recipe["bits"]) > 3 or "grid" in recipe or _lost(report) < LITTLE:
         return None
@@ -158,7 +158,7 @@ def worst_block(report: Report) -> str | None:
     index = added.index(max(added))
     return (
         f"Block {index} adds the most drift, {drifts[index]:.3g} -> {drifts[index + 1]:.3g}. If the loss curves show "
-        "that it is not done, train longer; if its weights or inputs have outliers, try rotate + in front of --method."
+        "that it is not done, train longer; if its weights or inputs have outliers, try rotate + first in --method."
     )
 
 

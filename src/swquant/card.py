@@ -98,8 +98,8 @@ def _drift(report: Report) -> Iterator[str]:
     drifts = [block.drift for block in report.block_reports]
     worst = max(range(len(drifts)), key=drifts.__getitem__)
     when = ", before the end-to-end training" if report.finish else ""
-    yield f"\nSquared error of the hidden states over their energy{when}: {drifts[-1]:.4f} behind the last block, most "
-    yield f"behind block {worst}, {drifts[worst]:.4f}. `report.html` shows every block.\n"
+    yield f"\nSquared error of the hidden states over their energy{when}: {drifts[-1]:.4f} after the last block, most "
+    yield f"after block {worst}, {drifts[worst]:.4f}. `report.html` shows every block.\n"
 
 
 def _loading(output: Output) -> Iterator[str]:

@@ -7,6 +7,9 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from swquant import registry
 from swquant.card import licence_of
 from swquant.checkpoint.quantized import Outline, QuantizedModel, shapes_of
@@ -15,7 +18,9 @@ from swquant.checkpoint.writer import destination, publish, require_disk, requir
 from swquant.errors import SwquantError
 from swquant.formats import read_quantized
 from swquant.formats.base import Format
+from swquant.model.opening import two_heads, untied
 from swquant.model.skeleton import build_skeleton
+from swquant.model.whole import require_called_for
 from swquant.output import RECIPE, REPORT, described, load_report, output_of, place_of
 from swquant.plan import choose_formats, unquantized
 from swquant.recipe import Recipe
@@ -81,11 +86,35 @@ def with_ignored(model: QuantizedModel) -> QuantizedModel:
     """The model with the names of those of its linear modules that are not quantized, which a format may not keep."""
     outline = model.outline
     skeleton = build_skeleton(outline.config, shapes_of(model), outline.directory)
+    require_called_for(skeleton.names, outline.linears, outline.directory)
+    if (keys := two_heads(skeleton)) is not None:
+        model = with_one_head(model, *keys)
+        outline = model.outline
     quantized = {
         name for name, piece in skeleton.names.pieces.items() if piece.key.removesuffix(".weight") in outline.linears
     }
     ignored = unquantized(skeleton, {name.removesuffix(".weight") for name in quantized})
     return replace(model, outline=replace(outline, ignored=ignored))
+
+
+def with_one_head(model: QuantizedModel, head: str, embedding: str) -> QuantizedModel:
+    """A model whose configuration says that its head is the embedding, and which has both: one decision for all.
+
+    An equal copy is left out; with a head that differs, the configuration says so. It is what
+    :func:`swquant.model.opening.open_model` decides for models that are to be quantized.
+    """
+    outline = model.outline
+    found = {name: value for part in model.parts() for name, value in part.items() if name in (head, embedding)}
+    one, other = found[head], found[embedding]
+    if not (isinstance(one, Tensor) and isinstance(other, Tensor) and torch.equal(one, other)):
+        return replace(model, outline=replace(outline, config=untied(outline.config)))
+    plain = outline.plain and {name: shape for name, shape in outline.plain.items() if name != head}
+    parts = model.parts
+    return replace(
+        model,
+        outline=replace(outline, plain=plain),
+        parts=lambda: ({name: value for name, value in part.items() if name != head} for part in parts()),
+    )
 
 
 def _most_bytes(form: Format, outline: Outline, directory: Path) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from swquant.checkpoint.quantized import QuantizedModel
+from swquant.checkpoint.quantized import QuantizedModel, entries
 from swquant.checkpoint.reader import find_model
 from swquant.formats import read_quantized
 from swquant.quant.codes import code_entropy, share_at_ends
@@ -115,7 +115,7 @@ def inspect(source: str | Path) -> Inspection:
 
 def _values(model: QuantizedModel) -> Iterator[tuple[str, Tensor | QTensor | KTensor]]:
     for part in model.parts():
-        yield from part.items()
+        yield from entries(part)
 
 
 def _within_block(name: str) -> str:

@@ -37,6 +37,10 @@ PLACE = "PATH"
 LARGEST = 1 << 26
 """Bytes of a report beyond which it is not read."""
 
+_SWQUANT_LOAD = """\
+import swquant
+model = swquant.load(path)"""
+
 REPORT, PAGE, RECIPE = "report.json", "report.html", "swquant.yaml"
 
 
@@ -136,12 +140,14 @@ def output_of(
     """
     serving = target if target is not None and form.name in target.formats else None
     spec = next((spec for spec in specs if not spec.symmetric), specs[0])  # what is harder to load decides
+    # which transformers does not load, see swquant.targets.require_together
+    several = form.name == "compressed_tensors" and len(specs) > 1 and not spec.symmetric
     return Output(
         format=form.name,
         directory=place,
         bytes=size,
         notes=notes + (() if serving is None else serving.notes(form.name, spec)),
-        loading=form.loading(spec),
+        loading=_SWQUANT_LOAD if several else form.loading(spec),
         command=None if serving is None else serving.command(form.name, spec, PLACE),
         verification=asdict(verified),
     )

@@ -35,7 +35,7 @@ from swquant.model.skeleton import Skeleton
 from swquant.quant.kgrids import UNIFORM
 from swquant.quant.spec import QuantSpec
 from swquant.recipe import PRESETS, Recipe
-from swquant.targets import choose_format, load_target, require_loads
+from swquant.targets import choose_format, load_target, require_loads, require_together
 from swquant.targets.base import Target
 
 LONGEST = 2048
@@ -90,10 +90,24 @@ class Plan:
         return {
             "recipe": self.recipe.to_mapping(),
             "source": self.checkpoint.fingerprint(),
-            "grids": {site.name: site.spec.label for site in self.layout.sites if site.spec != self.spec and site.spec},
+            "grids": {
+                site.name: _label(site.spec) for block in self.layout.blocks for site in block if site.spec != self.spec
+            },
             **{name: text and hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()},
             "versions": versions(),
         }
+
+    def assumed(self) -> str:
+        """What was found by inspecting the model, in a sentence."""
+        sites = list(self.layout.sites)
+        kept: dict[str, set[str]] = {}
+        for name, reason in self.layout.kept.items():
+            kept.setdefault(reason, set()).add(name.rpartition(".")[2])
+        apart = "; ".join(f"{', '.join(sorted(names))} ({reason})" for reason, names in kept.items())
+        return (
+            f"{type(self.skeleton.model).__name__}: {len(self.skeleton.blocks)} blocks in {self.skeleton.path} with "
+            f"{len(sites)} matrices to quantize" + (f"; kept as they are: {apart}" if apart else "")
+        )
 
     def job(self) -> Job:
         """What stays the same from block to block."""
@@ -112,7 +126,7 @@ class Plan:
         )
 
     def tail(self) -> float:
-        """Work behind the last block, see :func:`swquant.engine.pace.tail_of`."""
+        """Work after the last block, see :func:`swquant.engine.pace.tail_of`."""
         finish, samples = self.pipeline.finish, self.recipe.samples
         if finish is None:
             return 0.0
@@ -122,6 +136,13 @@ class Plan:
         block = whole / len(self.skeleton.blocks)
         head = math.prod(self.checkpoint.tensors[self.skeleton.head_weight].shape) / block
         return tail_of(finish.epochs, train, held, len(self.skeleton.blocks), head)
+
+
+def _label(spec: QuantSpec | None) -> str:
+    """A grid as a run's key has it: two that differ in anything have two."""
+    if spec is None:
+        return "kept"
+    return spec.label if spec.symmetric else f"{spec.label} asymmetric"
 
 
 def make_plan(
@@ -148,8 +169,8 @@ def make_plan(
     formats: tuple[Format, ...] = tuple(registry.load("swquant.formats", name)() for name in names)
     preset = PRESETS[recipe.preset]
     steps = parse_methods(recipe.method, recipe.options, recipe.epochs)
-    disk = open_source(source, options)
-    model = open_model(disk)
+    model = open_model(open_source(source, options))
+    disk = model.checkpoint.inner
     hidden_size = probe(model.skeleton)
     pipeline = build_pipeline(steps, Setting(spec, _norm_biases(model.skeleton), preset.effort))
     if loss is not None and not any(part.trained for part in pipeline.parts if part.work in pipeline.phases):
@@ -177,7 +198,7 @@ def make_plan(
     )
     return Plan(
         resolved,
-        disk,
+        model.checkpoint.inner,
         checkpoint,
         skeleton,
         layout,
@@ -204,11 +225,11 @@ def choose_formats(names: tuple[str, ...], target: Target | None, specs: tuple[Q
     """
     if target is None:
         return names or (DEFAULT_FORMAT if all(spec.grid == UNIFORM for spec in specs) else "gguf",)
-    if not names:
-        return (choose_format(target, specs[0]),)
+    names = names or (choose_format(target, specs[0]),)
     for name in [name for name in names if name in target.formats] or names[:1]:
         for spec in specs:
             require_loads(target, name, spec)
+        require_together(target, name, specs)
     return names
 
 

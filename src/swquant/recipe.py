@@ -6,7 +6,9 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import cache
 from importlib import resources
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,7 +27,7 @@ GRID_KEYS = ("bits", "group_size", "symmetric")
 LATER_KEYS = ("grid", "precision")
 """Keys younger than the first recipes, whose hashes stay."""
 
-_FOLDER = resources.files("swquant") / "recipes"
+PresetName = Literal["fast", "default", "best"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Preset:
     effort: float
 
 
-PRESETS: Mapping[str, Preset] = {
+PRESETS: Mapping[PresetName, Preset] = {
     "fast": Preset(samples=32, effort=0.25),
     "default": Preset(samples=128, effort=1.0),
     "best": Preset(samples=512, effort=1.0),
@@ -91,7 +93,7 @@ class Recipe:
     epochs: Annotated[int, Field(ge=0)] | None = None
     evaluation: str | None = None
     evaluation_samples: Annotated[int, Field(ge=0)] = 16
-    preset: Literal["fast", "default", "best"] = "default"
+    preset: PresetName = "default"
     seed: int = 0
     precision: Literal["float32", "bfloat16"] = "float32"
     device: str = "auto"
@@ -113,10 +115,10 @@ class Recipe:
         """
         path = Path(name)
         if path.suffix not in {".yaml", ".yml"}:
-            known = recipe_names()
+            known = _named()
             if str(name) not in known:
                 raise SwquantError(f"there is no recipe {str(name)!r}{did_you_mean(str(name), known)}")
-            return Recipe.from_text((_FOLDER / f"{name}.yaml").read_text(encoding="utf-8"), str(name))
+            return known[str(name)]
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -154,16 +156,13 @@ class Recipe:
         Raises:
             SwquantError: If there is no recipe for these bits.
         """
-        spec = Recipe.from_mapping(values).spec
-        ending = "" if spec.symmetric else "-asym"
-        if values.get("preset", "default") != "default":
-            ending += f"-{values['preset']}"
-        labels = [spec.label] if "group_size" in values else []
-        labels += [f"w{spec.bits}g{usual}" for usual in (64, 128)]
-        for name in (f"{label}{ending}" for label in labels):
-            if name in recipe_names():
-                return name, Recipe.load(name)
-        raise SwquantError(f"there is no recipe for {spec.bits} bits: choose a method, such as --method rtn")
+        asked = Recipe.from_mapping(values)
+        if asked.spec.bits not in _GROUPS:
+            raise SwquantError(f"there is no recipe for {asked.bits} bits: choose a method, such as --method rtn")
+        groups = _GROUPS[asked.bits]
+        fits = "group_size" in values and asked.group_size in groups
+        recipe = _usual(asked.bits, asked.group_size if fits else groups[0], asked.symmetric, asked.preset)
+        return _name(recipe), recipe
 
     def override(self, values: Mapping[str, Any]) -> Recipe:
         """This recipe with ``values`` in place of its own.
@@ -230,8 +229,54 @@ class Recipe:
 _DEFAULTS = {field.name: field.default for field in fields(Recipe)}
 
 
+_GROUPS: Mapping[int, tuple[int | None, ...]] = {2: (64, 128), 3: (128, None), 4: (128,)}
+"""Bits to the group sizes that have named recipes, the usual one first."""
+
+_SINGLE: Mapping[str, tuple[str, str | None, tuple[int, ...], tuple[PresetName, ...]]] = {
+    "omniquant": ("omniquant", "mse", (2,), tuple(PRESETS)),
+    "omniquant-sw": ("omniquant", "0.9*mse + 0.1*sliced_wasserstein", tuple(_GROUPS), tuple(PRESETS)),
+    "tesseraq": ("tesseraq", None, (2,), ("default",)),
+    "tesseraq-sw": ("tesseraq", "0.9*l2 + 0.1*sliced_wasserstein", (2,), ("default",)),
+    "efficientqat": ("efficientqat", None, (2,), ("default",)),
+    "signround": ("signround", None, (2,), ("default",)),
+}
+"""How names of recipes of a single method begin, to the method, its loss, and the bits and presets that there are."""
+
+
 def recipe_names() -> tuple[str, ...]:
     """Names of the recipes that come with swquant."""
-    return tuple(
-        sorted(entry.name.removesuffix(".yaml") for entry in _FOLDER.iterdir() if entry.name.endswith(".yaml"))
-    )
+    return tuple(sorted(_named()))
+
+
+@cache
+def _named() -> Mapping[str, Recipe]:
+    """All recipes with a name: products of grids and presets, and the files of the papers' own settings."""
+    usual = [
+        _usual(bits, group_size, symmetric, preset)
+        for bits, groups in _GROUPS.items()
+        for group_size, symmetric, preset in product(groups, (True, False), PRESETS)
+    ]
+    named = {_name(recipe): recipe for recipe in usual}
+    for start, (method, loss, widths, presets) in _SINGLE.items():
+        for bits, preset in product(widths, presets):
+            for group_size in _GROUPS[bits]:
+                recipe = Recipe(bits, group_size, method=method, loss=loss, preset=preset)
+                named[_name(recipe, start)] = recipe
+    for entry in (resources.files("swquant") / "recipes").iterdir():
+        name = entry.name.removesuffix(".yaml")
+        named[name] = Recipe.from_text(entry.read_text(encoding="utf-8"), name)
+    return named
+
+
+def _usual(bits: int, group_size: int | None, symmetric: bool, preset: PresetName) -> Recipe:
+    """What ``--bits`` alone picks: GPTQ's start, then Block-AP, then, unless it is to be fast, scales end to end."""
+    method = "gptq + block_ap" if preset == "fast" else "gptq + block_ap + end_to_end"
+    loss = "huber(delta=1)" if bits < 4 else None
+    return Recipe(bits, group_size, symmetric, method=method, loss=loss, preset=preset)
+
+
+def _name(recipe: Recipe, start: str = "") -> str:
+    """``start``, the grid, ``asym`` and the preset with dashes between, without what is the default."""
+    preset = "" if recipe.preset == "default" else recipe.preset
+    words = (start, recipe.spec.label, "" if recipe.symmetric else "asym", preset)
+    return "-".join(word for word in words if word)

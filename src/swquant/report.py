@@ -116,9 +116,9 @@ class CodeUse:
         shape: ``(out, in)``.
         bits: Of the whole weight, scales and zero points included.
         entropy_before: ``-sum p log2 p`` of the shares of the codes, rounded to the nearest, in bits per code.
-        entropy_after: Likewise of the codes behind the block's own training.
+        entropy_after: Likewise of the codes after the block's own training.
         saturated_before: Share of codes that are the least or the greatest, rounded to the nearest.
-        saturated_after: Likewise of the codes behind the block's own training.
+        saturated_after: Likewise of the codes after the block's own training.
     """
 
     shape: tuple[_Size, _Size]
@@ -131,7 +131,7 @@ class CodeUse:
 
 @dataclass(frozen=True)
 class Measured:
-    """One block on tokens that did not train it, fed with what the quantized blocks in front of it put out.
+    """One block on tokens that did not train it, fed with what the quantized blocks before it put out.
 
     Attributes:
         tokens: How many.
@@ -157,7 +157,7 @@ class BlockReport:
 
     Attributes:
         phases: What was done.
-        drift: ``sum (q - r)**2 / sum r**2`` between both streams behind it, over all samples.
+        drift: ``sum (q - r)**2 / sum r**2`` between both streams after it, over all samples.
         seconds: How long it took.
         measured: Before and after; ``None`` in reports of older versions.
         peak_bytes: Most memory that the process had held until then; ``None`` in reports of older versions.
@@ -180,7 +180,7 @@ class BlockReport:
 
 @dataclass(frozen=True)
 class FinalCodes:
-    """What the codes of a weight hold behind the training of the whole model.
+    """What the codes of a weight hold after the training of the whole model.
 
     Attributes:
         entropy: ``-sum p log2 p`` of the shares of the codes, in bits per code.
@@ -196,7 +196,7 @@ class FinalBlock:
     """One block of the model that was trained as a whole, on the tokens of its :class:`Measured`.
 
     Attributes:
-        shift: Its outputs, fed with what the trained blocks in front of it put out, beside the original's.
+        shift: Its outputs, fed with what the trained blocks before it put out, beside the original's.
         codes: By the name of a linear in the block; empty where codes were not trained.
     """
 
@@ -238,10 +238,10 @@ class Report:
         quality: Measured by running both streams on through the model's head; ``None`` if no windows were asked for.
         bits_per_weight: Of the quantized weights, scales and zero points included.
         bytes_source: Of the source's tensors.
-        seconds: Of the blocks and the training behind the last, over all the runs that it took.
+        seconds: Of the blocks and the training after the last, over all the runs that it took.
         outputs: What was written, in the order of the recipe's formats.
         key: What the result depends on; a finished output with the same key is not made again.
-        finish: The report of the training behind the last block, its seconds, and a :class:`FinalBlock` for each block
+        finish: The report of the training after the last block, its seconds, and a :class:`FinalBlock` for each block
             under ``blocks``; ``None`` where there was none.
         advice: What to try next, see :mod:`swquant.advice`.
     """
@@ -287,7 +287,7 @@ class Report:
 
     @cached_property
     def final_blocks(self) -> tuple[FinalBlock, ...]:
-        """Each block behind the training of the whole model, checked likewise; empty in reports of older versions."""
+        """Each block after the training of the whole model, checked likewise; empty in reports of older versions."""
         return () if self.finish is None else _FINAL_BLOCKS.validate_python(self.finish.get("blocks", ()))
 
     @cached_property

@@ -56,7 +56,7 @@ def quantize(
     """Quantize the model ``source`` by ``recipe`` and write the result to ``out``.
 
     Everything that can be checked without reading weights is checked first. The run keeps a working directory beside
-    ``out``; killed at any moment and called again with the same arguments, it goes on behind the last finished block
+    ``out``; killed at any moment and called again with the same arguments, it goes on after the last finished block
     and writes the same bits. ``out`` appears whole, when all is done, or not at all.
 
     Args:
@@ -115,6 +115,7 @@ def quantize_together(
     ranks.lead(lambda: plans.append(make_plan(recipe, source, source_options, grids)))
     plan = plans[0] if plans else make_plan(recipe, source, source_options, grids)
     watching.stage(f"Reading {plan.checkpoint.directory.name}: {plan.recipe.summary}")
+    watching.stage(plan.assumed())
     if note := note_of(plan.disk):
         watching.stage(note[0].upper() + note[1:])
     key = ranks.lead(plan.key)
@@ -249,7 +250,7 @@ def _finished(out: Path, key: Mapping[str, Any]) -> Report | None:
 
 
 def _start(plan: Plan, journal: Journal, out: Path, watching: Observer, ranks: int) -> None:
-    """Make the samples and both streams in front of block 0, if the disk and the weights allow for a run."""
+    """Make the samples and both streams before block 0, if the disk and the weights allow for a run."""
     require_disk(out, disk_of(plan, shape_of(plan), ranks).asked)
     plan.checkpoint.sidecars()
     plan.checkpoint.require_finite(site.weight for site in plan.layout.sites)
@@ -257,11 +258,11 @@ def _start(plan: Plan, journal: Journal, out: Path, watching: Observer, ranks: i
     tokens = torch.cat((calibration, evaluation))
     shape = (tokens.shape[0], tokens.shape[1], plan.hidden_size)
     front = Front.load(plan.skeleton, plan.checkpoint, plan.device)
-    for name, stored in zip(STREAMS, (False, True), strict=True):
-        stream = create_stream(journal.stream_path(name, 0), shape)
+    streams = [create_stream(journal.stream_path(name, 0), shape) for name in STREAMS]
+    for stream, stored in zip(streams, (False, True), strict=True):
         for index, hidden in enumerate(capture(front, plan.checkpoint, tokens, stored=stored)):
             stream[index] = hidden
-    try_block(plan, Calls.prepare(front, plan.checkpoint, tokens), stream[:1])
+    try_block(plan, Calls.prepare(front, plan.checkpoint, tokens), streams[0][:1])
     journal.begin({"tokens": tokens}, shape, {"evaluation_samples": evaluation.shape[0]})
 
 

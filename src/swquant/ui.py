@@ -86,7 +86,7 @@ class Lines:
         self.console.print(f"{self.label}{_block_line(index, self.pace.blocks, report)}{self._left()}", soft_wrap=True)
 
     def done(self, report: Report) -> None:
-        """The summary is printed behind it."""
+        """The summary is printed after it."""
 
     def _left(self) -> str:
         left = self.pace.left()
@@ -130,7 +130,7 @@ class Bar:
             self.progress.update(self.task, completed=self.pace.done, description=self._description())
 
     def done(self, report: Report) -> None:
-        """The summary is printed behind it."""
+        """The summary is printed after it."""
 
     def _description(self) -> str:
         block, blocks = self.pace.done + 1, self.pace.blocks
@@ -259,7 +259,7 @@ def _facts(report: Report, recipe: str | None) -> Iterator[tuple[str, str]]:
         yield "same first choice", f"{100 * quality.top1:.1f} % of tokens"
     worst = max(range(len(report.blocks)), key=lambda index: report.blocks[index]["drift"])
     when = " before the end-to-end training" if report.finish else ""
-    yield f"drift of the hidden states{when}", f"{report.blocks[-1]['drift']:.4f} at the end, most behind block {worst}"
+    yield f"drift of the hidden states{when}", f"{report.blocks[-1]['drift']:.4f} at the end, most after block {worst}"
     if report.finish is not None:
         finish = report.finish
         kept = f"epoch {finish['kept_epoch']} of {len(finish['curve'])}, {span(finish['seconds'])}"

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from block_facts import facts_of
 from swquant import SwquantError, parse_loss, registry
 from swquant.distributed.ranks import Alone, Ranks, on_any, own_rows, own_turns, require_same
 from swquant.families.llama import LLAMA
@@ -51,8 +52,8 @@ def problem_of(loss: Any, samples: int = SAMPLES) -> Problem:
     """A linear and a bend, in float64."""
     inputs = normal(2, samples, TOKENS, WIDTH)
     return Problem(
-        forward=lambda params, x: torch.tanh(x @ params["w"].T),
-        facts=BlockFacts(LLAMA, 1, 1, lambda linears: {}),
+        forward=lambda params, x, samples: torch.tanh(x @ params["w"].T),
+        facts=facts_of(LLAMA),
         inputs=inputs + 0.1 * normal(3, *inputs.shape),
         target=torch.tanh(inputs @ TRUTH.T),
         augmented=torch.tanh((inputs + 0.1) @ TRUTH.T),
@@ -107,7 +108,7 @@ def pulled(problem: Problem, samples: Tensor, loss: Any) -> tuple[Tensor, Tensor
 def whole(problem: Problem, samples: Tensor, loss: Any) -> tuple[Tensor, Tensor]:
     """The same, written out."""
     weight = TRUTH.clone().requires_grad_()
-    out = problem.forward({"w": weight * 1.5}, problem.inputs[samples])
+    out = problem.forward({"w": weight * 1.5}, problem.inputs[samples], samples)
     value = loss(out, problem.target[samples], LossContext(problem.rng("slices", 7)))
     value.backward()
     assert weight.grad is not None
@@ -149,7 +150,7 @@ def test_one_portion_of_one_rank_is_the_single_pass_to_the_bit(name: str) -> Non
 def test_a_portion_is_run_once_where_nothing_has_to_be_gathered() -> None:
     runs: list[tuple[int, bool]] = []
 
-    def forward(params: Any, x: Tensor) -> Tensor:
+    def forward(params: Any, x: Tensor, samples: Tensor) -> Tensor:
         runs.append((len(x), torch.is_grad_enabled()))
         return x @ params["w"].T
 
@@ -213,7 +214,7 @@ def test_a_phase_is_the_same_however_its_batches_are_cut(
 
 def test_outputs_come_in_their_batches_order(crew: RunCrew) -> None:
     problem, batches = problem_of(None), [torch.tensor([3, 1]), torch.tensor([5]), torch.tensor([0, 2])]
-    expected = [problem.forward({"w": TRUTH}, problem.inputs[samples]) for samples in batches]
+    expected = [problem.forward({"w": TRUTH}, problem.inputs[samples], samples) for samples in batches]
 
     def run(ranks: Ranks) -> Any:
         own = replace(problem, ranks=ranks, portion=Portion(1))
@@ -253,7 +254,7 @@ class Small:
     rank: int = 0
     failures: list[int] = field(default_factory=list)
 
-    def __call__(self, params: Any, x: Tensor) -> Tensor:
+    def __call__(self, params: Any, x: Tensor, samples: Tensor) -> Tensor:
         if self.rank in self.where and torch.is_grad_enabled() and len(x) > self.room:
             self.failures.append(len(x))
             raise self.error

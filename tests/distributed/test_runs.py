@@ -24,8 +24,8 @@ from swquant.engine import block, durable
 from swquant.engine.end_to_end import TrainedModel
 from swquant.engine.journal import Journal
 from swquant.engine.observer import Silent
-from swquant.engine.skeleton import Block
 from swquant.formats.compressed_tensors import CompressedTensors
+from swquant.model.skeleton import Block, Call
 from swquant.phases import passes
 from swquant.phases.base import Problem
 from swquant.quant.qtensor import QTensor
@@ -157,17 +157,17 @@ def test_one_rank_writes_and_nothing_twice(
 def test_no_stream_is_made_while_a_rank_holds_removed_ones(
     crew: RunCrew, llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    behind, seen = Counter[str](), list[tuple[str, int]]()
+    after, seen = Counter[str](), list[tuple[str, int]]()
     through, create = run.quantize_block, block.create_stream
 
     def late(job: block.Job, *arguments: Any) -> Any:
         left = through(job, *arguments)
         time.sleep(0.1 * job.ranks.rank)
-        behind[threading.current_thread().name] += 1
+        after[threading.current_thread().name] += 1
         return left
 
     def noted(path: Path, shape: tuple[int, int, int]) -> torch.Tensor:
-        seen.append((path.name, min((*behind.values(), *[0] * (3 - len(behind))))))
+        seen.append((path.name, min((*after.values(), *[0] * (3 - len(after))))))
         return create(path, shape)
 
     monkeypatch.setattr(run, "quantize_block", late)
@@ -213,11 +213,11 @@ def test_a_run_out_of_memory_goes_on_with_less_at_once_and_says_so(
     quantize(recipe, llama, tmp_path / "one")
     forward, failures = Block.forward, list[int]()
 
-    def small(self: Block, params: Any, hidden: torch.Tensor, kwargs: Any) -> torch.Tensor:
+    def small(self: Block, params: Any, hidden: torch.Tensor, call: Call) -> torch.Tensor:
         if torch.is_grad_enabled() and len(hidden) > 2:
             failures.append(len(hidden))
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
-        return forward(self, params, hidden, kwargs)
+        return forward(self, params, hidden, call)
 
     monkeypatch.setattr(Block, "forward", small)
     report = quantize(recipe, llama, tmp_path / "out")
@@ -246,9 +246,11 @@ def test_a_run_out_of_memory_where_states_are_compared_goes_on_with_less_at_once
         require_few(len(samples))
         return through_block(problem, params, samples)
 
-    def small_model(self: TrainedModel, hidden: torch.Tensor, keep: bool = True) -> list[torch.Tensor]:
+    def small_model(
+        self: TrainedModel, hidden: torch.Tensor, samples: torch.Tensor, keep: bool = True
+    ) -> list[torch.Tensor]:
         require_few(1 if keep else len(hidden))
-        return through_model(self, hidden, keep)
+        return through_model(self, hidden, samples, keep)
 
     monkeypatch.setattr(passes, "_forward", small_block)
     monkeypatch.setattr(TrainedModel, "forward", small_model)

@@ -1,4 +1,4 @@
-"""A run that stands in front of its end-to-end stage."""
+"""A run that stands before its end-to-end stage."""
 
 from __future__ import annotations
 
@@ -6,13 +6,19 @@ from pathlib import Path
 
 from swquant import Recipe
 from swquant.engine.block import Job, quantize_block
-from swquant.engine.capture import capture
 from swquant.engine.journal import Journal, open_journal
 from swquant.engine.observer import Silent
 from swquant.engine.trained_model import TrainedModel
+from swquant.model.calls import Calls, Front
 from swquant.phases.scale_training import ScaleTraining
 from swquant.plan import make_plan
 from swquant.run import _start
+
+
+def calls_of(job: Job, journal: Journal) -> Calls:
+    """What the run calls each block with."""
+    front = Front.load(job.skeleton, job.checkpoint, job.device)
+    return Calls.prepare(front, job.checkpoint, journal.tokens()["tokens"])
 
 
 def behind_the_last_block(
@@ -23,9 +29,9 @@ def behind_the_last_block(
     plan = make_plan(recipe, source)
     journal, job = open_journal(root, plan.key()), plan.job()
     _start(plan, journal, root, Silent(), 1)
-    arguments = capture(plan.skeleton, plan.checkpoint, journal.tokens()["tokens"][:1])
-    for index in range(len(plan.skeleton.blocks)):
-        quantize_block(job, journal, arguments[index], Silent())
+    calls = calls_of(job, journal)
+    for _ in plan.skeleton.blocks:
+        quantize_block(job, journal, calls, Silent())
     work = work or plan.pipeline.finish
     assert work is not None
-    return TrainedModel(job, journal, arguments, work), job, journal
+    return TrainedModel(job, journal, calls, work), job, journal

@@ -22,17 +22,17 @@ from transformers import AutoModelForCausalLM
 
 from swquant import Recipe, SwquantError, evaluate, quantize
 from swquant.engine.block import Job
-from swquant.engine.capture import capture
 from swquant.engine.end_to_end import TrainedModel
 from swquant.engine.head import Heads
 from swquant.engine.journal import Journal
 from swquant.methods.end_to_end import LEARNING_RATE
+from swquant.model.calls import Front, capture
 from swquant.phases.scale_training import ScaleTraining
 from swquant.plan import make_plan
 from swquant.quant import deferred
 from swquant.quant.qtensor import QTensor
 
-from .stage import behind_the_last_block
+from .stage import behind_the_last_block, calls_of
 
 MakeModel = Callable[..., Path]
 
@@ -56,7 +56,7 @@ def whole_model(job: Job, journal: Journal) -> tuple[dict[str, Tensor], dict[str
     leaves: dict[str, Tensor] = {}
     params: dict[str, Tensor] = {}
     for index, block in enumerate(job.skeleton.blocks):
-        committed = journal.block(index, job.spec)
+        committed = journal.block(index, job.layout.grids(index))
         for name, old in committed.quantized.items():
             leaf = leaves[f"{block.prefix}.{name}"] = old.scale.clone().requires_grad_()
             params[f"{block.prefix}.{name}"] = QTensor(old.codes, leaf, old.zero, old.spec).dequantize()
@@ -79,12 +79,11 @@ def test_the_streamed_gradient_is_that_of_autograd_through_the_whole_model(
         recipe, source, tmp_path / "work", ScaleTraining(1, 1, 0.01, norms=True)
     )
     tokens = journal.tokens()["tokens"][:2]
-    inputs = torch.empty(2, *journal.shape[1:])
-    capture(job.skeleton, job.checkpoint, tokens, write_stored=inputs.__setitem__)
-    states = model.forward(inputs)
-    heads = Heads.load(job.skeleton, job.checkpoint, job.device)
+    front, samples = calls_of(job, journal).front, torch.arange(2)
+    states = model.forward(torch.stack(list(capture(front, job.checkpoint, tokens, stored=True))), samples)
+    heads = Heads.load(front, job.checkpoint)
     loss, slope = heads.gradient(journal.open_streams()[0][:2], states.pop())
-    model.backward(states, slope)
+    model.backward(states, samples, slope)
 
     whole: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     leaves, params = whole_model(job, journal)
@@ -109,13 +108,13 @@ def test_chunks_of_tokens_do_not_change_the_divergence(
     llama: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
     monkeypatch.setattr("swquant.engine.head.LOGITS", chunk)
-    monkeypatch.setattr("swquant.engine.head.VOCABULARY_ROWS", 100)
     plan = make_plan(recipe, llama)
-    heads = Heads.load(plan.skeleton, plan.checkpoint, plan.device)
+    heads = Heads.load(Front.load(plan.skeleton, plan.checkpoint, plan.device), plan.checkpoint)
     rng = torch.Generator().manual_seed(0)
     reference, hidden = (torch.randn(2, 9, 64, generator=rng) for _ in range(2))
     leaf = hidden.clone().requires_grad_()
-    expected, found = ((heads.tail(side) @ heads.stored.float().T).log_softmax(-1) for side in (reference, leaf))
+    whole: Any = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    expected, found = (whole.lm_head(whole.model.norm(side)).log_softmax(-1) for side in (reference, leaf))
     wanted = (expected.exp() * (expected - found)).sum(-1).mean()
     wanted.backward()
     loss, slope = heads.gradient(reference, hidden)
@@ -246,8 +245,9 @@ def test_no_more_than_one_weight_is_dequantized_at_a_time(
 
     monkeypatch.setattr(QTensor, "dequantize", counted)
     monkeypatch.setattr(deferred, "SMALL", 0)
-    states = model.forward(torch.randn(2, *journal.shape[1:]))
-    model.backward(states[:-1], torch.randn_like(states[-1]))
+    samples = torch.arange(2)
+    states = model.forward(torch.randn(2, *journal.shape[1:]), samples)
+    model.backward(states[:-1], samples, torch.randn_like(states[-1]))
     assert len(alive) == 3 * 5 * 7
     assert most == 1
 
@@ -263,7 +263,7 @@ def test_efficientqat_is_block_ap_and_the_stage(llama: Path, recipe: Recipe) -> 
     ("method", "message"),
     [
         ("end_to_end + omniquant", "put omniquant first"),
-        ("efficientqat + end_to_end", "stands twice"),
+        ("efficientqat + end_to_end", "is listed twice"),
         ("block_ap + end_to_end(norms=True)", "both learn the norms"),
     ],
 )

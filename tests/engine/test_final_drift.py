@@ -1,4 +1,4 @@
-"""What the report says of each block behind the training of the whole model."""
+"""What the report says of each block after the training of the whole model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from torch.func import functional_call
 from transformers import AutoModelForCausalLM
 
 from swquant import Recipe, Report, quantize
-from swquant.engine.capture import capture
 from swquant.engine.drift import shift_of
 from swquant.engine.final_drift import final_blocks
 from swquant.formats import read_quantized
@@ -23,7 +22,7 @@ from swquant.phases.scale_training import ScaleTraining
 from swquant.quant.codes import code_entropy, share_at_ends
 from swquant.sweep.trial import drift_of
 
-from .stage import behind_the_last_block
+from .stage import behind_the_last_block, calls_of
 
 MakeModel = Callable[..., Path]
 SHOWN = [7, 8, 9, 10, 11]
@@ -71,8 +70,7 @@ def test_it_compares_what_the_blocks_of_whole_models_put_out(
         for value in (value for theta in model.thetas for value in theta.values()):
             value += 0.3 * torch.randn(value.shape, generator=rng)
     tokens = journal.tokens()["tokens"]
-    arguments = capture(job.skeleton, job.checkpoint, tokens[:1])
-    found = final_blocks(job, journal, model, arguments)
+    found = final_blocks(job, journal, model, calls_of(job, journal))
 
     whole = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     params = {

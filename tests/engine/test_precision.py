@@ -25,13 +25,13 @@ def test_float32_is_the_function_itself() -> None:
 def test_products_are_short_and_the_output_is_not() -> None:
     seen: list[torch.dtype] = []
 
-    def forward(params: object, hidden: Tensor) -> Tensor:
+    def forward(params: object, hidden: Tensor, samples: Tensor) -> Tensor:
         product = hidden @ hidden.mT
         seen.append(product.dtype)
         return product
 
     hidden = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
-    out = at_precision(forward, torch.bfloat16)({}, hidden)
+    out = at_precision(forward, torch.bfloat16)({}, hidden, torch.arange(2))
     assert seen == [torch.bfloat16]
     assert out.dtype == torch.float32
     assert torch.equal(out, (hidden.bfloat16() @ hidden.bfloat16().mT).float())

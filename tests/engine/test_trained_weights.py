@@ -15,14 +15,14 @@ from transformers import AutoModelForCausalLM
 
 from swquant import Recipe, SwquantError, evaluate, quantize
 from swquant.engine.block import Job
-from swquant.engine.capture import capture
 from swquant.engine.head import Heads
 from swquant.engine.trained_model import EDGE, POSITION, TrainedModel
 from swquant.formats import read_quantized
+from swquant.model.calls import capture
 from swquant.phases.scale_training import ScaleTraining
 from swquant.plan import make_plan
 
-from .stage import behind_the_last_block
+from .stage import behind_the_last_block, calls_of
 
 MakeModel = Callable[..., Path]
 
@@ -77,19 +77,16 @@ def test_the_streamed_gradient_is_that_of_autograd_through_the_whole_model(
     model, job, journal = behind_the_last_block(recipe, source, tmp_path / "work")
     nudged(model, 0)
     tokens = journal.tokens()["tokens"][:2]
-    inputs = torch.empty(2, *journal.shape[1:])
-    capture(job.skeleton, job.checkpoint, tokens, write_stored=inputs.__setitem__)
-    states = model.forward(inputs)
-    loss, slope = Heads.load(job.skeleton, job.checkpoint, job.device).gradient(
-        journal.open_streams()[0][:2], states.pop()
-    )
-    model.backward(states, slope)
+    front, samples = calls_of(job, journal).front, torch.arange(2)
+    states = model.forward(torch.stack(list(capture(front, job.checkpoint, tokens, stored=True))), samples)
+    loss, slope = Heads.load(front, job.checkpoint).gradient(journal.open_streams()[0][:2], states.pop())
+    model.backward(states, samples, slope)
 
     whole: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     leaves: dict[str, Tensor] = {}
     params: dict[str, Tensor] = {}
     for full, (index, name, position) in by_weight(model, job).items():
-        old = journal.block(index, job.spec).quantized[name]
+        old = journal.block(index, job.layout.grids(index)).quantized[name]
         scale = old.rescaled({"scale": model.thetas[index][name].detach().exp()}).scale
         leaves[full] = position.detach().clone().requires_grad_()
         params[full] = straight_through(leaves[full], scale, old.zero.float(), bits)
@@ -106,7 +103,7 @@ def test_the_streamed_gradient_is_that_of_autograd_through_the_whole_model(
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_what_is_trained_is_what_is_written(llama: Path, recipe: Recipe, tmp_path: Path, symmetric: bool) -> None:
     model, job, journal = behind_the_last_block(replace(recipe, symmetric=symmetric), llama, tmp_path / "work")
-    before = [journal.block(index, job.spec) for index in range(journal.done)]
+    before = [journal.block(index, job.layout.grids(index)) for index in range(journal.done)]
     for index, block in enumerate(before):
         for name, weight in block.floats().items():
             assert torch.equal(model.floats(index)[name] * 1, weight * 1)
@@ -117,7 +114,7 @@ def test_what_is_trained_is_what_is_written(llama: Path, recipe: Recipe, tmp_pat
     stream.write_bytes(bytes(4 * shape[0] * shape[1] * shape[2]))
     journal.finish_training(model.final(), {})
     for index in range(journal.done):
-        after = journal.block(index, job.spec)
+        after = journal.block(index, job.layout.grids(index))
         assert any(
             not torch.equal(value.codes, before[index].quantized[name].codes) for name, value in after.quantized.items()
         )
@@ -133,7 +130,7 @@ def test_positions_begin_within_the_cells_of_their_codes(
     method = f"{start} + end_to_end(weights=True)"
     model, job, journal = behind_the_last_block(replace(recipe, method=method), llama, tmp_path / "work")
     for full, (index, name, position) in by_weight(model, job).items():
-        old = journal.block(index, job.spec).quantized[name]
+        old = journal.block(index, job.layout.grids(index)).quantized[name]
         middle = straight_through(old.codes.float() - old.zero.float().repeat_interleave(32, 1), old.scale, old.zero, 2)
         cells = middle / old.scale.repeat_interleave(32, 1)
         if start == "rtn":

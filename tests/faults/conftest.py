@@ -18,7 +18,7 @@ BITS = ("model.safetensors", "config.json", "swquant.yaml", "tokenizer.json")
 
 
 class StopBehind:
-    """Stops a run behind a block, or behind an epoch of the end-to-end stage."""
+    """Stops a run after a block, or after an epoch of the end-to-end stage."""
 
     def __init__(self, block: int | None = None, stage: str | None = None) -> None:
         self.last, self.word = block, stage

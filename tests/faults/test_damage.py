@@ -105,7 +105,7 @@ def test_a_damaged_result_of_the_end_to_end_stage_is_refused(
 
 
 class Meddle:
-    """Does something to the source behind block 0."""
+    """Does something to the source after block 0."""
 
     def __init__(self, what: Callable[[], object]) -> None:
         self.what = what

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from swquant.engine import block, end_to_end, skeleton
+from swquant.engine import block, bound, end_to_end
+from swquant.model import skeleton
 from swquant.phases import gptq, train
 
 MESSAGE = (
@@ -37,13 +38,13 @@ HOST, DEVICE, PYTHON = RuntimeError(MESSAGE), torch.OutOfMemoryError("CUDA out o
     ("owner", "name", "at", "place", "error"),
     [
         (skeleton.Block, "forward", 1, "in making the samples and their way to the first block", HOST),
-        (block._Bound, "advance", 1, "in the original model's block 0", HOST),
+        (bound.BoundBlock, "advance", 1, "in the original model's block 0", HOST),
         (block, "open_draft", 2, "in rounding block 1 to the nearest", PYTHON),
         (gptq, "input_moments", 6, "in Gptq on block 1", DEVICE),
         (gptq, "_inverse_factor", 1, "in Gptq on block 0", HOST),
         (block, "commit", 3, "in turning block 1 into codes", DEVICE),
         (block, "measure_block", 1, "in measuring and saving block 0", PYTHON),
-        (block._Bound, "advance", 2, "in the quantized block 0", HOST),
+        (bound.BoundBlock, "advance", 2, "in the quantized block 0", HOST),
         (end_to_end.Heads, "load", 1, "in the end-to-end training", DEVICE),
         (end_to_end.TrainedModel, "advance", 1, "in the end-to-end training", HOST),
     ],

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from swquant import quantize
-from swquant.engine.skeleton import Block
+from swquant.model.skeleton import Block
 from swquant.phases.train import Training
 
 

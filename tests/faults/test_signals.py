@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM end a run behind its step, with one sentence and code 130; two runs never share an output."""
+"""SIGINT and SIGTERM end a run after its step, with one sentence and code 130; two runs never share an output."""
 
 from __future__ import annotations
 

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swquant.checkpoint.quantized import Outline, QuantizedModel
+from outlines import outline_of
+from swquant.checkpoint.quantized import QuantizedModel
 from swquant.errors import SwquantError
 from swquant.formats.auto_round import AutoRound
 from swquant.formats.gptq import Gptq
@@ -30,7 +31,7 @@ def inputs_of(spec: QuantSpec, width: int) -> int:
 
 def model_of(q: QTensor, directory: Path) -> QuantizedModel:
     shape = (q.codes.shape[0], q.codes.shape[1])
-    outline = Outline(directory, CONFIG, q.spec, torch.float16, {NAME: shape}, ("lm_head",))
+    outline = outline_of(directory, CONFIG, q.spec, torch.float16, {NAME: shape}, ("lm_head",))
     parts = [{"model.decoder.final_layer_norm.weight": torch.ones(8)}, {f"{NAME}.weight": q}]
     return QuantizedModel(outline, lambda: iter(parts))
 
@@ -108,7 +109,7 @@ def test_other_models_are_not_read(tmp_path: Path) -> None:
 
 def test_check_refuses_widths_and_notes_packing_and_rounding() -> None:
     def check(spec: QuantSpec, dtype: torch.dtype, rows: int = 64) -> tuple[str, ...]:
-        return AutoRound().check(Outline(Path(), {}, spec, dtype, {"layers.0.up": (rows, 64)}, ()))
+        return AutoRound().check(outline_of(Path(), {}, spec, dtype, {"layers.0.up": (rows, 64)}, ()))
 
     assert check(QuantSpec(2, 64, True), torch.bfloat16) == ()
     assert check(QuantSpec(4, 64, True), torch.float32) == ()

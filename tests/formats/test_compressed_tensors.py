@@ -10,9 +10,11 @@ import pytest
 import torch
 from compressed_tensors.compressors import PackedQuantizationCompressor
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
+from compressed_tensors.utils.match import match_name
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from outlines import outline_of
 from swquant.checkpoint.quantized import Outline
 from swquant.errors import SwquantError
 from swquant.formats.compressed_tensors import CompressedTensors
@@ -23,8 +25,13 @@ Make = Callable[[QuantSpec, int, int, int], QTensor]
 SPECS = st.builds(QuantSpec, st.sampled_from(BITS), st.sampled_from((None, *GROUP_SIZES)), st.booleans())
 
 
+def config_of(spec: QuantSpec, *ignored: str) -> QuantizationConfig:
+    outline = outline_of(Path(), {}, spec, torch.float32, {}, ignored)
+    return QuantizationConfig.model_validate(CompressedTensors().config(outline))
+
+
 def scheme_of(spec: QuantSpec) -> QuantizationScheme:
-    config = QuantizationConfig.model_validate(CompressedTensors().config(spec, ["lm_head"]))
+    config = config_of(spec, "lm_head")
     scheme = config.config_groups["group_0"]
     assert isinstance(scheme, QuantizationScheme)
     return scheme
@@ -56,7 +63,7 @@ def test_the_packages_own_compressor_writes_the_same_tensors_and_reads_the_same_
 @pytest.mark.parametrize(("bits", "group", "symmetric"), [*itertools.product(BITS, (None, 32, 64, 128), (True, False))])
 def test_the_config_says_what_was_packed(bits: int, group: int | None, symmetric: bool) -> None:
     spec = QuantSpec(bits, group, symmetric)
-    config = QuantizationConfig.model_validate(CompressedTensors().config(spec, ["lm_head", "model.extra"]))
+    config = config_of(spec, "lm_head", "model.extra")
     weights = scheme_of(spec).weights
     assert weights is not None
     assert (weights.num_bits, weights.group_size, weights.symmetric) == (bits, group, symmetric)
@@ -65,6 +72,30 @@ def test_the_config_says_what_was_packed(bits: int, group: int | None, symmetric
     assert config.ignore == ["lm_head", "model.extra"]
     assert config.format == "pack-quantized"
     assert config.quantization_status == "compressed"
+
+
+def test_each_module_of_several_grids_is_a_target_of_its_own_group_alone() -> None:
+    """By the package's own matching. A name may end as another does, and be inside of a wrapper."""
+    grids = {
+        "model.layers.1.mlp.up_proj": QuantSpec(2, 32, True),
+        "model.layers.11.mlp.up_proj": QuantSpec(4, 64, False),
+        "model.layers.1.mlp.down_proj": QuantSpec(4, 64, False),
+        "model.layers.1.mlp.gate_proj": QuantSpec(8, None, True),
+    }
+    outline = Outline(Path(), {}, torch.float32, dict.fromkeys(grids, (64, 64)), grids, ("lm_head",))
+    config = QuantizationConfig.model_validate(CompressedTensors().config(outline))
+    assert len(config.config_groups) == 3
+    for name, spec in grids.items():
+        for prefix in ("", "language_model."):
+            (group,) = (
+                group
+                for group in config.config_groups.values()
+                if isinstance(group, QuantizationScheme)
+                and any(match_name(prefix + name, target) for target in group.targets)
+            )
+            assert group.weights is not None
+            found = (group.weights.num_bits, group.weights.group_size, group.weights.symmetric)
+            assert found == (spec.bits, spec.group_size, spec.symmetric)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -78,7 +109,7 @@ def test_scales_are_stored_in_the_models_dtype(dtype: torch.dtype, make_qtensor:
 
 def test_notes_are_about_asymmetric_loads_and_rounding() -> None:
     def check(spec: QuantSpec, dtype: torch.dtype) -> tuple[str, ...]:
-        return CompressedTensors().check(Outline(Path(), {}, spec, dtype, {}, ()))
+        return CompressedTensors().check(outline_of(Path(), {}, spec, dtype, {}, ()))
 
     assert check(QuantSpec(2, 64, True), torch.bfloat16) == ()
     assert [note.split(":")[0] for note in check(QuantSpec(3, 64, False), torch.float16)] == ["asymmetric"]

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import torch
 
-from swquant.checkpoint.quantized import Outline
+from outlines import outline_of
 from swquant.formats.dequantized import Dequantized
 from swquant.quant.spec import QuantSpec
 
 
 def check(spec: QuantSpec, dtype: torch.dtype) -> tuple[str, ...]:
-    return Dequantized().check(Outline(Path(), {}, spec, dtype, {}, ()))
+    return Dequantized().check(outline_of(Path(), {}, spec, dtype, {}, ()))
 
 
 def test_the_notes_tell_whether_weights_are_rounded() -> None:

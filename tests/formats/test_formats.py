@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
+from outlines import outline_of
 from swquant import registry
 from swquant.checkpoint.quantized import Outline
 from swquant.errors import SwquantError
@@ -28,7 +29,7 @@ DTYPES = st.sampled_from([torch.bfloat16, torch.float16, torch.float32])
 
 def outline(spec: QuantSpec, dtype: torch.dtype) -> Outline:
     linears = {"model.layers.0.mlp.up_proj": (256, 512)}
-    return Outline(Path("nowhere"), {"model_type": "llama"}, spec, dtype, linears, ("lm_head",))
+    return outline_of(Path("nowhere"), {"model_type": "llama"}, spec, dtype, linears, ("lm_head",))
 
 
 def test_the_folder_holds_the_formats() -> None:

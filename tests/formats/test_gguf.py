@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from swquant.checkpoint.quantized import Outline, Part, QuantizedModel
+from outlines import outline_of
+from swquant.checkpoint.quantized import Part, QuantizedModel
 from swquant.checkpoint.reader import open_checkpoint, read_config
 from swquant.errors import SwquantError
 from swquant.families import family_for
@@ -42,7 +43,7 @@ def quantized(make_model: MakeModel, make_qtensor: Make) -> Callable[..., Quanti
 
     def make(spec: QuantSpec, family: str = "llama", **config: Any) -> QuantizedModel:
         checkpoint = open_checkpoint(make_model(family, 2, torch.bfloat16, **config))
-        known = family_for(checkpoint.config)
+        known = family_for(checkpoint.config, "this test")
         linears = {
             name.removesuffix(".weight"): tensor.shape
             for name, tensor in checkpoint.tensors.items()
@@ -58,7 +59,7 @@ def quantized(make_model: MakeModel, make_qtensor: Make) -> Callable[..., Quanti
                 else:
                     yield {name: checkpoint.read(name)}
 
-        outline = Outline(checkpoint.directory, checkpoint.config, spec, torch.bfloat16, linears, (known.head,))
+        outline = outline_of(checkpoint.directory, checkpoint.config, spec, torch.bfloat16, linears, (known.head,))
         return QuantizedModel(outline, parts, checkpoint.sidecars(), {"swquant.yaml": "bits: 4\n"})
 
     return make
@@ -167,7 +168,7 @@ def test_what_llama_cpp_does_not_compute_is_refused(quantized: Callable[..., Qua
     def check(family: str = "llama", **config: Any) -> tuple[str, ...]:
         outline = quantized(SPECS[1], family).outline
         return Gguf().check(
-            Outline(
+            outline_of(
                 outline.directory,
                 {**outline.config, **config},
                 outline.spec,

@@ -13,7 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swquant.checkpoint.quantized import Outline, QuantizedModel
+from outlines import outline_of
+from swquant.checkpoint.quantized import QuantizedModel
 from swquant.errors import SwquantError
 from swquant.formats.gptq import Gptq
 from swquant.quant.qtensor import QTensor
@@ -40,7 +41,7 @@ def inputs_of(spec: QuantSpec, width: int) -> int:
 def model_of(q: QTensor, directory: Path) -> QuantizedModel:
     shape = (q.codes.shape[0], q.codes.shape[1])
     name = "model.layers.0.self_attn.q_proj"
-    outline = Outline(directory, CONFIG, q.spec, torch.bfloat16, {name: shape}, ("lm_head",))
+    outline = outline_of(directory, CONFIG, q.spec, torch.bfloat16, {name: shape}, ("lm_head",))
     plain = {"model.norm.weight": torch.ones(8, dtype=torch.bfloat16)}
     return QuantizedModel(outline, lambda: iter([plain, {f"{name}.weight": q}]), (), {"extra.txt": "kept"})
 
@@ -116,7 +117,7 @@ def test_a_config_without_the_models_dtype_is_given_it(make_qtensor: Make, tmp_p
 def test_widths_that_fill_no_words_are_refused_by_name_before_the_run() -> None:
     def check(rows: int, columns: int) -> None:
         spec = QuantSpec(2, None, True)
-        Gptq().check(Outline(Path(), {}, spec, torch.bfloat16, {"a": (32, 64), "layers.0.up": (rows, columns)}, ()))
+        Gptq().check(outline_of(Path(), {}, spec, torch.bfloat16, {"a": (32, 64), "layers.0.up": (rows, columns)}, ()))
 
     check(96, 32)
     for rows, columns in ((48, 64), (64, 48)):
@@ -126,7 +127,7 @@ def test_widths_that_fill_no_words_are_refused_by_name_before_the_run() -> None:
 
 def test_notes_are_about_version_2_and_rounding() -> None:
     def check(spec: QuantSpec, dtype: torch.dtype) -> tuple[str, ...]:
-        return Gptq().check(Outline(Path(), {}, spec, dtype, {}, ()))
+        return Gptq().check(outline_of(Path(), {}, spec, dtype, {}, ()))
 
     assert check(QuantSpec(2, 64, True), torch.bfloat16) == ()
     version, rounding = check(QuantSpec(2, 64, False), torch.bfloat16)

@@ -12,7 +12,8 @@ import torch
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
-from swquant.checkpoint.quantized import Outline, QuantizedModel
+from outlines import outline_of
+from swquant.checkpoint.quantized import QuantizedModel
 from swquant.errors import SwquantError
 from swquant.formats.base import weights_are_exact
 from swquant.formats.mlx import Mlx
@@ -42,7 +43,7 @@ def value(tensors: dict[str, torch.Tensor], spec: QuantSpec) -> torch.Tensor:
 
 def model_of(q: QTensor, directory: Path) -> QuantizedModel:
     shape = (q.codes.shape[0], q.codes.shape[1])
-    outline = Outline(directory, CONFIG, q.spec, torch.bfloat16, {NAME: shape}, ("lm_head",))
+    outline = outline_of(directory, CONFIG, q.spec, torch.bfloat16, {NAME: shape}, ("lm_head",))
     parts = [{"model.embed_tokens.weight": torch.ones(8, 2, dtype=torch.bfloat16)}, {f"{NAME}.weight": q}]
     return QuantizedModel(outline, lambda: iter(parts))
 
@@ -118,13 +119,13 @@ def test_rotary_settings_have_their_old_names_too(
 
 def test_one_scale_per_channel_is_refused_before_the_run() -> None:
     with pytest.raises(SwquantError, match="--group-size"):
-        Mlx().check(Outline(Path(), {}, QuantSpec(2, None, True), torch.bfloat16, {}, ()))
+        Mlx().check(outline_of(Path(), {}, QuantSpec(2, None, True), torch.bfloat16, {}, ()))
 
 
 def test_8_bit_zero_points_are_refused_in_bfloat16_which_loses_them(make_qtensor: Make) -> None:
     q = make_qtensor(QuantSpec(8, 64, False), 4, 1, 0)
     with pytest.raises(SwquantError, match="asymmetric w8g64 in bfloat16"):
-        Mlx().check(Outline(Path(), {}, q.spec, torch.bfloat16, {}, ()))
+        Mlx().check(outline_of(Path(), {}, q.spec, torch.bfloat16, {}, ()))
     with pytest.raises(SwquantError, match="asymmetric w8g64 in bfloat16"):
         Mlx().encode("proj", q, torch.bfloat16)
     assert torch.equal(Mlx().decode("proj", Mlx().encode("proj", q, torch.float16), q.spec).zero, q.zero)
@@ -132,7 +133,7 @@ def test_8_bit_zero_points_are_refused_in_bfloat16_which_loses_them(make_qtensor
 
 def test_notes_are_about_rounding_and_families() -> None:
     def check(spec: QuantSpec, dtype: torch.dtype, family: str = "llama") -> tuple[str, ...]:
-        return Mlx().check(Outline(Path(), {"model_type": family}, spec, dtype, {}, ()))
+        return Mlx().check(outline_of(Path(), {"model_type": family}, spec, dtype, {}, ()))
 
     assert check(QuantSpec(2, 64, True), torch.bfloat16) == ()
     assert check(QuantSpec(3, 64, False), torch.float16) == ()
@@ -202,12 +203,15 @@ def test_what_swquant_does_not_read_is_refused_in_a_sentence(
         Mlx().read(tmp_path / "out", config)
 
 
-def test_a_quantized_embedding_is_refused(make_qtensor: Make, tmp_path: Path) -> None:
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_quantized_embedding_is_refused(beside: bool, make_qtensor: Make, tmp_path: Path) -> None:
     q = make_qtensor(QuantSpec(2, 64, True), 32, 1, 0)
     model = model_of(q, tmp_path)
     parts = [{"model.norm.weight": torch.ones(8)}, {"model.embed_tokens.weight": q}]
+    if beside:
+        parts += [{f"{NAME}.weight": q}]
     Mlx().write(tmp_path / "out", QuantizedModel(model.outline, lambda: iter(parts)))
-    with pytest.raises(SwquantError, match=r"model\.embed_tokens quantized"):
+    with pytest.raises(SwquantError, match=r"quantized weights outside of its blocks, such as model\.embed_tokens,"):
         Mlx().read(tmp_path / "out", json.loads((tmp_path / "out" / "config.json").read_text()))
 
 

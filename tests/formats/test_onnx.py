@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from outlines import outline_of
 from swquant.checkpoint.quantized import Outline
 from swquant.errors import SwquantError
 from swquant.formats.onnx import CHANNEL_BLOCK, WIDTHS, Onnx
@@ -36,7 +37,7 @@ LLAMA: dict[str, Any] = {
 
 def outline(config: Mapping[str, Any], spec: QuantSpec | None = None) -> Outline:
     linears = {"model.layers.0.mlp.up_proj": (128, 64)}
-    return Outline(Path("nowhere"), config, spec or QuantSpec(4, 32, True), torch.float32, linears, ("lm_head",))
+    return outline_of(Path("nowhere"), config, spec or QuantSpec(4, 32, True), torch.float32, linears, ("lm_head",))
 
 
 def product(tensors: Mapping[str, torch.Tensor], q: QTensor, x: np.ndarray, level: int) -> np.ndarray:

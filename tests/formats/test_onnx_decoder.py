@@ -13,7 +13,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from swquant.checkpoint.quantized import Outline, Part, QuantizedModel
+from outlines import outline_of
+from swquant.checkpoint.quantized import Part, QuantizedModel
 from swquant.checkpoint.reader import open_checkpoint, read_config
 from swquant.errors import SwquantError
 from swquant.families import family_for
@@ -55,7 +56,7 @@ MODELS: dict[str, tuple[str, torch.dtype, dict[str, Any]]] = {
 def quantized(source: Path, spec: QuantSpec) -> QuantizedModel:
     """The model in ``source``, rounded to nearest."""
     checkpoint = open_checkpoint(source)
-    family = family_for(checkpoint.config)
+    family = family_for(checkpoint.config, "this test")
     ends = tuple(f".{linear}.weight" for linear in family.linears)
     shapes: dict[str, Any] = {
         name.removesuffix(".weight"): stored.shape for name, stored in checkpoint.tensors.items() if name.endswith(ends)
@@ -69,7 +70,7 @@ def quantized(source: Path, spec: QuantSpec) -> QuantizedModel:
             else:
                 yield {name: tensor}
 
-    outline = Outline(source, checkpoint.config, spec, checkpoint.dtype, shapes, (family.head,))
+    outline = outline_of(source, checkpoint.config, spec, checkpoint.dtype, shapes, (family.head,))
     return QuantizedModel(outline, parts, checkpoint.sidecars(), {"swquant.yaml": "bits: 4\n"})
 
 

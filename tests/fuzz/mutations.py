@@ -1,4 +1,4 @@
-"""Strategies that damage a sound file: bytes anywhere, values of JSON, and the JSON in front of tensors."""
+"""Strategies that damage a sound file: bytes anywhere, values of JSON, and the JSON before tensors."""
 
 from __future__ import annotations
 

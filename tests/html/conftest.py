@@ -83,7 +83,7 @@ class Page:
 
 
 class Browser:
-    """A browser process; messages are JSON with a zero byte behind each."""
+    """A browser process; messages are JSON with a zero byte after each."""
 
     def __init__(self, command: str, profile: Path) -> None:
         asked, to_browser = os.pipe()

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from block_facts import facts_of
 from swquant.families.llama import LLAMA
-from swquant.learnables.base import BlockFacts
 from swquant.phases.base import Problem
 from swquant.seeds import generator
 
@@ -57,8 +57,8 @@ class TinyBlock:
 
         target = self.run(self.params, self.inputs)[0]
         return Problem(
-            forward=lambda params, x: self.run(params, x)[0],
-            facts=BlockFacts(LLAMA, HEADS, KEY_HEADS, lambda linears: {}),
+            forward=lambda params, x, samples: self.run(params, x)[0],
+            facts=facts_of(LLAMA, HEADS, KEY_HEADS),
             inputs=self.inputs,
             target=target,
             augmented=None,

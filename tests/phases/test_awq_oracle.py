@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from block_facts import facts_of
 from swquant import Recipe, SwquantError, quantize, registry
 from swquant.families.llama import LLAMA
 from swquant.methods import Setting, build_pipeline, parse_methods
@@ -146,11 +147,11 @@ def test_clips_are_those_of_a_search_over_tokens(
 def test_queries_and_keys_are_known_in_every_family() -> None:
     for name in registry.names("swquant.families"):
         family = registry.load("swquant.families", name)
-        assert score_linears(family) == {"self_attn.q_proj", "self_attn.k_proj"}
+        assert score_linears(facts_of(family).inputs) == {"self_attn.q_proj", "self_attn.k_proj"}
 
 
 def test_what_can_stand_before_and_behind() -> None:
-    setting = Setting(QuantSpec(2, 64, True), LLAMA, 1.0)
+    setting = Setting(QuantSpec(2, 64, True), False, 1.0)
     assert len(build_pipeline(parse_methods("awq + gptq"), setting).phases) == 3
     assert len(build_pipeline(parse_methods("awq + omniquant(epochs=1)"), setting).phases) == 3
     for text in ("gptq + awq", "gptq + awq(clip=False)", "gptq + awq(scale=False)", "omniquant + awq(scale=False)"):

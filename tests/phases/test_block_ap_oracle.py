@@ -14,10 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from block_facts import facts_of
 from swquant import Recipe, quantize
 from swquant.families.base import Family, NormLinears
-from swquant.families.llama import LLAMA
-from swquant.learnables.base import BlockFacts
 from swquant.learnables.grid_params import GridParams
 from swquant.learnables.norm_weights import NormWeights
 from swquant.learnables.weights import Weights
@@ -54,8 +53,8 @@ def toy_problem(p: dict[str, Tensor]) -> Problem:
     )
     x_q = x_fp + 0.05 * noise
     return Problem(
-        forward=block,
-        facts=BlockFacts(FAMILY, 1, 1, lambda linears: {}),
+        forward=lambda params, x, samples: block(params, x),
+        facts=facts_of(FAMILY),
         inputs=x_q,
         target=block(p, x_fp),
         augmented=block(p, x_q),
@@ -150,7 +149,7 @@ def test_training_follows_the_papers_equations_step_by_step(bits: int, symmetric
     rates = f"weight_rate={WEIGHT_RATE}, grid_rate={GRID_RATE}, norm_rate={NORM_RATE}"
     method = f"block_ap(epochs={EPOCHS}, {rates}, augmented={augmented})"
     spec = QuantSpec(bits, 32, symmetric)
-    (phase,) = build_pipeline(parse_methods(method), Setting(spec, FAMILY, 1.0)).phases
+    (phase,) = build_pipeline(parse_methods(method), Setting(spec, False, 1.0)).phases
     assert isinstance(phase, Train)
     final, report = phase.run(open_draft(p, ("fc1.weight", "fc2.weight"), spec), problem)
     assert [report.before, *report.curve] == pytest.approx(curve, rel=1e-9)
@@ -200,7 +199,7 @@ def drafted(symmetric: bool) -> Draft:
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_training_starts_where_the_draft_is(symmetric: bool) -> None:
     draft = drafted(symmetric)
-    facts = BlockFacts(FAMILY, 1, 1, lambda linears: {})
+    facts = facts_of(FAMILY)
     start = realize(draft)
     for learnable in (Weights(0.0), GridParams(0.0), NormWeights()):
         draft = learnable.apply(learnable.init(draft, facts), draft, facts)
@@ -213,7 +212,7 @@ def test_training_starts_where_the_draft_is(symmetric: bool) -> None:
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_scales_keep_their_sign_and_what_files_hold(symmetric: bool) -> None:
     draft = drafted(symmetric)
-    facts = BlockFacts(FAMILY, 1, 1, lambda linears: {})
+    facts = facts_of(FAMILY)
     learnable = GridParams(0.0)
     theta = learnable.init(draft, facts)
     with torch.no_grad():
@@ -254,7 +253,7 @@ def test_a_run_improves_the_block_and_writes_what_it_trained(
 
 
 def test_norms_stay_when_they_are_told_to() -> None:
-    setting = Setting(QuantSpec(2, 64, True), LLAMA, 1.0)
+    setting = Setting(QuantSpec(2, 64, True), False, 1.0)
     (part,) = build_pipeline(parse_methods("block_ap(norms=False)"), setting).parts
     assert part.decides == {"weights", "grid"}
     (part,) = build_pipeline(parse_methods("block_ap"), setting).parts

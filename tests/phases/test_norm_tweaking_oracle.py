@@ -13,10 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from block_facts import facts_of
 from swquant import Recipe, quantize
 from swquant.families.base import Family, NormLinears, ValueOutput
-from swquant.families.llama import LLAMA
-from swquant.learnables.base import BlockFacts
 from swquant.methods import Setting, build_pipeline, parse_methods
 from swquant.phases.base import Problem
 from swquant.phases.train import Train
@@ -33,7 +32,7 @@ FAMILY = Family(
 
 
 def block(p: dict[str, Tensor], x: Tensor) -> Tensor:
-    """Two residual branches, one behind a LayerNorm with a bias, one behind an RMS norm."""
+    """Two residual branches, one after a LayerNorm with a bias, one after an RMS norm."""
     h = F.layer_norm(x, (WIDTH,), p["first.weight"], p["first.bias"])
     x = x + F.linear(torch.tanh(F.linear(h, p["fc1.weight"])), p["fc2.weight"])
     return x + F.linear(F.rms_norm(x, (WIDTH,), p["second.weight"]), p["fc3.weight"], p["fc3.bias"])
@@ -48,8 +47,8 @@ def toy() -> tuple[dict[str, Tensor], Problem]:
     x_fp = draw(SAMPLES, TOKENS, WIDTH)
     x_q = x_fp + 0.05 * draw(SAMPLES, TOKENS, WIDTH)
     problem = Problem(
-        forward=block,
-        facts=BlockFacts(FAMILY, 1, 1, lambda linears: {}),
+        forward=lambda params, x, samples: block(params, x),
+        facts=facts_of(FAMILY),
         inputs=x_q,
         target=block(p, x_fp),
         augmented=None,
@@ -102,7 +101,7 @@ def test_training_follows_the_papers_equations_step_by_step(bits: int, symmetric
         states.append({name: value.detach().clone() for name, value in norms.items()})
 
     method = f"norm_tweaking(start=none, epochs={EPOCHS}, learning_rate={RATE})"
-    (phase,) = build_pipeline(parse_methods(method), Setting(spec, FAMILY, 1.0)).phases
+    (phase,) = build_pipeline(parse_methods(method), Setting(spec, False, 1.0)).phases
     final, report = phase.run(draft, problem)
     assert [report.before, *report.curve] == pytest.approx(curve, rel=1e-9)
     assert report.kept_epoch > 0
@@ -121,7 +120,7 @@ def test_slots_are_realized_once(monkeypatch: pytest.MonkeyPatch) -> None:
         return realize(draft, constants)
 
     monkeypatch.setattr("swquant.phases.train.realize", counting)
-    (phase,) = build_pipeline(parse_methods("norm_tweaking(start=none)"), Setting(spec, FAMILY, 1.0)).phases
+    (phase,) = build_pipeline(parse_methods("norm_tweaking(start=none)"), Setting(spec, False, 1.0)).phases
     phase.run(draft, problem)
     assert [names for names in touched if names] == [set(WEIGHTS)]
 
@@ -149,7 +148,7 @@ def test_a_run_changes_the_norms_alone(
 
 
 def test_gptq_comes_first_where_nothing_else_does() -> None:
-    setting = Setting(QuantSpec(2, 64, True), LLAMA, 0.25)
+    setting = Setting(QuantSpec(2, 64, True), False, 0.25)
     names = lambda method: [part.name for part in build_pipeline(parse_methods(method), setting).parts]  # noqa: E731
     assert names("norm_tweaking") == ["gptq", "norm_tweaking"]
     assert names("omniquant + norm_tweaking") == ["omniquant", "norm_tweaking"]

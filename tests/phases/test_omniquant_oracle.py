@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from block_facts import facts_of
 from swquant.families.llama import LLAMA
 from swquant.families.opt import OPT
-from swquant.learnables.base import BlockFacts, ChannelRange
+from swquant.learnables.base import ChannelRange
 from swquant.learnables.equivalent_transform import EquivalentTransform
 from swquant.learnables.weight_clipping import WeightClipping
 from swquant.losses import parse_loss
@@ -165,8 +166,8 @@ def problem_of(p: dict[str, Tensor], x_fp: Tensor, x_q: Tensor, loss: str) -> Pr
         return {n: ChannelRange(*seen[n].reshape(-1, seen[n].shape[-1]).aminmax(dim=0)) for n in linears}
 
     return Problem(
-        forward=opt_block,
-        facts=BlockFacts(OPT, HEADS, HEADS, ranges),
+        forward=lambda params, x, samples: opt_block(params, x),
+        facts=facts_of(OPT, HEADS, HEADS, ranges),
         inputs=x_q,
         target=opt_block(p, x_fp),
         augmented=opt_block(p, x_q),

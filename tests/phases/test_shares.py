@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from block_facts import facts_of
 from swquant import Recipe, SwquantError, parse_loss, quantize
 from swquant.families.llama import LLAMA
 from swquant.learnables.base import BlockFacts, Theta
@@ -58,8 +59,8 @@ def problem_of(loss=LOSS) -> Problem:
     x = torch.randn(SAMPLES, TOKENS, WIDTH, generator=torch.Generator().manual_seed(3), dtype=torch.double)
     drift = 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(4), dtype=torch.double)
     return Problem(
-        forward=lambda params, x: x @ params["w"].T,
-        facts=BlockFacts(LLAMA, 1, 1, lambda linears: {}),
+        forward=lambda params, x, samples: x @ params["w"].T,
+        facts=facts_of(LLAMA),
         inputs=x + drift,
         target=x @ TRUTH.T,
         augmented=(x + drift) @ TRUTH.T,

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from block_facts import facts_of
 from swquant import Recipe, SwquantError, quantize
 from swquant.families.llama import LLAMA
-from swquant.learnables.base import BlockFacts
 from swquant.learnables.range_factors import RangeFactors
 from swquant.learnables.rounding_offset import RoundingOffset
 from swquant.methods import Setting, build_pipeline, parse_methods
@@ -46,8 +46,8 @@ def problem_of(p: dict[str, Tensor]) -> Problem:
     rng = torch.Generator().manual_seed(2)
     x = torch.randn(SAMPLES, TOKENS, WIDTH, generator=rng).to(p["up.weight"].dtype)
     return Problem(
-        forward=block,
-        facts=BlockFacts(LLAMA, 1, 1, lambda linears: {}),
+        forward=lambda params, x, samples: block(params, x),
+        facts=facts_of(LLAMA),
         inputs=x + 0.05 * torch.randn(x.shape, generator=rng).to(x.dtype),
         target=block(p, x),
         augmented=None,
@@ -121,7 +121,7 @@ class Oracle:
 def test_training_follows_the_equations_step_by_step(bits: int, symmetric: bool) -> None:
     p = parameters()
     problem = problem_of(p)
-    setting = Setting(QuantSpec(bits, 32, symmetric), LLAMA, 1.0)
+    setting = Setting(QuantSpec(bits, 32, symmetric), False, 1.0)
     (part,) = SignRound(steps=30, batch_size=BATCH).parts(setting)
     draft = open_draft(p, WEIGHTS, setting.spec)
     oracle = Oracle(p, bits, 32, {name: draft.slots[name].sign for name in WEIGHTS})
@@ -153,7 +153,7 @@ def test_training_follows_the_equations_step_by_step(bits: int, symmetric: bool)
 def test_the_committed_codes_are_the_trained_model(symmetric: bool) -> None:
     p = parameters(torch.float32)
     draft = open_draft(p, WEIGHTS, QuantSpec(2, 32, symmetric))
-    (part,) = SignRound(steps=10, batch_size=BATCH).parts(Setting(QuantSpec(2, 32, symmetric), LLAMA, 1.0))
+    (part,) = SignRound(steps=10, batch_size=BATCH).parts(Setting(QuantSpec(2, 32, symmetric), False, 1.0))
     final, report = part.work.run(draft, problem_of(p))
     assert report.kept_epoch > 0
     realized, floats = realize(final), commit(final).floats()
@@ -185,7 +185,7 @@ def test_an_explicit_grid_has_no_ends_to_move() -> None:
 
 
 def test_defaults_and_combinations() -> None:
-    setting = Setting(QuantSpec(2, 64, True), LLAMA, 0.25)
+    setting = Setting(QuantSpec(2, 64, True), False, 0.25)
     (part,) = build_pipeline(parse_methods("signround"), setting).parts
     assert isinstance(part.work, Train)
     assert (part.work.epochs, part.work.steps, part.work.batch_size) == (10, 5, 8)

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from block_facts import facts_of
 from swquant import Recipe, SwquantError, quantize
 from swquant.families.llama import LLAMA
 from swquant.learnables.adaptive_rounding import THRESHOLDS, AdaptiveRounding, order_statistic, soft_share
-from swquant.learnables.base import BlockFacts
 from swquant.learnables.dequant_gain import DequantGain
 from swquant.learnables.rectified import rectified_logit, rectified_sigmoid
 from swquant.losses.l2 import L2
@@ -53,8 +53,8 @@ def problem_of(p: dict[str, Tensor], forward=block) -> Problem:
     rng = torch.Generator().manual_seed(2)
     x = torch.randn(SAMPLES, TOKENS, WIDTH, generator=rng).to(p["up.weight"].dtype)
     return Problem(
-        forward=forward,
-        facts=BlockFacts(LLAMA, 1, 1, lambda linears: {}),
+        forward=lambda params, x, samples: forward(params, x),
+        facts=facts_of(LLAMA),
         inputs=x + 0.05 * torch.randn(x.shape, generator=rng).to(x.dtype),
         target=block(p, x),
         augmented=None,
@@ -303,7 +303,7 @@ def test_schedules_are_resampled_from_the_published_one() -> None:
 
 
 def test_defaults_and_combinations() -> None:
-    setting = Setting(QuantSpec(2, 64, True), LLAMA, 0.25)
+    setting = Setting(QuantSpec(2, 64, True), False, 0.25)
     (part,) = build_pipeline(parse_methods("tesseraq(start=none)"), setting).parts
     assert isinstance(part.work, Train)
     assert (part.work.epochs, part.work.steps, part.work.batch_size) == (20, 62, 4)

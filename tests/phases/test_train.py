@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from block_facts import facts_of
 from swquant import SwquantError
 from swquant.families.llama import LLAMA
 from swquant.learnables.base import BlockFacts, Theta
@@ -75,8 +76,8 @@ def problem_of(loss) -> Problem:
     x = torch.randn(8, 32, 64, generator=torch.Generator().manual_seed(2))
     forward = lambda params, x: x @ params["w"].T  # noqa: E731
     return Problem(
-        forward=forward,
-        facts=BlockFacts(LLAMA, 1, 1, lambda linears: {}),
+        forward=lambda params, x, samples: forward(params, x),
+        facts=facts_of(LLAMA),
         inputs=x,
         target=forward(realize(TRUTH), x),
         augmented=None,

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from block_facts import facts_of
 from swquant.errors import SwquantError
 from swquant.families.llama import LLAMA
 from swquant.formats.kquant_blocks import decode_blocks, encode_blocks
-from swquant.learnables.base import BlockFacts
 from swquant.learnables.k_grid_params import KGridParams
 from swquant.quant.double import LEAST
 from swquant.quant.draft import Draft, Slot, commit, detach, grid_of, open_draft, realize
@@ -199,7 +199,7 @@ def test_a_k_grids_parts_have_the_gradients_of_a_transcription(grid: str) -> Non
     """Away from the start: moves beyond the integers' range, weights beyond the grid."""
     spec, kind, weight = QuantSpec.named(grid), K_GRIDS[grid], random_weight(5, dtype=torch.double)
     draft, learnable = open_draft({NAME: weight}, (NAME,), spec), KGridParams(1e-3, 1e-2)
-    facts = BlockFacts(LLAMA, 1, 1, lambda linears: {})
+    facts = facts_of(LLAMA)
     theta = learnable.init(draft, facts)
     rng = torch.Generator().manual_seed(6)
     trained = {key: value for key, value in theta.items() if value.requires_grad}

@@ -22,7 +22,7 @@ MakeQuantized = Callable[..., Path]
 
 def read_model(source: Path, spec: QuantSpec) -> QuantizedModel:
     checkpoint = open_checkpoint(source)
-    family = family_for(checkpoint.config)
+    family = family_for(checkpoint.config, "this test")
     weights = {
         name: checkpoint.tensors[name]
         for name in checkpoint.tensors
@@ -38,7 +38,8 @@ def read_model(source: Path, spec: QuantSpec) -> QuantizedModel:
                 yield {name: tensor}
 
     linears: dict[str, Any] = {name.removesuffix(".weight"): stored.shape for name, stored in weights.items()}
-    outline = Outline(source, checkpoint.config, spec, checkpoint.dtype, linears, (family.head,))
+    grids = dict.fromkeys(linears, spec)
+    outline = Outline(source, checkpoint.config, checkpoint.dtype, linears, grids, (family.head,))
     return QuantizedModel(outline, parts, checkpoint.sidecars())
 
 

@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from swquant.checkpoint.quantized import Outline, QuantizedModel
+from outlines import outline_of
+from swquant.checkpoint.quantized import QuantizedModel
 from swquant.checkpoint.reader import open_checkpoint
 from swquant.formats.gguf import Gguf
 from swquant.quant.spec import QuantSpec
@@ -59,7 +60,7 @@ def write_plain(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Pa
 
     def write(directory: Path) -> Path:
         checkpoint = open_checkpoint(directory)
-        outline = Outline(directory, checkpoint.config, QuantSpec(8, 32, True), checkpoint.dtype, {}, ("lm_head",))
+        outline = outline_of(directory, checkpoint.config, QuantSpec(8, 32, True), checkpoint.dtype, {}, ("lm_head",))
         out = tmp_path_factory.mktemp("plain") / "out"
         Gguf().write(
             out, QuantizedModel(outline, lambda: ({name: checkpoint.read(name)} for name in checkpoint.tensors))

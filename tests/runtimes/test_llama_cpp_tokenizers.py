@@ -171,7 +171,7 @@ def test_tokens_kinds_and_special_ids(tmp_path: Path) -> None:
     assert pieces.kinds[:4] == (UNKNOWN, CONTROL, CONTROL, BYTE)
     assert pieces.special == {"bos": 1, "eos": 2, "unk": 0}
     assert len(pieces.scores) == VOCABULARY
-    assert "begins with one and behind special tokens" in pieces.notes[0]
+    assert "begins with one and after special tokens" in pieces.notes[0]
     assert "NFC" in vocabulary_of(tmp_path / "qwen", KNOWN["qwen2"]()).notes[0]
 
 

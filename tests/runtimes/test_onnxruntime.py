@@ -103,7 +103,7 @@ class Session:
         self._cache = [np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32) for value in self._past]
 
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Logits of ``tokens [1, n]`` behind the text so far."""
+        """Logits of ``tokens [1, n]`` after the text so far."""
         mask = np.ones((1, self._cache[0].shape[2] + tokens.shape[1]), np.int64)
         feeds = {value.name: cached for value, cached in zip(self._past, self._cache, strict=True)}
         found = self._session.run(None, {"input_ids": tokens.numpy(), "attention_mask": mask, **feeds})

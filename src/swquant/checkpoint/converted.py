@@ -49,9 +49,13 @@ class ConvertedCheckpoint:
         """Size of all tensors."""
         return self.inner.tensor_bytes
 
-    @cached_property
+    @property
     def tensors(self) -> Mapping[str, Stored]:
         """The model's tensors by their names in memory, in that shape; a slice counts its own bytes."""
+        return self._tensors
+
+    @cached_property
+    def _tensors(self) -> dict[str, Stored]:
         out = {name: _seen(self.inner.tensors[piece.key], piece) for name, piece in self.names.pieces.items()}
         for mixed in self.names.mixed:
             first = self.inner.tensors[mixed.keys[0]]

@@ -102,7 +102,7 @@ def download(name: str, patterns: Sequence[str], revision: str | None = None, su
 
 
 def require_push(name: str) -> None:
-    """Refuse before the work starts what could not be sent behind it.
+    """Refuse before the work starts what could not be sent after it.
 
     Args:
         name: ``owner/name`` of a repository, which need not exist yet.

@@ -162,6 +162,18 @@ def read_codes(
     return QuantizedModel(outline, parts, checkpoint.sidecars())
 
 
+def entries(part: Part) -> Iterator[tuple[str, Tensor | QTensor | KTensor]]:
+    """Tensors and codes by name, for a format that holds nothing else.
+
+    Raises:
+        SwquantError: A tensor is put together from several quantized weights.
+    """
+    for name, value in part.items():
+        if isinstance(value, Stack | Blend):
+            raise SwquantError(f"{name} holds several quantized weights in one tensor; choose the format dequantized")
+        yield name, value
+
+
 def shapes_of(model: QuantizedModel) -> dict[str, tuple[int, ...]]:
     """Names and shapes on disk of all tensors, weights for codes."""
     outline = model.outline
@@ -184,11 +196,9 @@ def model_dtype(config: Mapping[str, Any]) -> torch.dtype | None:
 
 def _encoded(part: Part, encode: Encode, dtype: torch.dtype) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
-    for name, value in part.items():
+    for name, value in entries(part):
         if isinstance(value, KTensor):
             raise SwquantError(f"{name} is on the grid {value.spec.grid}, which the formats gguf and dequantized hold")
-        if isinstance(value, Stack | Blend):
-            raise SwquantError(f"{name} holds several quantized weights in one tensor; choose the format dequantized")
         if isinstance(value, QTensor):
             tensors.update(encode(name.removesuffix(".weight"), value, dtype))
         else:

@@ -1,7 +1,7 @@
 """A checkpoint seen through a rotation: the weights of an equivalent model whose outliers are spread over all channels.
 
 With an orthogonal ``R`` an RMS norm without its weight commutes: ``norm(h R) = norm(h) R``. So with every norm's weight
-``g`` folded into the linears behind it, the residual stream ``h`` can become ``h R`` without a change of the model's
+``g`` folded into the linears after it, the residual stream ``h`` can become ``h R`` without a change of the model's
 function (SliceGPT, arXiv 2401.15024; QuaRot, arXiv 2404.00456): where ``W [out, in]`` reads the stream it becomes
 ``W diag(g) R``, where it writes the stream ``R' W``, and biases follow the outputs. Likewise the values of each head
 become ``v H``: rows of the value projection ``H' W_v``, columns of the output projection ``W_o H``.

@@ -82,7 +82,7 @@ class Group:
         self.sum([torch.zeros(1)])
 
     def leave(self) -> None:
-        """Sign in the store: behind a collective the interpreter could end while its thread lets go of a tensor."""
+        """Sign in the store: after a collective the interpreter could end while its thread lets go of a tensor."""
         signs = [f"swquant/left/{rank}" for rank in range(1, self.size)]
         if self.rank > 0:
             with self._connected():

@@ -1,4 +1,4 @@
-"""One block: its targets, the phases, the codes, and both streams moved behind it."""
+"""One block: its targets, the phases, the codes, and both streams moved after it."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Job:
 
 
 def quantize_block(job: Job, journal: Journal, calls: Calls, observer: Observer) -> int | None:
-    """Quantize the journal's next block and commit it together with both streams behind it.
+    """Quantize the journal's next block and commit it together with both streams after it.
 
     Args:
         job: The run.
@@ -269,7 +269,7 @@ def split_held(samples: int) -> tuple[list[int], list[int]]:
 def drift(reference: Tensor, quantized: Tensor, ranks: Ranks) -> float:
     """How far the quantized stream is off: ``sum (q - r)**2 / sum r**2`` over all samples, tokens and channels.
 
-    Each rank adds up the samples that it has put into the streams itself; behind it, all are there.
+    Each rank adds up the samples that it has put into the streams itself; after it, all are there.
     """
     sums = torch.zeros(2, dtype=torch.float64)
     for batch in own_batches(ranks, reference):

@@ -155,9 +155,9 @@ def _slice(index: int, rows: Sequence[Floats], distances: Sequence[Floats]) -> S
 
 def _counts(row: Floats, edges: np.ndarray[Any, np.dtype[np.float64]]) -> tuple[int, ...]:
     """How many values of a sorted row lie between each pair of edges, the last edge included."""
-    behind = np.searchsorted(row, edges)
-    behind[-1] = np.searchsorted(row, edges[-1], side="right")
-    return tuple(np.diff(behind).tolist())
+    after = np.searchsorted(row, edges)
+    after[-1] = np.searchsorted(row, edges[-1], side="right")
+    return tuple(np.diff(after).tolist())
 
 
 def _ratio(value: Tensor, unit: Tensor) -> float:

@@ -1,6 +1,6 @@
 r"""The end-to-end stage: the scales of all blocks, and weights where asked, trained on the original's predictions.
 
-Behind the last block, with codes ``c`` and zero points ``z`` as they are, each group's scale becomes
+After the last block, with codes ``c`` and zero points ``z`` as they are, each group's scale becomes
 ``s = s0 * exp(g)`` and ``g``, zero in the beginning, is trained by AdamW on::
 
     mean over tokens of KL(softmax(logits of the original) || softmax(logits with weights (c - z) * s))
@@ -16,7 +16,7 @@ round(v)``, and gradients pass straight through the rounding where ``c`` is not 
 training with the original for a teacher (as in LLM-QAT, Liu et al., arXiv 2305.17888), begun where the blocks' training
 ended: ``v`` begins within the cell of its code, as near as that allows to the original's weight over the scale.
 
-Codes stay packed on the disk. A step goes forward block by block and keeps the hidden states in front of each,
+Codes stay packed on the disk. A step goes forward block by block and keeps the hidden states before each,
 ``[blocks, samples, tokens, dim]``; then backward block by block, running each again with a graph. So one block's
 weights exist at a time, and memory grows with the number of blocks by hidden states, by what is learned, its gradient
 and AdamW's moments alone: 16 bytes for a scale, and for a weight with ``weights``. A large best state is on a mapped
@@ -133,11 +133,11 @@ class _Stage:
             before, spent = self.journal.training["before"], self.journal.training["seconds"]
             trail, optimizer = self._resume(self.journal.training)
 
-        def behind(optimizer: torch.optim.Optimizer) -> None:
+        def after(optimizer: torch.optim.Optimizer) -> None:
             facts = {"before": before, "seconds": spent + time.monotonic() - began}
             self._save(trail, optimizer, facts)
 
-        keep_best(self, trail, optimizer, COSINE, self.work.epochs, before, self.observer.step, behind)
+        keep_best(self, trail, optimizer, COSINE, self.work.epochs, before, self.observer.step, after)
         if trail.curve and trail.best_epoch == 0 and not trail.ended:
             trail.events.append("no epoch had a smaller held-out KL than the start, which was kept")
         events = (*trail.events, *self.notes)

@@ -45,7 +45,7 @@ class Journal:
     """A run's working directory.
 
     ``manifest.json`` alone says what counts, with a checksum of each file and of itself. A block's tensors and the
-    streams behind it are written beside the old ones and flushed; replacing the manifest commits them in one step; then
+    streams after it are written beside the old ones and flushed; replacing the manifest commits them in one step; then
     the old streams go. Whatever a killed run leaves that the manifest does not name is overwritten or ignored.
 
     Attributes:
@@ -55,7 +55,7 @@ class Journal:
         reports: A report per finished block.
         files: The checksum of each file that counts, by name.
         notes: What else the start has noted.
-        training: Where the training behind the last block stands; ``None`` before its first epoch.
+        training: Where the training after the last block stands; ``None`` before its first epoch.
         final: What came out of it; ``None`` until then.
     """
 
@@ -75,7 +75,7 @@ class Journal:
         return len(self.reports)
 
     def stream_path(self, name: str, blocks_behind: int) -> Path:
-        """File of the stream ``name`` in front of block number ``blocks_behind``."""
+        """File of the stream ``name`` before block number ``blocks_behind``."""
         return self.root / f"{name}-{blocks_behind:05d}.stream"
 
     def kept_path(self, rank: int) -> Path:
@@ -87,7 +87,7 @@ class Journal:
         return self.root / f"block-{index:05d}.safetensors"
 
     def begin(self, tokens: Mapping[str, Tensor], shape: tuple[int, int, int], notes: Mapping[str, Any]) -> None:
-        """Commit the start: the samples' tokens and the streams in front of block 0, which the caller has written."""
+        """Commit the start: the samples' tokens and the streams before block 0, which the caller has written."""
         self._keep(self.root / TOKENS, tokens)
         for name in STREAMS:
             self._keep_stream(self.stream_path(name, 0))
@@ -114,9 +114,9 @@ class Journal:
             self._commit(spare)
 
     def open_streams(self) -> tuple[Tensor, Tensor]:
-        """The reference stream and the quantized stream in front of the next block.
+        """The reference stream and the quantized stream before the next block.
 
-        Behind a training of the whole model, only the evaluation samples of the latter are the trained model's.
+        After a training of the whole model, only the evaluation samples of the latter are the trained model's.
         """
         assert self.shape is not None
         names = STREAMS if self.final is None else (STREAMS[0], TRAINED)
@@ -127,7 +127,7 @@ class Journal:
         return reference, quantized
 
     def finish_block(self, committed: Committed, report: Mapping[str, Any]) -> None:
-        """Commit a block; the streams behind it have been written by the caller."""
+        """Commit a block; the streams after it have been written by the caller."""
         index = self.done
         self._keep(self.block_path(index), _to_tensors(committed))
         for name in STREAMS:
@@ -163,7 +163,7 @@ class Journal:
         return _from_tensors({name: value.to(device) for name, value in tensors.items()}, grids)
 
     def save_training(self, epoch: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Commit the state of the training behind the last block after another epoch."""
+        """Commit the state of the training after the last block after another epoch."""
         before, path = self.training, self.root / f"training-{epoch:05d}.safetensors"
         self._keep(path, tensors)
         self.training = {**facts, "epoch": epoch, "file": path.name}
@@ -188,7 +188,7 @@ class Journal:
         self._commit(self.stream_path(STREAMS[1], self.done).name, *([] if before is None else [before["file"]]))
 
     def clear(self) -> None:
-        """Remove the working directory: the manifest behind all it tells of, and the lock last.
+        """Remove the working directory: the manifest after all it tells of, and the lock last.
 
         What is killed here is known for ours and cleared again, and nobody else begins while it lasts.
         """

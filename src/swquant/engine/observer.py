@@ -18,7 +18,7 @@ class Observer(Protocol):
     def begin(self, blocks: int, done: int, tail: float = 0.0) -> None:
         """The blocks begin; ``done`` of them were finished by an earlier, interrupted run.
 
-        ``tail`` is the work behind the last, see :func:`swquant.engine.pace.tail_of`.
+        ``tail`` is the work after the last, see :func:`swquant.engine.pace.tail_of`.
         """
         ...
 

@@ -12,11 +12,11 @@ TRAINED, HELD = 4, 2
 and the second forward pass that this needs; held out, which is measured about as often."""
 
 HEADS_TRAINED, HEADS_HELD = 3, 2
-"""Products with the head per token: both models' logits, and behind a step the gradient's."""
+"""Products with the head per token: both models' logits, and after a step the gradient's."""
 
 
 def tail_of(epochs: int, train: int, held: int, blocks: int, head: float) -> float:
-    """Work behind the last block where the scales are trained end to end.
+    """Work after the last block where the scales are trained end to end.
 
     Args:
         epochs: Of that training.
@@ -36,14 +36,14 @@ def tail_of(epochs: int, train: int, held: int, blocks: int, head: float) -> flo
 class Pace:
     """Follows a run's events; all times are in seconds.
 
-    Blocks are equal, so those to come take what the ones of this session took in the mean. What comes behind them is
+    Blocks are equal, so those to come take what the ones of this session took in the mean. What comes after them is
     counted in forward passes, whose time the blocks' reports tell, until its own steps tell better.
 
     Attributes:
         now: A clock.
         blocks: Blocks of the run.
         done: Blocks finished.
-        tail: Work behind the last block, see :func:`tail_of`.
+        tail: Work after the last block, see :func:`tail_of`.
     """
 
     now: Callable[[], float] = time.monotonic
@@ -62,7 +62,7 @@ class Pace:
         self._started = self._behind = self.now()
 
     def step(self, done: int, total: int) -> None:
-        """A step is over; behind the last block it is one of the end-to-end stage."""
+        """A step is over; after the last block it is one of the end-to-end stage."""
         if self.blocks and self.done >= self.blocks:
             self._steps = [*self._steps[:1], (done, total, self.now())]
 

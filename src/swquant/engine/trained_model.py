@@ -25,7 +25,7 @@ from swquant.quant.rounding import codes_of, fake_quantize
 from swquant.quant.through import stored_as
 
 POSITION = ":position"
-"""What stands behind a weight's name where its positions are meant."""
+"""What follows a weight's name where its positions are meant."""
 
 EDGE = 0.49
 """How far from its code a position begins at most; beyond 0.5 it would have another."""
@@ -36,9 +36,9 @@ class TrainedModel:
 
     Attributes:
         thetas: For each block what is learned, float32 leaves. Logarithms of factors: by a weight's name on its scales
-            (``[out, groups]``), or with ``:d`` and ``:dmin`` behind it on a K grid's factors (``[out, supers]``); by a
-            norm's name on its weight (``[dim]``). Behind them, where weights are trained, their positions in units of
-            the scale (``[out, in]``), by a weight's name with :data:`POSITION` behind it: the code is the zero point
+            (``[out, groups]``), or with ``:d`` and ``:dmin`` after it on a K grid's factors (``[out, supers]``); by a
+            norm's name on its weight (``[dim]``). After them, where weights are trained, their positions in units of
+            the scale (``[out, in]``), by a weight's name with :data:`POSITION` after it: the code is the zero point
             plus the nearest integer.
     """
 

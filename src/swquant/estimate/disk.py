@@ -15,13 +15,13 @@ from swquant.quant.kgrids import SUPER
 from swquant.quant.spec import QuantSpec
 
 STREAMS_IN_A_BLOCK = 4
-"""Both streams in front of a block and behind it."""
+"""Both streams before a block and after it."""
 
 GROUP_VALUES = 4
 """For each group that trains: the present ratio and zero point, and where both began."""
 
 VALUES = 4
-"""The journal has of all that is trained end to end, behind each epoch: the last value, the best, two moments."""
+"""The journal has of all that is trained end to end, after each epoch: the last value, the best, two moments."""
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,9 @@ def output_bytes(form: Format, plan: Plan) -> int:
     plain = [
         stored for name, stored in plan.disk.tensors.items() if name not in quantized and name not in names.dropped
     ]
-    if plan.pipeline.rotate and plan.disk.config.get("tie_word_embeddings"):
-        plain.append(plan.checkpoint.tensors[plan.skeleton.head_weight])  # which a rotation unties
+    head = plan.skeleton.head_weight
+    if plan.pipeline.rotate and (head not in plan.disk.tensors or head in names.dropped):
+        plain.append(plan.checkpoint.tensors[head])  # which a rotation unties
     counts = Counter((outline.grids[module], shape) for module, shape in outline.linears.items())
     weights = (
         count * form.weight_bytes(replace(outline, grids={"": spec}), *shape) for (spec, shape), count in counts.items()

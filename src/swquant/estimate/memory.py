@@ -118,7 +118,7 @@ def _block(rig: Rig, live: Live, before: int, micro_batch: int | None) -> dict[s
 
 
 def _step(rig: Rig, phase: Phase, draft: Draft, micro_batch: int | None) -> Draft:
-    """The draft behind a phase that was cut to one step, or to :data:`CANDIDATES`, which take turns in memory.
+    """The draft after a phase that was cut to one step, or to :data:`CANDIDATES`, which take turns in memory.
 
     Where a phase keeps its best state in memory, that of a round before is there beside the step.
     """
@@ -136,9 +136,9 @@ def _step(rig: Rig, phase: Phase, draft: Draft, micro_batch: int | None) -> Draf
     best = [part.init(draft, problem.facts) for part in phase.learnables] if phase.keep_best else []
     if is_mapped(best):
         best = []
-    behind, _ = step.run(draft, problem)
+    after, _ = step.run(draft, problem)
     del best
-    return behind
+    return after
 
 
 def _gptq(draft: Draft) -> Draft:
@@ -161,7 +161,7 @@ def _hold(shapes: list[tuple[int, int]]) -> None:
 
 
 def _finish(rig: Rig, shape: tuple[int, int, int], live: Live, micro_batch: int | None) -> int:
-    """Hidden states in front of each block, scales and their moments, heads, and a block's pass.
+    """Hidden states before each block, scales and their moments, heads, and a block's pass.
 
     The original's head and the output's are one tensor, but where a rotation is merged into them.
     """

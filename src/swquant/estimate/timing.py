@@ -116,7 +116,7 @@ def _made_up(shape: torch.Size, dtype: torch.dtype, rng: torch.Generator) -> Ten
 
 
 def _phase(rig: Rig, phase: Phase, draft: Draft, forward: float) -> tuple[Draft, float, float | None]:
-    """The draft behind a phase, the seconds it takes in a run, and those of a step if it trains."""
+    """The draft after a phase, the seconds it takes in a run, and those of a step if it trains."""
     samples, last = rig.plan.recipe.samples or 1, len(rig.cached.quantized) - 1
     ticks: list[float] = []
     if isinstance(phase, Train):

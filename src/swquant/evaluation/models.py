@@ -65,7 +65,8 @@ def load_by_transformers(directory: Path, device: torch.device) -> Any:
     """
     config = read_config(directory)
     extra: dict[str, Any] = {}
-    if _method(config) is not None:
+    if _method(config) is not None and _groups(config) < 2:
+        # Of several groups it would take the first one's grid for all weights; without, it takes each its own.
         extra["quantization_config"] = CompressedTensorsConfig(dequantize=True)
     try:
         with warnings.catch_warnings():
@@ -95,6 +96,13 @@ def _method(config: Mapping[str, Any]) -> str | None:
     return str(settings.get("quant_method", "")) if isinstance(settings, dict) else ""
 
 
+def _groups(config: Mapping[str, Any]) -> int:
+    """How many groups of modules a compressed-tensors ``quantization_config`` has."""
+    settings = config.get(QUANTIZATION_CONFIG)
+    groups = settings.get("config_groups") if isinstance(settings, dict) else None
+    return len(groups) if isinstance(groups, dict) else 0
+
+
 def _has_weights(directory: Path) -> bool:
     """Whether there is anything for transformers to load; if not, GGUF or ONNX files may hold the weights."""
     pickles = any(directory.glob("*.bin"))
@@ -104,7 +112,8 @@ def _has_weights(directory: Path) -> bool:
 def _assembled(quantized: QuantizedModel) -> Any:
     """The model with every weight dequantized to float32."""
     outline = quantized.outline
-    return whole_model(outline.config, shapes_of(quantized), outline.directory, quantized.parts())
+    shapes = shapes_of(quantized)
+    return whole_model(outline.config, shapes, outline.directory, quantized.parts(), outline.linears)
 
 
 def _does_not_load(directory: Path, error: Exception) -> SwquantError:

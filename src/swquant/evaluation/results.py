@@ -78,8 +78,8 @@ class Measured:
         model: The directory.
         text: What was measured on the text.
         tasks: Each task's score.
-        scores: Behind ``text``, token by token.
-        runs: Behind ``tasks``, item by item.
+        scores: What ``text`` was computed from, token by token.
+        runs: What ``tasks`` was computed from, item by item.
     """
 
     model: str

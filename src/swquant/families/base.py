@@ -66,11 +66,11 @@ class Family:
         linears: A block's linears that are quantized.
         equivalences: Pairs between which scales and shifts can move without changing the block's function.
         writers: Linears whose outputs are added to the residual stream; none where a rotation of the stream is not
-            an equivalence. All others of ``linears`` then read it, each behind the norm of its ``NormLinears``.
+            an equivalence. All others of ``linears`` then read it, each after the norm of its ``NormLinears``.
         embedding: The token embedding.
         tail: Modules between the last block and the head, in order.
         head: The output projection, tied to ``embedding`` where ``tie_word_embeddings`` is set; never quantized.
-        norm_biases: Whether the norms have biases, so that shifts can be learned behind them.
+        norm_biases: Whether the norms have biases, so that shifts can be learned after them.
         requires: Settings in ``config.json`` without which the declaration does not hold.
         base_architectures: Those of models saved without their head, which suffices where the head is the embedding;
             the output is the first of ``architectures``.

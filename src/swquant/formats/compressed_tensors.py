@@ -70,7 +70,11 @@ class CompressedTensors:
         """The notes say how to load an asymmetric model and where readers round."""
         require_fits(self, outline, mixed=True)
         notes: list[str] = []
-        if not all(spec.symmetric for spec in outline.specs):
+        if not all(spec.symmetric for spec in outline.specs) and len(outline.specs) > 1:
+            notes.append(
+                "asymmetric on several grids: transformers does not load this output, swquant.load and vLLM do"
+            )
+        elif not all(spec.symmetric for spec in outline.specs):
             notes.append(
                 "asymmetric: transformers loads this output with "
                 "quantization_config=CompressedTensorsConfig(dequantize=True) and refuses it without"

@@ -223,7 +223,7 @@ def _sentencepiece_kind(directory: Path, parts: Mapping[str, Any]) -> _Kind:
         raise _unknown(directory, f"cuts text into words by {_shown(words)}")
     if scheme == "never":
         return _Kind("llama", "default")
-    where = "before a text that begins with one" + (" and behind special tokens" if scheme == "first" else "")
+    where = "before a text that begins with one" + (" and after special tokens" if scheme == "first" else "")
     note = f"llama.cpp puts a space, as before any text, {where} too, which this tokenizer does not"
     return _Kind("llama", "default", add_space=True, notes=(note,))
 
@@ -317,7 +317,7 @@ def _scores(
 
 
 def _affixes(directory: Path, processor: Any) -> tuple[int | None, int | None]:
-    """The tokens that are put in front of a text and behind it."""
+    """The tokens that are put before a text and after it."""
     if isinstance(processor, dict) and processor.get("type") == "Sequence":
         kept = [part for part in processor["processors"] if part.get("type") != "ByteLevel"]
         processor = kept[0] if len(kept) == 1 else kept or None
@@ -331,7 +331,7 @@ def _affixes(directory: Path, processor: Any) -> tuple[int | None, int | None]:
         raise _unknown(directory, f"puts a text {len(places)} times among special tokens")
     before, after = names[: places[0]], names[places[0] + 1 :]
     if len(before) > 1 or len(after) > 1:
-        raise _unknown(directory, "puts more than one special token in front of a text or behind it")
+        raise _unknown(directory, "puts more than one special token before a text or after it")
 
     def token(pieces: list[tuple[str, Any]]) -> int | None:
         ids = [processor["special_tokens"][piece["id"]]["ids"] for _, piece in pieces]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swquant.checkpoint.quantized import QuantizedModel
+from swquant.checkpoint.quantized import QuantizedModel, entries
 from swquant.checkpoint.writer import Written, copy_sidecars, require_unused, write_beside
 from swquant.errors import SwquantError
 from swquant.formats.gguf_blocks import block_type
@@ -111,7 +111,7 @@ def _entries(
     if model.rope.divisors is not None:
         yield ROPE_FREQS, _plain(model.rope.divisors)
     for part in quantized.parts():
-        for full, value in part.items():
+        for full, value in entries(part):
             module, _, suffix = full.rpartition(".")
             if module not in names:
                 raise SwquantError(f"llama.cpp's {model.architecture.name} has no tensor {full}; choose another format")

@@ -168,8 +168,8 @@ class DecoderGraph:
             part, name = weight, f"head.{index}"
             if step < rows:
                 first = self._integers(f"{name}.from", [start])
-                behind = self._integers(f"{name}.to", [min(start + step, rows)])
-                part = self._node("Slice", [weight, first, behind, self._integers("rows", [0])], f"{name}.weight")
+                after = self._integers(f"{name}.to", [min(start + step, rows)])
+                part = self._node("Slice", [weight, first, after, self._integers("rows", [0])], f"{name}.weight")
             turned = self._node("Transpose", [self._float(part, weight)], f"{name}.transposed", perm=[1, 0])
             parts.append(self._node("MatMul", [hidden, turned], f"{name}.logits"))
         self._node("Concat", parts, "logits", axis=-1)

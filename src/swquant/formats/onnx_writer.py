@@ -11,7 +11,7 @@ from typing import IO, TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from swquant.checkpoint.quantized import Encode, QuantizedModel
+from swquant.checkpoint.quantized import Encode, QuantizedModel, entries
 from swquant.checkpoint.writer import Written, copy_sidecars, require_unused, write_beside
 from swquant.errors import SwquantError
 from swquant.formats.onnx_layout import DATA, MODEL, PROPERTY, DecoderLayout, decoder_layout, onnx_types, require_onnx
@@ -139,7 +139,7 @@ def _write_tensors(
 
     shapes: dict[str, tuple[int, int]] = {}
     for part in model.parts():
-        for name, value in part.items():
+        for name, value in entries(part):
             if isinstance(value, QTensor):
                 module = name.removesuffix(".weight")
                 tensors = dict(encode(module, value, model.outline.dtype))

@@ -76,10 +76,14 @@ def blocks_of(outline: Outline) -> str:
     Raises:
         SwquantError: There is no such list, or there are several.
     """
-    found = {match.group(1) if (match := re.match(r"(.+?)\.\d+\.", name)) else name for name in outline.linears}
-    if len(found) != 1:
+    found: dict[str, str] = {}
+    for name in outline.linears:
+        match = re.match(r"(.+?)\.\d+\.", name)
+        found.setdefault(match.group(1) if match else "", name)
+    if "" in found or len(found) != 1:
+        stray = found.get("", list(found.values())[-1])
         raise SwquantError(
-            f"{outline.directory} has quantized weights outside of its blocks, such as {min(found):.200}, which "
+            f"{outline.directory} has quantized weights outside of its blocks, such as {stray:.200}, which "
             "swquant does not read"
         )
-    return found.pop()
+    return next(iter(found))

@@ -54,7 +54,7 @@ def rows_of(runs: Sequence[Run]) -> list[Row]:
     return [
         _words("method", reports, lambda report: str(report.recipe["method"])),
         *_quality_rows(reports),
-        _numbers("drift behind the last block", reports, lambda r: r.block_reports[-1].drift, "{:.4f}".format, min),
+        _numbers("drift after the last block", reports, lambda r: r.block_reports[-1].drift, "{:.4f}".format, min),
         _numbers("bits per weight", reports, lambda report: report.bits_per_weight, "{:.3f}".format),
         _numbers("size", reports, lambda report: report.outputs[0].bytes, size),
         _numbers("time", reports, lambda report: report.seconds, span),
@@ -104,7 +104,7 @@ def _figures(runs: Sequence[Run]) -> list[Figure]:
     drawn = [
         Figure(
             _chart(runs, "drift", lambda run: [block.drift for block in run.report.block_reports]),
-            "Squared error of the hidden states behind each block, over the original's energy.",
+            "Squared error of the hidden states after each block, over the original's energy.",
         )
     ]
     for label, caption, value in MEASURES:

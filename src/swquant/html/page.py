@@ -81,7 +81,7 @@ def _drift_figures(
         points = [(float(index), block.drift) for index, block in enumerate(blocks)]
         yield Figure(
             line_chart([Line("drift", points, "after")], "block", "relative error"),
-            "Squared error of the quantized model's hidden states behind each block, over the original's energy.",
+            "Squared error of the quantized model's hidden states after each block, over the original's energy.",
         )
         return
     for label, caption, value in SHIFTS:
@@ -152,7 +152,7 @@ CODES = (
 
 
 def _curve_figures(report: Report) -> Iterator[Figure]:
-    """One chart for each training that every block went through, and one for that behind the last block."""
+    """One chart for each training that every block went through, and one for that after the last block."""
     blocks = report.block_reports
     count = max((len(block.phases) for block in blocks), default=0)
     for place in range(count):

@@ -38,7 +38,7 @@ class AdaptiveRounding:
 
     Before a round, the decisions of each weight farthest from a half become hard: those whose ``|h - 0.5|`` is above
     its quantile at the round's threshold. Their logits become infinite, where the gradient is zero; the rest trains.
-    Behind the last round every decision is hard, and the state holds it as a bool.
+    After the last round every decision is hard, and the state holds it as a bool.
 
     The sigmoid is the rectified one of the authors' code; the paper writes a plain one. Decisions are ordered by
     ``|v|``, which is the order of ``|h - 0.5|`` and goes on where ``h`` is 0 or 1 already.

@@ -73,7 +73,7 @@ class Learnable(Protocol):
         ...
 
     def enter(self, theta: Theta, done: int, rounds: int) -> None:
-        """Prepare for a round of training with ``done`` of ``rounds`` behind it; called once more when all are."""
+        """Prepare for a round of training with ``done`` of ``rounds`` before it; called once more when all are."""
         ...
 
     def project(self, theta: Theta) -> None:

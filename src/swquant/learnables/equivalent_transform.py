@@ -22,7 +22,7 @@ LEAST_SCALE = 1e-2
 class EquivalentTransform:
     r"""Learnable equivalent transformation (OmniQuant, arXiv 2308.13137, section 3.3, eqs. 3 and 5).
 
-    A linear ``Y = X W + B`` behind a norm becomes, with per-channel scale ``s`` and shift ``d``::
+    A linear ``Y = X W + B`` after a norm becomes, with per-channel scale ``s`` and shift ``d``::
 
         Y = ((X - d) / s) (s * W) + (B + d W)
 
@@ -36,7 +36,7 @@ class EquivalentTransform:
     Departures from the authors' code: the queries' and keys' scales are shared by the two channels that rotary
     positions mix and by the query heads of a key head, without which the transformed block is another function;
     shifts also train in weight-only quantization, where the code turns them off although they take the input's mean
-    out of the error; the largest weight is taken over all linears behind a norm, as in SmoothQuant, instead of over
+    out of the error; the largest weight is taken over all linears after a norm, as in SmoothQuant, instead of over
     one of them; the channel ranges are of the inputs that the quantized model so far produces.
 
     Attributes:

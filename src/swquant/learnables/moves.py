@@ -40,7 +40,7 @@ def move(
     shifts: Mapping[str, Tensor],
     facts: BlockFacts,
 ) -> Draft:
-    """Divide each pair's source by its scale after taking off its shift, and undo both behind it; differentiable.
+    """Divide each pair's source by its scale after taking off its shift, and undo both after it; differentiable.
 
     Args:
         draft: The parameters.

@@ -13,7 +13,7 @@ from swquant.quant.through import widened
 
 @dataclass(frozen=True)
 class NormWeights:
-    """Weights and biases of the norms in front of a block's linears (NormTweaking, arXiv 2309.02784, section 3).
+    """Weights and biases of the norms before a block's linears (NormTweaking, arXiv 2309.02784, section 3).
 
     The state is a copy of each, ``[width]`` in float32; what the block computes with is the state rounded to the dtype
     in which it will be stored, with a straight-through gradient. Norms within attention (Qwen3's, of queries and keys)

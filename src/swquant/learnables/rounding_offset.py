@@ -1,4 +1,4 @@
-"""Rounding offsets: a learned shift of each weight, of half a step at most, in front of rounding."""
+"""Rounding offsets: a learned shift of each weight, of half a step at most, before rounding."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from swquant.losses.base import LossContext, full_precision, without_autocast
 
 @dataclass(frozen=True)
 class RelativeMse:
-    """Squared error relative to the target token by token: a norm in front of the next layer sees just that.
+    """Squared error relative to the target token by token: a norm before the next layer sees just that.
 
     ``mean over tokens of ||pred - target||² / (||target||² + width * epsilon)``. Where `Mse` follows the few tokens
     with massive activations, every token counts alike here. No unit.

@@ -15,7 +15,7 @@ SCALES_LOSE: frozenset[Subject] = frozenset({"clips", "grid", "rounding", "weigh
 
 @dataclass(frozen=True)
 class AWQ:
-    """AWQ (Lin et al., arXiv 2306.00978): ``(AwqScale, AwqClip)``, alone or in front of a method that trains.
+    """AWQ (Lin et al., arXiv 2306.00978): ``(AwqScale, AwqClip)``, alone or before a method that trains.
 
     Attributes:
         scale: Search and move the scales.

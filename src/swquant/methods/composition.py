@@ -96,7 +96,7 @@ def _owner(calls: list[tuple[str, dict[str, Any]]], key: str, expression: str) -
     if not owners:
         raise SwquantError(f"no method of {expression!r} has an option {key!r}")
     raise SwquantError(
-        f"{key} could be an option of {' or '.join(owners)}: write it in parentheses behind the one, "
+        f"{key} could be an option of {' or '.join(owners)}: write it in parentheses after the one, "
         f"such as {owners[0]}({key}=...)"
     )
 
@@ -145,22 +145,22 @@ def build_pipeline(steps: tuple[Step, ...], setting: Setting) -> Pipeline:
 
 
 def _check_pair(earlier: Part, later: Part) -> None:
-    before, behind = _stage(earlier), _stage(later)
-    if before > behind:
+    before, after = _stage(earlier), _stage(later)
+    if before > after:
         raise SwquantError(
-            f"{later.name} works {STAGES[behind]} and {earlier.name} {STAGES[before]}: put {later.name} first"
+            f"{later.name} works {STAGES[after]} and {earlier.name} {STAGES[before]}: put {later.name} first"
         )
     if earlier.name == later.name:
-        raise SwquantError(f"{later.name} stands twice: leave one of the two out")
+        raise SwquantError(f"{later.name} is listed twice: remove one")
     both = earlier.decides & later.decides
     if earlier.trained and later.trained and both:
-        raise SwquantError(f"{earlier.name} and {later.name} both learn the {_list(both)}: leave one of the two out")
+        raise SwquantError(f"{earlier.name} and {later.name} both learn the {_list(both)}: remove one")
     lost = earlier.decides & later.discards
     if lost:
         swap = "" if later.decides & earlier.discards else f"put {later.name} before {earlier.name}, or "
         raise SwquantError(
             f"{later.name} would discard the {_list(lost)} that {earlier.name} has found: "
-            f"{swap}leave one of the two out"
+            f"{swap}remove one"
         )
 
 

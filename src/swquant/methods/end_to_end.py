@@ -42,7 +42,7 @@ class EndToEnd:
     weight_rate: Rate | None = None
 
     def parts(self, setting: Setting) -> tuple[Part, ...]:
-        """One part, behind the last block.
+        """One part, after the last block.
 
         Raises:
             SwquantError: Weights are to be trained on a K grid, or they have a rate and are not to be trained.

@@ -13,7 +13,7 @@ from swquant.phases.gptq import Gptq
 
 @dataclass(frozen=True)
 class GPTQ:
-    """GPTQ (Frantar et al., arXiv 2210.17323): ``(Gptq,)``, alone, behind AWQ or in front of a method that trains.
+    """GPTQ (Frantar et al., arXiv 2210.17323): ``(Gptq,)``, alone, after AWQ or before a method that trains.
 
     Attributes:
         act_order: Round columns in order of falling input energy, on grids made beforehand; off in the paper.

@@ -16,5 +16,5 @@ class Rotate:
     """
 
     def parts(self, setting: Setting) -> tuple[Part, ...]:
-        """One part, in front of the first block."""
+        """One part, before the first block."""
         return (Part("rotate", Rotation(), frozenset({"basis"})),)

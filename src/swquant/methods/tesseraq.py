@@ -25,7 +25,7 @@ class TesseraQ:
     """TesseraQ (Li and Panda, arXiv 2410.19103): ``awq + (Train(AdaptiveRounding, DequantGain),)``.
 
     Defaults are those of the authors' LLaMA configurations: 20 rounds of 250 steps on 4 samples, Adam at 1e-3 with its
-    moments forgotten in front of every round. The last state is kept, since only that one is hard, unless the start
+    moments forgotten before every round. The last state is kept, since only that one is hard, unless the start
     has a smaller loss. Rates are for the published 5000 steps; shorter training takes them larger by as much, up to the
     limit of :class:`Optimizer`, for a logit has the same way to go.
 

@@ -7,7 +7,7 @@ follows the last block: norm, soft-capping, multipliers, head.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -112,7 +112,7 @@ class Front:
         return Front(skeleton, params, tables, torch.device("cpu"))
 
     @contextmanager
-    def looking_up(self, used: Tensor, rows: Mapping[str, Tensor]) -> Iterator[None]:
+    def looking_up(self, used: Tensor, rows: Mapping[str, Tensor]) -> Generator[None]:
         """With ``rows`` of the tokens ``used`` in the place of each table; zeros where it has none."""
         model = self.skeleton.model
         before = {name: model.get_submodule(name) for name in self.tables}
@@ -198,7 +198,7 @@ def probe(skeleton: Skeleton, tokens: int = 8) -> int:
     _require_plain(Front.empty(skeleton), tokens)
     hidden = skeleton.recorders[0].hidden
     assert hidden is not None
-    return hidden.shape[2]
+    return hidden.shape[2:].numel()
 
 
 def _made_up(like: Tensor, rng: torch.Generator) -> Tensor:
@@ -300,7 +300,7 @@ def _require_plain(front: Front, tokens: int) -> None:
     with torch.no_grad(), front.looking_up(ids[0, :1], {}):
         front.run(ids)
         shape = recorders[0].hidden.shape if isinstance(recorders[0].hidden, Tensor) else ()
-        if len(shape) != 3 or shape[:2] != (2, tokens):
+        if len(shape) < 3 or shape[:2] != (2, tokens):
             raise SwquantError(
                 f"the blocks of {name} hand on {list(shape)} instead of hidden states [samples, tokens, dim], which "
                 "swquant does not support yet"
@@ -340,7 +340,11 @@ def _head_input(front: Front, ids: Tensor, out_of: Mapping[int, Tensor], seed: i
         name: torch.randn(1, model.get_submodule(name).weight.shape[1], generator=rng).to(front.device)
         for name in front.tables
     }
-    hook = model.get_submodule(front.skeleton.head).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+
+    def see(_: nn.Module, args: tuple[Any, ...]) -> None:
+        seen.append(args[0])
+
+    hook = model.get_submodule(front.skeleton.head).register_forward_pre_hook(see)
     try:
         with front.looking_up(ids[0, :1], rows):
             front.run(ids, out_of=out_of)
@@ -370,7 +374,7 @@ def capture(front: Front, checkpoint: Source, tokens: Tensor, *, stored: bool = 
             front.run(sample[None].to(front.device))
         hidden = front.skeleton.recorders[0].hidden
         assert hidden is not None
-        yield hidden[0]
+        yield hidden[0].flatten(1)
 
 
 @dataclass(frozen=True)

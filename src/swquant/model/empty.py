@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -47,15 +48,23 @@ def model_class(values: Mapping[str, Any], config: Any) -> type[PreTrainedModel]
         SwquantError: There is no such class for this kind of model.
     """
     known = _classes(config)
-    for name in values.get("architectures") or ():
-        if name in {one.__name__ for one in known}:
-            return next(one for one in known if one.__name__ == name)
     if not known:
         raise SwquantError(
             f"transformers has no class that predicts text for model_type {config.model_type!r}: "
             "give a decoder for text, or a model for images and text"
         )
+    for name in values.get("architectures") or ():
+        if _OTHER_HEADS.search(str(name)):
+            raise SwquantError(
+                f"architectures names {name!r:.200}, which does not predict text: give the model that it was made from"
+            )
+        if name in {one.__name__ for one in known}:
+            return next(one for one in known if one.__name__ == name)
     return known[0]
+
+
+_OTHER_HEADS = re.compile(r"For(\w*Classification|QuestionAnswering|MultipleChoice|NextSentencePrediction)$")
+"""Ends of architectures whose files have another head than the one for text, even where their kind has both."""
 
 
 def _classes(config: Any) -> list[type[PreTrainedModel]]:
@@ -81,8 +90,8 @@ def build_empty(values: Mapping[str, Any], dtype: torch.dtype, most_layers: int 
         Exception: Whatever else the content makes transformers run into.
     """
     config = read_config(values)
-    for key, count in _depths(values) if most_layers is not None else ():
-        if not 0 <= count <= max(most_layers, 1):
+    for key, count in _depths(values):
+        if most_layers is not None and not 0 <= count <= max(most_layers, 1):
             raise SwquantError(f"{key} is {count}, and the files hold {most_layers} tensors")
     chosen = model_class(values, config)
     tie = values.get("tie_word_embeddings")

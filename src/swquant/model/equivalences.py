@@ -115,7 +115,7 @@ def head_counts(block: nn.Module, names: Mapping[str, int]) -> tuple[int, int]:
         if name.rpartition(".")[2] in QUERY:
             attention = block.get_submodule(name.rpartition(".")[0])
             size = getattr(attention, "head_dim", None)
-            key = _sibling(block, name, KEY)
-            if isinstance(size, int) and size and rows % size == 0 and key in names and names[key] % size == 0:
-                return rows // size, names[key] // size
+            keys = names.get(_sibling(block, name, KEY) or "")
+            if isinstance(size, int) and size and keys is not None and not rows % size and not keys % size:
+                return rows // size, keys // size
     return 1, 1

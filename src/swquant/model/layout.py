@@ -126,7 +126,8 @@ def lay_out(skeleton: Skeleton, spec: QuantSpec, grids: Mapping[str, QuantSpec |
         sites: list[Site] = []
         linears = {name: module for name, module in block.module.named_modules() if isinstance(module, nn.Linear)}
         order = {name: place for place, name in enumerate(flow.linears)}
-        for name in sorted(linears, key=lambda name: order.get(name, len(order))):
+        places = sorted((order.get(name, len(order)), place, name) for place, name in enumerate(linears))
+        for _, _, name in places:
             reason = _reason(name, linears[name], block.module)
             full = f"{block.prefix}.{name}"
             if reason is not None:

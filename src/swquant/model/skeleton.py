@@ -27,14 +27,19 @@ class Call:
         args: Further positional arguments.
         kwargs: Keyword arguments.
         name: The keyword under which the hidden states are handed over; ``None`` if they come first.
+        inner: Shape of a token's hidden states where it is not ``(dim,)``, as for several residual streams; everywhere
+            else they are flat.
     """
 
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict[str, Any])
     name: str | None = None
+    inner: tuple[int, ...] = ()
 
     def with_hidden(self, hidden: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """All arguments."""
+        """All arguments, for ``hidden [samples, tokens, dim]``."""
+        if len(self.inner) > 1:
+            hidden = hidden.view(*hidden.shape[:2], *self.inner)
         if self.name is not None:
             return self.args, {**self.kwargs, self.name: hidden}
         return (hidden, *self.args), dict(self.kwargs)
@@ -54,7 +59,8 @@ class Block:
     def forward(self, params: Mapping[str, Tensor], hidden: Tensor, call: Call) -> Tensor:
         """The block's output for ``hidden [samples, tokens, dim]``; a pure function of its arguments."""
         out = functional_call(self.module, dict(params), *call.with_hidden(hidden))
-        return out[0] if isinstance(out, tuple) else out
+        out = out[0] if isinstance(out, tuple) else out
+        return out.flatten(2) if out.dim() > 3 else out
 
 
 class Recorder(nn.Module):
@@ -87,16 +93,15 @@ class Recorder(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Note, and pass on in the form in which the block returns."""
-        if args:
-            hidden, call = args[0], Call(args[1:], kwargs)
-        else:
-            name = next(iter(kwargs))
-            hidden, call = kwargs[name], Call((), {key: value for key, value in kwargs.items() if key != name}, name)
+        name = None if args else next(iter(kwargs))
+        hidden: Tensor = args[0] if name is None else kwargs[name]
+        others = {key: value for key, value in kwargs.items() if key != name}
+        call = Call(args[1:], others, name, tuple(hidden.shape[2:]))
         if self.flow is None:
             self.flow = trace(self.__dict__["replaced"], *call.with_hidden(hidden))
         self.calls.append(call)
         self.hidden = hidden
-        out = hidden if self.given is None else self.given
+        out = hidden if self.given is None else self.given.view(*self.given.shape[:2], *hidden.shape[2:])
         if self.flow.outputs is None:
             return out
         self.extras = tuple(torch.zeros(()) for _ in range(self.flow.outputs - 1))
@@ -181,6 +186,20 @@ def build_model(
     return model, _with_ties(model, names)
 
 
+def tie(model: Any) -> None:
+    """Tie the weights of a model that has been filled, as transformers does while it loads.
+
+    What is still on ``meta`` is missing in the file. A head that the configuration calls the embedding, and that is
+    there and differs, stays one of its own.
+    """
+    missing = {name for name, value in model.named_parameters(remove_duplicate=False) if value.is_meta}
+    model.tie_weights(missing_keys=missing)
+    ends = model.get_output_embeddings(), model.get_input_embeddings()
+    head, embedding = (getattr(module, "weight", None) for module in ends)
+    if head is not embedding:
+        model.config.tie_word_embeddings = False
+
+
 def build_skeleton(values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], place: Path) -> Skeleton:
     """The skeleton of a model; no weight is read.
 
@@ -219,6 +238,8 @@ def _find_blocks(model: Any, place: Path) -> tuple[str, list[nn.Module]]:
     """
     text = model.config.get_text_config(decoder=True)
     layers = getattr(text, "num_hidden_layers", None)
+    if layers == 0:
+        raise SwquantError(f"{place}: num_hidden_layers is 0, so there is nothing to quantize")
     decoder = model.get_decoder()
     start = next((name for name, module in model.named_modules() if module is decoder), "")
     for root, place_of in ((decoder, start), (model, "")):

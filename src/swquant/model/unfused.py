@@ -56,7 +56,7 @@ def fused_experts(module: nn.Module) -> FusedExperts | None:
 
 
 class Expert(nn.Module):
-    """The linears of one expert: ``gate_proj`` and ``up_proj``, or one of ``gate_up_proj`` and ``up_proj``; ``down_proj``."""
+    """The linears of one expert: ``down_proj``, and ``gate_proj`` and ``up_proj``, ``gate_up_proj``, or ``up_proj``."""
 
     def __init__(self, fused: nn.Module, facts: FusedExperts, split: bool) -> None:
         super().__init__()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +10,39 @@ import torch
 from torch import Tensor, nn
 
 from swquant.checkpoint.converted import to_memory
+from swquant.checkpoint.names import Names
 from swquant.checkpoint.source import Source
 from swquant.errors import SwquantError
-from swquant.model.skeleton import build_model
+from swquant.model.skeleton import build_model, tie
+
+
+def require_called_for(names: Names, quantized: Collection[str], place: Path) -> None:
+    """Refuse quantized modules that the model does not have: the files and the configuration are not of one model.
+
+    Plain tensors that it does not have, such as stored rotary tables, change nothing.
+
+    Args:
+        names: Of the model's tensors.
+        quantized: Modules on disk that are quantized.
+        place: Where they are, for the message.
+
+    Raises:
+        SwquantError: Naming one.
+    """
+    for key in names.carried:
+        if key.removesuffix(".weight") in quantized:
+            raise SwquantError(
+                f"{place} holds a quantized weight {key!r:.200}, which its config.json does not call for"
+            )
 
 
 @torch.no_grad()
 def whole_model(
-    values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], place: Path, parts: Iterable[Mapping[str, Any]]
+    values: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    place: Path,
+    parts: Iterable[Mapping[str, Any]],
+    quantized: Collection[str] = (),
 ) -> Any:
     """transformers' model in float32, every quantized weight dequantized.
 
@@ -26,12 +51,15 @@ def whole_model(
         shapes: Of the tensors on disk, by name.
         place: Where they are, for messages.
         parts: The tensors, or quantized weights, by name on disk.
+        quantized: Modules on disk that are quantized.
 
     Raises:
-        SwquantError: It does not describe a model, or a tensor is missing or has another shape.
+        SwquantError: It does not describe a model, or a tensor is missing or has another shape, or a quantized one is
+            none of the model's.
     """
     model, names = build_model(values, shapes, place, torch.float32)
-    known = dict(model.named_parameters()) | dict(model.named_buffers())
+    require_called_for(names, quantized, place)
+    known = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
     for name, value in to_memory(names, parts):
         if name not in known:
             continue
@@ -46,7 +74,7 @@ def whole_model(
         setattr(
             model.get_submodule(parent), leaf, nn.Parameter(filled, requires_grad=False) if is_parameter else filled
         )
-    model.tie_weights()
+    tie(model)
     for name, value in (*model.named_parameters(), *model.named_buffers()):
         if value.is_meta:
             raise SwquantError(f"{place} does not load: it has no tensor {name!r}, which its config.json calls for")

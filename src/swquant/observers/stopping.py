@@ -1,4 +1,4 @@
-"""A stop at SIGINT or SIGTERM: behind the step at hand, and at once when asked for again."""
+"""A stop at SIGINT or SIGTERM: after the step at hand, and at once when asked for again."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from swquant.report import Report
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-NOTICE = "\nswquant: stopping behind this step; the same signal again stops at once\n"
+NOTICE = "\nswquant: stopping after this step; the same signal again stops at once\n"
 
 
 @dataclass
 class Stop:
-    """A signal handler that remembers the first signal, and an observer that raises ``KeyboardInterrupt`` behind it.
+    """A signal handler that remembers the first signal, and an observer that raises ``KeyboardInterrupt`` after it.
 
     The second signal raises it at once. Whoever else hears of a run hears of each event before.
     """
@@ -61,7 +61,7 @@ class Stop:
         self.check()
 
     def done(self, report: Report) -> None:
-        """Stop in front of what would come behind, a push to the hub; the output is in its place."""
+        """Stop before what would follow, a push to the hub; the output is in its place."""
         self.check()
 
 
@@ -75,10 +75,10 @@ def stopping() -> Generator[Observer]:
 
 @contextmanager
 def following() -> Generator[Observer]:
-    """For ranks but 0, who hear nothing: the first signal is for rank 0, which stops behind its step and ends them all.
+    """For ranks but 0, who hear nothing: the first signal is for rank 0, which stops after its step and ends them all.
 
     Raises:
-        LeaderStoppedError: Rank 0 has gone behind a signal.
+        LeaderStoppedError: Rank 0 has stopped after a signal.
         KeyboardInterrupt: At the second signal.
     """
     from swquant.engine.observer import Silent

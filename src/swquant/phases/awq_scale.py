@@ -26,7 +26,7 @@ LEAST_SCALE = 1e-4
 class AwqScale:
     r"""Activation-aware scales (AWQ, Lin et al., arXiv 2306.00978, section 3.2, eqs. 4 and 5), merged into the block.
 
-    For each pair of a source (a norm, the value or the up projection) and the linears ``W`` behind it, with inputs
+    For each pair of a source (a norm, the value or the up projection) and the linears ``W`` after it, with inputs
     ``X``::
 
         r* = argmin_r || Q(W diag(s)) diag(s)^-1 X - W X ||^2,   s = mean|X|^r,   r in {0, 1/20, .. 19/20}
@@ -105,7 +105,7 @@ def _weights(pair: Equivalence) -> tuple[str, ...]:
 
 
 def _wide(pair: Equivalence, scale: Tensor, facts: BlockFacts) -> Tensor:
-    """The scale per input channel of the linears behind the source."""
+    """The scale per input channel of the linears after the source."""
     return per_query_head(scale, facts) if isinstance(pair, ValueOutput) else scale
 
 

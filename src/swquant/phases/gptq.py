@@ -29,7 +29,7 @@ class Gptq:
 
         q_j = Q(w_j),   w_k -= (w_j - q_j) U_jk / U_jj   for all k > j
 
-    in blocks of 128 columns, behind which all others are updated at once. Linears are quantized in the block's order
+    in blocks of 128 columns, after which all others are updated at once. Linears are quantized in the block's order
     and see the inputs that the quantized ones before them produce. The draft that comes out has each weight as it was
     when its column was rounded and the explicit grid on which it was, so rounding it to the nearest gives ``q``.
 

@@ -34,7 +34,7 @@ class Trainee(Protocol):
         ...
 
     def enter(self, done: int, optimizer: torch.optim.Optimizer, rate: float) -> torch.optim.Optimizer:
-        """Prepare for a round with ``done`` behind it; returns the optimizer for it."""
+        """Prepare for a round with ``done`` before it; returns the optimizer for it."""
         ...
 
     def batches(self, done: int) -> list[Tensor]:
@@ -63,9 +63,9 @@ class Trail:
     Attributes:
         best: The state with the least held-out loss; ``None`` is that of the beginning.
         best_loss: Held-out loss of ``best``.
-        best_epoch: The round behind which it was seen, 0 for the start.
+        best_epoch: The round after which it was seen, 0 for the start.
         rate: Factor on the learning rates, halved when a loss is not finite.
-        curve: Held-out loss behind each round; ``None`` where a loss was not finite.
+        curve: Held-out loss after each round; ``None`` where a loss was not finite.
         training: Mean training loss of each round, likewise.
         events: A sentence for each ``None``.
     """
@@ -89,7 +89,7 @@ class Trail:
         return len(self.events) > RETRIES
 
     def note(self, epoch: int, trained: float, loss: float, trainee: Trainee) -> None:
-        """Take in the state behind a round, with the round's training loss and its own on the held-out samples."""
+        """Take in the state after a round, with the round's training loss and its own on the held-out samples."""
         self.curve.append(loss)
         self.training.append(trained)
         if loss < self.best_loss:
@@ -118,9 +118,9 @@ def keep_best(
     epochs: int,
     before: float,
     report: Callable[[int, int], None],
-    behind: Callable[[torch.optim.Optimizer], None] = lambda _: None,
+    after: Callable[[torch.optim.Optimizer], None] = lambda _: None,
 ) -> None:
-    """Train until ``trail`` has ``epochs`` rounds behind it; the trainee ends in the trail's best state.
+    """Train until ``trail`` has had ``epochs`` rounds; the trainee ends in the trail's best state.
 
     Args:
         trainee: What is trained.
@@ -130,7 +130,7 @@ def keep_best(
         epochs: Rounds in all.
         before: Held-out loss of the start.
         report: Called with (steps done, steps in all).
-        behind: Called behind each round with the optimizer.
+        after: Called after each round with the optimizer.
     """
     while len(trail.curve) < epochs and not trail.ended:
         done = len(trail.curve)
@@ -143,7 +143,7 @@ def keep_best(
             trail.lost(done + 1, before)
             _go_back(trainee, trail.best)
             optimizer = trainee.open(trail.rate)
-        behind(optimizer)
+        after(optimizer)
     _go_back(trainee, trail.best)
 
 
@@ -159,7 +159,7 @@ def run_round(
     epochs: int,
     report: Callable[[int, int], None],
 ) -> float:
-    """The steps of the round with ``done`` of ``epochs`` behind it; returns the mean training loss."""
+    """The steps of the round with ``done`` of ``epochs`` before it; returns the mean training loss."""
     batches = trainee.batches(done)
     count = len(batches) * epochs
     losses: list[Tensor] = []

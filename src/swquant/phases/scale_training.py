@@ -1,4 +1,4 @@
-"""What a method may ask for behind the last block: training scales, and weights where asked, end to end."""
+"""What a method may ask for after the last block: training scales, and weights where asked, end to end."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ def solid(value: Tensor) -> Tensor:
 
 
 def on_leaves(params: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[tuple[Tensor, Tensor]]]:
-    """Cut a graph in front of ``params``, so that each backward pass over them needs no graph behind.
+    """Cut a graph at ``params``, so that a backward pass ends there and can be repeated.
 
     Args:
         params: Tensors, differentiable or not, deferred or not.
@@ -133,7 +133,7 @@ def _on(value: Tensor, others: Mapping[int, Tensor]) -> Tensor:
 
 
 SLICE = 1 << 24
-"""Weights of a matrix that is only stored in another dtype and not learned, such as a head, that are widened at once."""
+"""Of a matrix that is stored in another dtype and not learned, such as a head: weights that are widened at once."""
 
 
 class _SlicedLinear(torch.autograd.Function):

@@ -68,7 +68,7 @@ def fake_quantize(
     ``scale`` itself, the two gradients add up to ``q - zero - m * u``. The backward pass recomputes ``q``, so that
     nothing of the weight's size is kept but the weight and the rounding, in their own dtypes.
 
-    A grid's shift is added to the weight in front of all this and taken off behind it.
+    A grid's shift is added to the weight before all this and taken off after it.
 
     Args:
         weight: ``[out, in]``.

@@ -19,7 +19,8 @@ from swquant.errors import SwquantError
 from swquant.formats import read_quantized
 from swquant.formats.base import check_dtype
 from swquant.formats.compressed_tensors import CompressedTensors
-from swquant.model.skeleton import build_model
+from swquant.model.skeleton import build_model, tie
+from swquant.model.whole import require_called_for
 from swquant.quant.kgrids import UNIFORM
 from swquant.quant.qtensor import QTensor
 from swquant.quant.spec import QuantSpec
@@ -69,7 +70,7 @@ def load(directory: str | Path, *, device: str = "auto", dtype: torch.dtype | No
             raise SwquantError(
                 f"{name} is on a K grid of llama.cpp, for which swquant has no layer; load the file with llama.cpp"
             )
-    model.tie_weights()
+    tie(model)
     _require_filled(model, place)
     setattr(model.config, QUANTIZATION_CONFIG, CompressedTensors().config(outline))
     if (place / GENERATION).is_file():
@@ -81,6 +82,7 @@ def _empty_model(quantized: QuantizedModel, dtype: torch.dtype, kernel: str) -> 
     """The model with packed layers, on ``meta`` but for the buffers that it computes, and where its tensors lie."""
     outline = quantized.outline
     model, names = build_model(outline.config, shapes_of(quantized), outline.directory, dtype)
+    require_called_for(names, outline.linears, outline.directory)
     places = {
         piece.key.removesuffix(".weight"): name.removesuffix(".weight")
         for name, piece in names.pieces.items()

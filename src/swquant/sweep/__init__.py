@@ -77,7 +77,7 @@ def run_sweep(
 ) -> list[Row]:
     """Run what is not finished, and write the table and the plots.
 
-    Killed at any moment and called again, it goes on: finished trials stay, a trial that was under way continues behind
+    Killed at any moment and called again, it goes on: finished trials stay, a trial that was under way continues after
     its last finished block.
 
     Args:

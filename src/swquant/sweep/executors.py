@@ -37,7 +37,7 @@ class LocalProcesses:
 
     Attributes:
         workers: Trials at a time.
-        retries: How often a trial whose process died is started again; it goes on behind its last finished block.
+        retries: How often a trial whose process died is started again; it goes on after its last finished block.
     """
 
     workers: int

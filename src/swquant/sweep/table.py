@@ -12,7 +12,7 @@ Row = dict[str, Any]
 
 
 def columns(rows: Sequence[Row]) -> list[str]:
-    """Every row's keys in the order of the longest row, others behind them."""
+    """Every row's keys in the order of the longest row, others after them."""
     longest = max(rows, key=len, default={})
     return list(dict.fromkeys([*longest, *(name for row in rows for name in row)]))
 

@@ -180,8 +180,8 @@ def drift_of(report: Report) -> dict[str, float]:
     """How far the blocks' outputs are off, each a mean over the blocks that were measured.
 
     ``sum (q - r)**2 / sum r**2``; the sliced Wasserstein distance over the root of the mean square of ``r``; and
-    ``|var q - var r| / |var r|``, see :class:`swquant.report.Shift`. ``block_*`` behind each block's own training,
-    ``final_*`` behind that of the whole model, where there was one.
+    ``|var q - var r| / |var r|``, see :class:`swquant.report.Shift`. ``block_*`` after each block's own training,
+    ``final_*`` after that of the whole model, where there was one.
     """
     measured = report.measured_blocks
     trained = [(block.after, block.rms) for _, block in measured]

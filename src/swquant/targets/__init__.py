@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from swquant import registry
 from swquant.errors import SwquantError
@@ -57,6 +57,22 @@ def why_not(target: Target, form: str, spec: QuantSpec) -> str | None:
     """Why ``form`` cannot hold such weights or ``target`` cannot load them from it; ``None`` if both can."""
     held: Format = registry.load("swquant.formats", form)()
     return held.refusal(spec) or target.refusal(form, spec)
+
+
+def require_together(target: Target, form: str, specs: Collection[QuantSpec]) -> None:
+    """Refuse grids each of which ``target`` loads from ``form``, but not several in one model.
+
+    Raises:
+        SwquantError: With the reason, and what works.
+    """
+    # transformers loads asymmetric weights with dequantize=True alone, which reads all on the grid of the first group.
+    alone = target.name == "transformers" and form == "compressed_tensors" and not all(spec.symmetric for spec in specs)
+    if alone and len(set(specs)) > 1:
+        labels = ", ".join(spec.label for spec in dict.fromkeys(specs))
+        raise SwquantError(
+            f"{target.name} cannot load {form} on several grids ({labels}) of which one is asymmetric; "
+            "make all symmetric, or give --format dequantized"
+        )
 
 
 def _format(target: Target, spec: QuantSpec) -> str | None:

@@ -10,8 +10,8 @@ from swquant.quant.spec import QuantSpec
 class Sglang:
     """SGLang.
 
-    compressed-tensors at 4 bits, GPTQ symmetric at 4 and 8 bits. Its GPTQ reader admits 2 and 3 bits too, but no
-    kernel behind it is known to compute them, so they are refused here.
+    compressed-tensors at 4 bits, GPTQ symmetric at 4 and 8 bits. Its GPTQ reader admits 2 and 3 bits too, but none
+    of its kernels is known to compute them, so they are refused here.
     """
 
     name: ClassVar[str] = "sglang"

@@ -70,7 +70,7 @@ class ScaleGrid:
         Args:
             values: ``[..., blocks, blocks]``, those that :meth:`covering` tells.
             start: First row of the matrix.
-            stop: Behind its last row.
+            stop: The row after its last.
             columns: Of the matrix.
 
         Returns:

@@ -51,7 +51,7 @@ class Numba:
         return None
 
     def multiply(self, x: Tensor, weight: PackedWeight) -> Tensor:
-        """Whole periods of a row by compiled code; up to 31 inputs behind them, if any, by torch."""
+        """Whole periods of a row by compiled code; up to 31 inputs after them, if any, by torch."""
         period = 32 if weight.bits == 3 else 32 // weight.bits
         periods = weight.in_features // period
         if not periods:
