@@ -26,12 +26,12 @@ from swquant.engine.memory import keep_little
 from swquant.engine.observer import Observer, Silent
 from swquant.engine.streams import create_stream
 from swquant.errors import SwquantError, reason_of
-from swquant.estimate.budget import Budget, portion_within, shape_of
+from swquant.estimate.budget import Budget, micro_batch_within, shape_of
 from swquant.estimate.disk import disk_of
 from swquant.model.calls import Calls, Front, capture
 from swquant.model.whole import model_of
 from swquant.output import REPORT, load_report, write_output
-from swquant.phases.portion import named, ran_out
+from swquant.phases.micro_batch import named, ran_out
 from swquant.phases.train import Train
 from swquant.plan import Plan, make_plan
 from swquant.quant.deferred import in_float
@@ -65,8 +65,8 @@ def quantize(
         out: A directory that does not exist yet or is empty. If it holds the finished result of the same call, that is
             returned.
         observer: Hears of the progress.
-        budget: Memory that the run may take. A batch then goes through a block in portions that fit, which changes the
-            result by rounding alone; where one sample does not fit, the run is refused before it starts. From then on
+        budget: Memory that the run may take. A batch then goes through a block in micro-batches that fit, which changes
+            the result by rounding alone; where one sample does not fit, the run is refused before it starts. From then on
             glibc gives freed memory back at once in this process, see :func:`swquant.engine.memory.keep_little`.
         grids: Other grids than the recipe's, or ``None`` to keep a matrix as it is, by shell patterns of names in
             memory, e.g. ``{"*.v_proj": QuantSpec(4, 64, True)}``; the last pattern that matches counts.
@@ -131,8 +131,8 @@ def quantize_together(
             for report in before:
                 watching.done(report)
             return before[0] if before else None
-        portion = ranks.lead(partial(_make_ready, plan, budget, ranks.size, key, out, held, watching))
-        job = replace(plan.job(), ranks=ranks, micro_batch=portion)
+        micro_batch = ranks.lead(partial(_make_ready, plan, budget, ranks.size, key, out, held, watching))
+        job = replace(plan.job(), ranks=ranks, micro_batch=micro_batch)
         journal = _train(plan, job, work, key, watching)
         ranks.leave()
         if ranks.rank > 0:
@@ -173,24 +173,26 @@ def _make_ready(
     held: ExitStack,
     watching: Observer,
 ) -> int | None:
-    """Hold the working directory and make it ready for the next block; returns the portion that keeps to the budget."""
+    """Lock the working directory and make it ready for the next block; returns the micro-batch of the budget."""
     work = _work_of(out)
     require_unused(out)
     held.enter_context(lock_directory(work))
     journal = open_journal(work, key)
     begun = journal.shape is not None
     with nullcontext() if begun else _leaving_nothing(journal):
-        portion = portion_within(plan, budget, ranks, begun=begun) if budget is not None and budget.given else None
-        if portion is not None:
+        micro_batch = (
+            micro_batch_within(plan, budget, ranks, begun=begun) if budget is not None and budget.given else None
+        )
+        if micro_batch is not None:
             watching.stage(
-                f"Samples of a batch go through a block {portion} at a time, to keep to the budget of memory"
+                f"Samples of a batch go through a block {micro_batch} at a time, to keep to the budget of memory"
             )
         if begun:
             journal.verify()
         else:
             with named("in making the samples and their way to the first block"):
                 _start(plan, journal, out, watching, ranks)
-    return portion
+    return micro_batch
 
 
 @contextmanager

@@ -224,7 +224,7 @@ def test_a_run_out_of_memory_goes_on_with_less_at_once_and_says_so(
     assert failures == [8, 4]
     done = report.blocks[0]["phases"] if report.finish is None else [report.finish]
     assert [event.split(";")[-1] for phase in done for event in phase["events"]] == [
-        f" went on with {portion}, which changes the result by rounding alone" for portion in (4, 2)
+        f" went on with {micro_batch}, which changes the result by rounding alone" for micro_batch in (4, 2)
     ]
     require_alike(tmp_path / "out", tmp_path / "one")
 

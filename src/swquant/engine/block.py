@@ -28,7 +28,7 @@ from swquant.model.calls import Calls
 from swquant.model.layout import Layout
 from swquant.model.skeleton import Skeleton
 from swquant.phases.base import Phase, PhaseReport, Problem
-from swquant.phases.portion import Portion, named
+from swquant.phases.micro_batch import MicroBatch, named
 from swquant.phases.rounds import snapshot
 from swquant.quant.draft import Committed, Draft, commit, open_draft
 from swquant.report import BlockReport, Measured
@@ -138,7 +138,7 @@ def quantize_block(job: Job, journal: Journal, calls: Calls, observer: Observer)
     with named(f"in measuring and saving block {index}"):
         ranks.lead(finish)
     release()
-    return problem.portion.samples
+    return problem.micro_batch.samples
 
 
 def load_block(job: Job, index: int) -> dict[str, Tensor]:
@@ -221,7 +221,7 @@ def pose(
         device=job.device,
         step=step,
         ranks=job.ranks,
-        portion=Portion(job.micro_batch),
+        micro_batch=MicroBatch(job.micro_batch),
         keep=keep,
     )
 

@@ -49,8 +49,8 @@ from swquant.errors import SwquantError
 from swquant.learnables.base import Theta
 from swquant.model.calls import Calls, Front, capture
 from swquant.phases.base import PhaseReport
+from swquant.phases.micro_batch import MicroBatch, together
 from swquant.phases.optimizers import Optimizer, trainable
-from swquant.phases.portion import Portion, together
 from swquant.phases.rounds import Trail, keep_best
 from swquant.phases.scale_training import ScaleTraining
 from swquant.seeds import generator
@@ -115,7 +115,7 @@ class _Stage:
         self.reference = self.journal.open_streams()[0]
         self.heads = Heads.load(self.front, self.job.checkpoint)
         self.train, self.held = split_held(self.job.samples)
-        self.portion = Portion(self.job.micro_batch)
+        self.micro_batch = MicroBatch(self.job.micro_batch)
         self.notes = list[str]()
 
     def run(self) -> dict[str, Any]:
@@ -186,12 +186,12 @@ class _Stage:
         def note(event: str) -> None:
             self.notes.append(f"step {step + 1}: {event}")
 
-        return self.portion.fit(attempt, len(samples), ranks, note)
+        return self.micro_batch.fit(attempt, len(samples), ranks, note)
 
     def _pull(self, samples: Tensor) -> Tensor:
-        """Add this rank's share of the gradient, a portion at a time; returns its share of the loss."""
+        """Add this rank's share of the gradient, a micro-batch at a time; returns its share of the loss."""
         total = torch.zeros(())
-        for part in self.portion.cut(samples[own_rows(self.job.ranks, len(samples))]):
+        for part in self.micro_batch.cut(samples[own_rows(self.job.ranks, len(samples))]):
             share = len(part) / len(samples)
             states = self.model.forward(self.inputs[part].to(self.job.device), part)
             loss, slope = self.heads.gradient(self.reference[part].to(self.job.device), states.pop())
@@ -206,14 +206,14 @@ class _Stage:
         ranks, size = self.job.ranks, self.work.batch_size
         own = own_turns(ranks, torch.tensor(self.held).split(size))
         attempt = partial(together, ranks, partial(self._divergence, own))
-        total = self.portion.fit(attempt, size * ranks.size, ranks, self.notes.append)
+        total = self.micro_batch.fit(attempt, size * ranks.size, ranks, self.notes.append)
         ranks.sum([total])
         return float(total) / len(self.held)
 
     def _divergence(self, batches: Sequence[Tensor]) -> Tensor:
-        """Sum over the samples of ``batches``, a portion at a time, float64."""
+        """Sum over the samples of ``batches``, a micro-batch at a time, float64."""
         total = torch.zeros((), dtype=torch.float64)
-        for part in (part for samples in batches for part in self.portion.cut(samples)):
+        for part in (part for samples in batches for part in self.micro_batch.cut(samples)):
             hidden = self.model.forward(self.inputs[part].to(self.job.device), part, keep=False)[-1]
             reference = self.reference[part].to(self.job.device)
             total += float(self.heads.divergence(reference, hidden)) * len(part)

@@ -12,7 +12,7 @@ from torch import Tensor
 from swquant.distributed.ranks import Alone, Ranks
 from swquant.learnables.base import BlockFacts, Theta
 from swquant.losses.base import Loss
-from swquant.phases.portion import Portion
+from swquant.phases.micro_batch import MicroBatch
 from swquant.phases.rounds import snapshot
 from swquant.quant.draft import Draft
 
@@ -38,7 +38,7 @@ class Problem:
         device: Where to compute.
         step: Called with (steps done, steps in all) of the phase.
         ranks: The processes that work on the block together; ``inputs`` and targets are the same for all of them.
-        portion: How much of a batch a rank takes at once.
+        micro_batch: How much of a batch a rank takes at once.
         keep: Copies a state that training may come back to, e.g. to where it takes no room on the device.
     """
 
@@ -55,7 +55,7 @@ class Problem:
     device: torch.device
     step: Callable[[int, int], None]
     ranks: Ranks = field(default_factory=Alone)
-    portion: Portion = field(default_factory=Portion)
+    micro_batch: MicroBatch = field(default_factory=MicroBatch)
     keep: Callable[[list[Theta]], list[Theta]] = snapshot
 
 

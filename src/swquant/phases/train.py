@@ -15,10 +15,10 @@ from swquant.learnables.base import Learnable, Theta
 from swquant.losses.base import Loss
 from swquant.losses.mse import Mse
 from swquant.phases.base import PhaseReport, Problem
+from swquant.phases.micro_batch import together
 from swquant.phases.objective import Objective
 from swquant.phases.optimizers import Optimizer, trainable
 from swquant.phases.passes import pull
-from swquant.phases.portion import together
 from swquant.phases.rounds import RETRIES, Trail, keep_best, run_round
 from swquant.quant.draft import Draft, detach, realize
 
@@ -149,7 +149,7 @@ class Training:
         def note(event: str) -> None:
             self.notes.append(f"step {step + 1}: {event}")
 
-        return problem.portion.fit(attempt, len(samples), problem.ranks, note)
+        return problem.micro_batch.fit(attempt, len(samples), problem.ranks, note)
 
     @torch.no_grad()
     def settle(self) -> None:
