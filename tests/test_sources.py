@@ -178,12 +178,13 @@ def test_an_fp8_model_is_measured_and_is_a_reference(fp8: Path, plain: Path, tex
 
 
 @pytest.fixture(scope="module")
-def packed(llama: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def packed(make_model: Callable[..., Path], text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """In float32, where reading weights into the model's dtype rounds none of them."""
     out = tmp_path_factory.mktemp("packed") / "top" / "inner"
     out.parent.mkdir()
     quantize(
         Recipe(method="rtn", bits=4, group_size=32, samples=2, seq_len=16, device="cpu", calibration=str(text)),
-        llama,
+        make_model("llama"),
         out,
     )
     return out

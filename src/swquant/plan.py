@@ -169,8 +169,8 @@ def make_plan(
     formats: tuple[Format, ...] = tuple(registry.load("swquant.formats", name)() for name in names)
     preset = PRESETS[recipe.preset]
     steps = parse_methods(recipe.method, recipe.options, recipe.epochs)
-    disk = open_source(source, options)
-    model = open_model(disk)
+    model = open_model(open_source(source, options))
+    disk = model.checkpoint.inner
     hidden_size = probe(model.skeleton)
     pipeline = build_pipeline(steps, Setting(spec, _norm_biases(model.skeleton), preset.effort))
     if loss is not None and not any(part.trained for part in pipeline.parts if part.work in pipeline.phases):
@@ -198,7 +198,7 @@ def make_plan(
     )
     return Plan(
         resolved,
-        disk,
+        model.checkpoint.inner,
         checkpoint,
         skeleton,
         layout,

@@ -643,7 +643,7 @@ class TestParts:
 
 def test_eight_bit_floats_are_read_where_quantized_files_are(lay_out: Make) -> None:
     codes = torch.arange(120, dtype=torch.uint8)
-    shard = {"a": codes.view(torch.float8_e4m3fn), "b": codes.view(torch.float8_e5m2), "c": torch.ones(2)}
+    shard = {"a": codes.view(torch.float8_e4m3fn), "b": codes.clone().view(torch.float8_e5m2), "c": torch.ones(2)}
     directory = lay_out(shard)
     checkpoint = open_checkpoint(directory, quantized=True)
     assert torch.equal(checkpoint.read("a").view(torch.uint8), codes)

@@ -14,14 +14,17 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from swquant import registry
 from swquant.checkpoint.reader import open_checkpoint
-from swquant.checkpoint.rotation import RotatedCheckpoint, Source, rotate, stored
-from swquant.engine.capture import capture
+from swquant.checkpoint.rotation import RotatedCheckpoint, rotate
+from swquant.checkpoint.source import Source, stored
 from swquant.engine.head import measure
-from swquant.engine.skeleton import Skeleton, build_skeleton
 from swquant.errors import SwquantError
 from swquant.evaluation.perplexity import window_nll
 from swquant.families import Family, family_for
 from swquant.families.base import NormLinears
+from swquant.model.calls import Calls, Front, capture
+from swquant.model.opening import open_model
+from swquant.model.skeleton import Skeleton
+from swquant.plan import _rotated
 
 MakeModel = Callable[..., Path]
 FAMILIES: tuple[Family, ...] = tuple(
@@ -39,9 +42,15 @@ def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("swquant.checkpoint.rotation.CHUNK_ROWS", 100)
 
 
+def opened(directory: Path, seed: int = 0) -> tuple[RotatedCheckpoint, Skeleton]:
+    """The rotated view and the skeleton that belongs to it, as a run has them."""
+    view, skeleton = _rotated(open_model(open_checkpoint(directory)), seed)
+    assert isinstance(view, RotatedCheckpoint)
+    return view, skeleton
+
+
 def view_of(directory: Path, seed: int = 0) -> RotatedCheckpoint:
-    checkpoint = open_checkpoint(directory)
-    return rotate(checkpoint, family_for(checkpoint.config), seed)
+    return opened(directory, seed)[0]
 
 
 def words(samples: int = 2, length: int = 24) -> Tensor:
@@ -71,23 +80,16 @@ def original(directory: Path) -> Any:
 
 
 @torch.no_grad()
-def streams(source: Source) -> tuple[Skeleton, list[Tensor], Tensor]:
+def streams(source: Source, skeleton: Skeleton) -> tuple[Front, list[Tensor], Tensor]:
     """Hidden states before and after each block, and before block 0 by the stored embedding."""
-    skeleton = build_skeleton(source)
-    start: list[Tensor] = []
-    kept: list[Tensor] = []
-    arguments = capture(
-        skeleton,
-        source,
-        words(),
-        lambda _, hidden: start.append(hidden.clone()),
-        lambda _, hidden: kept.append(hidden.clone()),
-    )
-    hidden = [torch.stack(start)]
+    front = Front.load(skeleton, source, torch.device("cpu"))
+    calls = Calls.prepare(front, source, words())
+    start, kept = (torch.stack(list(capture(front, source, words(), stored=stored))) for stored in (False, True))
+    hidden = [start]
     for index, block in enumerate(skeleton.blocks):
-        params = {name: value.float() for name, value in block.load(source).items()}
-        hidden.append(block.forward(params, hidden[-1], arguments[index]))
-    return skeleton, hidden, torch.stack(kept)
+        params = {name: source.read(f"{block.prefix}.{name}").float() for name in block.names()}
+        hidden.append(block.forward(params, hidden[-1], calls.of(index, torch.arange(len(start)))))
+    return front, hidden, kept
 
 
 @pytest.mark.parametrize(("family", "settings"), CASES)
@@ -105,9 +107,10 @@ def test_the_hidden_states_are_the_originals_times_the_rotation(
     make_model: MakeModel, family: str, settings: dict[str, Any]
 ) -> None:
     directory = make_model(family, 3, **settings)
-    view = view_of(directory)
-    _, expected, _ = streams(view.inner)
-    skeleton, found, kept = streams(view)
+    view, skeleton = opened(directory)
+    model = open_model(open_checkpoint(directory))
+    _, expected, _ = streams(model.checkpoint, model.skeleton)
+    _, found, kept = streams(view, skeleton)
     assert not skeleton.tied
     for ours, theirs in zip(found, expected, strict=True):
         scale = float(theirs.abs().max())
@@ -118,14 +121,14 @@ def test_the_hidden_states_are_the_originals_times_the_rotation(
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_half_precision_model_starts_and_ends_with_what_is_stored(make_model: MakeModel, tied: bool) -> None:
     directory = make_model("llama", 2, torch.bfloat16, tie_word_embeddings=tied)
-    view = view_of(directory)
-    skeleton, hidden, kept = streams(view)
+    view, skeleton = opened(directory)
+    front, hidden, kept = streams(view, skeleton)
     model = original(directory)
     outside = {name: stored(view, name) for name in view.tensors if ".layers." not in name}
     assert {value.dtype for value in outside.values()} == {torch.bfloat16}
     assert not torch.equal(kept, hidden[0])
     assert torch.equal(kept, outside["model.embed_tokens.weight"].float()[words()])
-    quality = measure(skeleton, view, (hidden[-1], hidden[-1]), words(), torch.device("cpu"))
+    quality = measure(front, view, (hidden[-1], hidden[-1]), words())
     normed = torch.nn.functional.rms_norm(hidden[-1], hidden[-1].shape[-1:], eps=model.config.rms_norm_eps)
     by_stored_head = normed @ outside["lm_head.weight"].float().T
     assert quality.perplexity_reference == pytest.approx(perplexity(logits_of(model)), rel=1e-6)
@@ -169,8 +172,8 @@ def test_seeds_give_different_weights_and_fingerprints_and_the_same_logits(make_
 
 
 def test_an_outlier_channel_is_spread(make_model: MakeModel) -> None:
-    view = view_of(make_model("llama", 1))
-    _, hidden, _ = streams(view)
+    view, skeleton = opened(make_model("llama", 1))
+    _, hidden, _ = streams(view, skeleton)
     plain = hidden[0].double() @ view.stream.T
     plain[..., 5] += 30
     assert float((plain @ view.stream).abs().max()) < 0.2 * float(plain.abs().max())
@@ -207,7 +210,7 @@ def test_a_number_of_heads_that_does_not_fit_is_named(make_model: MakeModel, hea
     checkpoint = open_checkpoint(make_model("llama", 1))
     broken = replace(checkpoint, config={**checkpoint.config, "num_attention_heads": heads})
     with pytest.raises(SwquantError, match=r"num_attention_heads to .*does not divide the 64 columns"):
-        rotate(broken, family_for(broken.config), 0)
+        rotate(broken, family_for(broken.config, "rotate"), False, 0)
 
 
 @pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.0.self_attn.o_proj.weight"])
@@ -215,10 +218,10 @@ def test_a_missing_or_flat_tensor_is_named(make_model: MakeModel, name: str) -> 
     checkpoint = open_checkpoint(make_model("llama", 1))
     tensors = {key: value for key, value in checkpoint.tensors.items() if key != name}
     with pytest.raises(SwquantError, match=f"has no tensor '{name}'"):
-        rotate(replace(checkpoint, tensors=tensors), family_for(checkpoint.config), 0)
+        rotate(replace(checkpoint, tensors=tensors), family_for(checkpoint.config, "rotate"), False, 0)
     flat = {**checkpoint.tensors, name: checkpoint.tensors["model.norm.weight"]}
     with pytest.raises(SwquantError, match=rf"{name} in .* has the shape \[64\], expected a matrix"):
-        rotate(replace(checkpoint, tensors=flat), family_for(checkpoint.config), 0)
+        rotate(replace(checkpoint, tensors=flat), family_for(checkpoint.config, "rotate"), False, 0)
 
 
 def test_a_part_of_the_view_is_a_slice_of_what_is_read(make_model: MakeModel) -> None:

@@ -17,12 +17,13 @@ from click.testing import CliRunner
 import swquant.run
 from swquant.checkpoint.reader import Checkpoint
 from swquant.cli import app
+from swquant.engine.block import Cached, stored_dtypes
 from swquant.engine.observer import Silent
 from swquant.errors import SwquantError
 from swquant.estimate import estimate, shape_of
 from swquant.estimate.live import Live, without_values
 from swquant.estimate.memory import memory_of
-from swquant.estimate.rig import Rig, arguments
+from swquant.estimate.rig import Rig, bind
 from swquant.plan import make_plan
 from swquant.quant.deferred import in_float
 from swquant.recipe import Recipe
@@ -82,15 +83,15 @@ def test_tensors_without_values_take_what_tensors_with_values_take(llama: Path, 
     plan = make_plan(replace(RECIPE, method=method, seq_len=32), llama)
     shape = shape_of(plan)
     (phase,) = plan.pipeline.phases[:1]
-    dtypes = plan.skeleton.block(0).stored_dtypes(plan.checkpoint)
-    kwargs = arguments(plan.skeleton, shape[1])
+    dtypes = stored_dtypes(plan.job(), 0)
+    bound = bind(plan, 0, shape[1], torch.device("cpu"), range(1, shape[0] + 1))
     peaks: list[int] = []
     for mode in (without_values(), Live()):
         with mode as live:
-            own = plan.skeleton.block(0).module.named_parameters()
-            params = {name: torch.ones(value.shape, dtype=dtypes[name]) for name, value in own}
-            streams = (torch.ones(shape), torch.ones(shape), torch.ones(shape))
-            rig = Rig(plan, kwargs, params, streams, torch.device("cpu"))
+            own = bound.block.module.state_dict()
+            params = {name: torch.ones(value.shape, dtype=dtypes[name]) for name, value in own.items()}
+            cached = Cached(*(torch.ones(shape) for _ in range(3)), torch.empty(0), torch.ones(shape))
+            rig = Rig(plan, replace(bound, calls=bound.calls.copied()), params, cached)
             rig.advance(in_float(params))
             phase.run(rig.draft(), rig.problem(phase, [0, 1], [2]))
             peaks.append(live.peak)

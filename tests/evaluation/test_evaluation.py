@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from swquant import Recipe, SwquantError, evaluate, quantize, registry
 from swquant.evaluation import What, measure
@@ -154,7 +154,7 @@ def test_memory_that_runs_out_while_loading_is_not_taken_for_a_broken_model(
     def full(*_: object, **__: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", full)
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", full)
     monkeypatch.setattr("swquant.evaluation.models.whole_model", full)
     for model in (llama, quantized):
         with pytest.raises(MemoryError):

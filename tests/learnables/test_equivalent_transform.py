@@ -14,15 +14,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from block_facts import facts_of
 from swquant import registry
 from swquant.checkpoint.reader import open_checkpoint
-from swquant.engine.capture import capture
-from swquant.engine.skeleton import Block, build_skeleton
+from swquant.families import family_for
 from swquant.families.base import Equivalence, Family, QueryKey
 from swquant.families.llama import LLAMA
 from swquant.learnables.base import BlockFacts, ChannelRange, Theta
 from swquant.learnables.equivalent_transform import EquivalentTransform
 from swquant.learnables.moves import move, source_of
+from swquant.model.calls import Calls, Front
+from swquant.model.opening import open_model
+from swquant.model.skeleton import Block, Call
 from swquant.quant.draft import Draft, open_draft
 from swquant.quant.spec import QuantSpec
 
@@ -53,16 +56,17 @@ class Case:
     block: Block
     params: Mapping[str, Tensor]
     hidden: Tensor
-    kwargs: Mapping[str, Any]
+    call: Call
+    family: Family
     facts: BlockFacts
 
     def draft(self) -> Draft:
-        weights = tuple(f"{linear}.weight" for linear in self.facts.family.linears)
+        weights = tuple(f"{linear}.weight" for linear in self.family.linears)
         return open_draft(self.params, weights, QuantSpec(4, 32, symmetric=False))
 
     @torch.no_grad()
     def output(self, params: Mapping[str, Tensor]) -> Tensor:
-        return self.block.forward(params, self.hidden, self.kwargs)
+        return self.block.forward(params, self.hidden, self.call)
 
 
 def doubled(value: Any) -> Any:
@@ -84,15 +88,18 @@ def ranges(params: Mapping[str, Tensor], linears: Sequence[str]) -> dict[str, Ch
 @pytest.fixture(scope="module")
 def case(request: pytest.FixtureRequest, make_model: MakeModel) -> Case:
     family, config = CASES[request.param]
-    checkpoint = open_checkpoint(make_model(family, 2, **config))
-    skeleton = build_skeleton(checkpoint)
-    tokens = torch.randint(2, 320, (1, 24), generator=torch.Generator().manual_seed(3))
-    arguments = capture(skeleton, checkpoint, tokens)
-    params = {name: value.double() for name, value in skeleton.block(1).load(checkpoint).items()}
-    facts = BlockFacts(skeleton.family, skeleton.heads, skeleton.key_value_heads, partial(ranges, params))
+    model = open_model(open_checkpoint(make_model(family, 2, **config)))
+    block, settings = model.skeleton.block(1), model.skeleton.text_config
+    tokens = torch.randint(2, 320, (3, 24), generator=torch.Generator().manual_seed(3))
+    calls = Calls.prepare(Front.load(model.skeleton, model.checkpoint, torch.device("cpu")), model.checkpoint, tokens)
+    call = calls.of(1, torch.arange(3))
+    params = {name: model.checkpoint.read(f"{block.prefix}.{name}").double() for name in block.names()}
+    declared = family_for(model.checkpoint.config, "this test")
+    heads = settings.num_attention_heads
+    facts = facts_of(declared, heads, getattr(settings, "num_key_value_heads", heads), partial(ranges, params))
     hidden = torch.randn(3, 24, 64, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    kwargs = {name: doubled(value) for name, value in arguments[1].items()}
-    return Case(skeleton.block(1), params, hidden, kwargs, facts)
+    call = Call(doubled(call.args), {name: doubled(value) for name, value in call.kwargs.items()}, call.name)
+    return Case(block, params, hidden, call, declared, facts)
 
 
 def every_case(test: Any) -> Any:
@@ -140,9 +147,9 @@ def test_every_parameter_between_which_something_moves_is_another(case: Case) ->
     same = {name for name, value in moved.params.items() if torch.equal(value, case.params[name])}
     untouched = {"mlp.down_proj.weight", "mlp.down_proj.bias", "fc2.weight", "fc2.bias"}
     untouched |= {"self_attn.q_norm.weight", "self_attn.k_norm.weight"}
-    unshifted = {f"{linear}.bias" for linear in case.facts.family.linears} if case.facts.family.name != "opt" else set()
+    unshifted = {f"{linear}.bias" for linear in case.family.linears} if case.family.name != "opt" else set()
     assert same <= untouched | unshifted
-    assert not {f"{linear}.weight" for linear in case.facts.family.linears} & same - untouched
+    assert not {f"{linear}.weight" for linear in case.family.linears} & same - untouched
 
 
 @pytest.mark.parametrize(("case", "shifts"), [(name, SHIFTS.get(name, set())) for name in CASES], indirect=["case"])
@@ -169,7 +176,7 @@ def test_the_initial_transform_is_one_too_and_projecting_keeps_it(case: Case) ->
 def test_each_declared_pair_holds_alone(case: Case) -> None:
     heads = case.facts.key_value_heads
     draws = torch.Generator().manual_seed(2)
-    for pair in case.facts.family.equivalences:
+    for pair in case.facts.equivalences():
         source = source_of(pair)
         shape: tuple[int, ...] = (case.params[f"{source}.weight"].shape[0],)
         if isinstance(pair, QueryKey):
@@ -205,7 +212,7 @@ def with_query_key(family: Family) -> Family:
     indirect=["case"],
 )
 def test_a_pair_that_does_not_hold_would_be_seen(case: Case, wrong: Callable[[Family], Family]) -> None:
-    facts = replace(case.facts, family=wrong(case.facts.family))
+    facts = replace(case.facts, equivalences=lambda: wrong(case.family).equivalences)
     learnable, draft = EquivalentTransform(), case.draft()
     moved = learnable.apply(shaken(learnable.init(draft, facts), 1), draft, facts)
     assert largest_gap(case, moved.params) > DIFFERENT

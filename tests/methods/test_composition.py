@@ -5,14 +5,12 @@ from __future__ import annotations
 import pytest
 
 from swquant import SwquantError, registry
-from swquant.families.llama import LLAMA
-from swquant.families.opt import OPT
 from swquant.learnables.equivalent_transform import EquivalentTransform
 from swquant.methods import Setting, build_pipeline, parse_methods
 from swquant.phases.train import Train
 from swquant.quant.spec import QuantSpec
 
-SETTING = Setting(QuantSpec(2, 64, True), LLAMA, 1.0)
+SETTING = Setting(QuantSpec(2, 64, True), False, 1.0)
 
 
 def test_what_is_listed_as_a_method_is_one() -> None:
@@ -143,11 +141,11 @@ def test_round_to_nearest_has_no_parts() -> None:
     assert build_pipeline(parse_methods("rtn"), SETTING).parts == ()
 
 
-@pytest.mark.parametrize(("family", "transforms"), [(LLAMA, False), (OPT, True)])
-def test_defaults_depend_on_the_family(family, transforms: bool) -> None:
-    (phase,) = build_pipeline(parse_methods("omniquant"), Setting(SETTING.spec, family, 0.5)).phases
+@pytest.mark.parametrize("norm_biases", [False, True])
+def test_defaults_depend_on_the_norms(norm_biases: bool) -> None:
+    (phase,) = build_pipeline(parse_methods("omniquant"), Setting(SETTING.spec, norm_biases, 0.5)).phases
     assert isinstance(phase, Train)
-    assert any(isinstance(part, EquivalentTransform) for part in phase.learnables) is transforms
+    assert any(isinstance(part, EquivalentTransform) for part in phase.learnables) is norm_biases
     assert phase.epochs == 20
     assert phase.augmented
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -71,8 +71,8 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[KTensor]:
     weights: list[KTensor] = []
     block = Journal.block
 
-    def watched(self: Journal, index: int, spec: QuantSpec):
-        committed = block(self, index, spec)
+    def watched(self: Journal, index: int, grids: Mapping[str, QuantSpec]):
+        committed = block(self, index, grids)
         weights[:] = [value for value in committed.quantized.values() if isinstance(value, KTensor)]
         return committed
 
@@ -233,7 +233,7 @@ def test_late_grids_see_the_weights_as_they_are_when_their_turn_comes(grid: str,
 @pytest.mark.parametrize("grid", K_GRIDS)
 def test_block_ap_starts_where_the_draft_is_and_ends_where_files_can_be(grid: str) -> None:
     draft = open_draft({"w": random_weight(2)}, ("w",), QuantSpec.named(grid))
-    facts = BlockFacts(None, 1, 1, lambda linears: {})  # pyright: ignore[reportArgumentType]
+    facts = BlockFacts((), lambda: (), 1, 1, lambda linears: {})
     parts = (Weights(0.0), KGridParams(1e-3, 1e-2))
     thetas = [part.init(draft, facts) for part in parts]
     moved = draft

@@ -183,8 +183,8 @@ def rotate(inner: Source, family: Family, tied: bool, seed: int) -> RotatedCheck
     """
     if not family.writers:
         raise SwquantError(
-            f"models of the family {family.name} cannot be rotated: that takes norms that neither subtract a mean "
-            "nor add a bias; leave the rotation out"
+            f"models of the family {family.name} cannot be rotated: that takes RMS norms before the "
+            "blocks' linears alone, and hints about what they feed; leave the rotation out"
         )
     embedding, head = f"{family.embedding}.weight", f"{family.head}.weight"
     tensors = dict(inner.tensors)

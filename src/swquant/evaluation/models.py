@@ -98,7 +98,8 @@ def _method(config: Mapping[str, Any]) -> str | None:
 
 def _groups(config: Mapping[str, Any]) -> int:
     """How many groups of modules a compressed-tensors ``quantization_config`` has."""
-    groups = config[QUANTIZATION_CONFIG].get("config_groups")
+    settings = config.get(QUANTIZATION_CONFIG)
+    groups = settings.get("config_groups") if isinstance(settings, dict) else None
     return len(groups) if isinstance(groups, dict) else 0
 
 

@@ -74,6 +74,8 @@ class Family:
         requires: Settings in ``config.json`` without which the declaration does not hold.
         base_architectures: Those of models saved without their head, which suffices where the head is the embedding;
             the output is the first of ``architectures``.
+        norms: Norms of a block that are in none of its ``equivalences``.
+        norm_offset: What every norm adds to its weight before it multiplies: 1 in Gemma, else 0.
     """
 
     name: str
@@ -88,6 +90,8 @@ class Family:
     norm_biases: bool = False
     requires: Mapping[str, object] = field(default_factory=dict[str, object])
     base_architectures: tuple[str, ...] = ()
+    norms: tuple[str, ...] = ()
+    norm_offset: float = 0.0
 
 
 GATED_LINEARS = (
@@ -107,4 +111,6 @@ INPUT_NORM = NormLinears("input_layernorm", GATED_LINEARS[:3])
 MLP_NORM = NormLinears("post_attention_layernorm", GATED_LINEARS[4:6])
 ROTARY_QUERY_KEY = QueryKey("self_attn.q_proj", "self_attn.k_proj", rotary=True)
 VALUE_OUTPUT = ValueOutput("self_attn.v_proj", "self_attn.o_proj")
+SANDWICH_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
+"""Gemma's norms of what attention and MLP add to the residual stream."""
 UP_DOWN = UpDown("mlp.up_proj", "mlp.down_proj")

@@ -208,8 +208,8 @@ def _specs_of(directory: Path, settings: Mapping[str, Any]) -> QuantSpec | Calla
             if module in targets or _exactly(module) in targets:
                 return spec
         raise SwquantError(
-            f"{directory} says nothing of the grid of {module:.200}; swquant reads groups that name each of "
-            "their modules"
+            f"{directory} says nothing of the grid of {module:.200}; swquant reads groups that name their modules one "
+            "by one"
         )
 
     return of

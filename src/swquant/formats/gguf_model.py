@@ -16,13 +16,20 @@ from transformers import AutoConfig
 from swquant.errors import SwquantError, reason_of
 from swquant.families import Family, family_for
 from swquant.families.base import NormLinears
+from swquant.formats.gguf_architectures import (
+    ARCHITECTURES,
+    FULL,
+    SLIDING,
+    Architecture,
+    Fields,
+    fields_of,
+    number,
+    require_known,
+    unknown,
+)
 from swquant.quant.ktensor import KTensor
 from swquant.quant.qtensor import QTensor
 
-_ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-"""llama.cpp's architectures by family."""
-
-_LARGEST_NUMBER = 2.0**31
 _LARGEST = {
     "hidden_size": 1 << 20,
     "num_attention_heads": 1 << 16,
@@ -68,19 +75,21 @@ class Model:
     """What llama.cpp has to know of a model beside its tensors and its tokenizer.
 
     Attributes:
-        architecture: llama.cpp's name of it.
+        architecture: What llama.cpp knows of its family.
         family: Ours.
         settings: ``config.json`` with every default filled in.
         head_dim: Width of an attention head.
         rope: Its rotary positions.
+        fields: Metadata that this architecture has beside those of all, by keys without its name.
         notes: Where llama.cpp computes something else.
     """
 
-    architecture: str
+    architecture: Architecture
     family: Family
     settings: Mapping[str, Any]
     head_dim: int
     rope: Rope
+    fields: Fields
     notes: tuple[str, ...]
 
     @property
@@ -91,23 +100,27 @@ class Model:
     def modules(self) -> list[str]:
         """Every module that may have tensors."""
         norms = [pair.norm for pair in self.family.equivalences if isinstance(pair, NormLinears)]
-        inside = [*norms, *_HEAD_NORMS, *self.family.linears]
+        inside = dict.fromkeys([*norms, *self.family.norms, *_HEAD_NORMS, *self.family.linears])
         blocks = [f"{self.family.blocks}.{index}.{name}" for index in range(self.blocks) for name in inside]
         return [self.family.embedding, *self.family.tail, self.family.head, *blocks]
 
     def row_order(self, module: str) -> Tensor | None:
         """Which row of a module's tensors each row of the file's is, ``int64 [out]``; ``None`` if they are in order.
 
-        Rotary positions of llama.cpp's ``llama`` turn neighbours, those of transformers a head's two halves: rows of
-        the query and the key projection take turns, ``0, d/2, 1, d/2 + 1, ...`` in each head of ``d``.
+        Rotary positions of llama.cpp's ``llama`` and its like turn neighbours, those of transformers a head's two
+        halves: rows of the query and the key projection take turns, ``0, d/2, 1, d/2 + 1, ...`` in each head of ``d``.
         """
         heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
         kind = module.rpartition(".")[2]
-        if self.architecture != "llama" or kind not in heads:
+        if not self.architecture.turns or kind not in heads:
             return None
         count = int(self.settings[heads[kind]])
         rows = torch.arange(count * self.head_dim)
         return rows.view(count, 2, self.head_dim // 2).transpose(1, 2).reshape(-1)
+
+    def offset(self, module: str) -> float:
+        """What the file's weight has more than a module's: norms that add 1 to theirs are stored with it."""
+        return self.family.norm_offset if module.endswith("norm") else 0.0
 
 
 def describe_model(config: Mapping[str, Any]) -> Model:
@@ -120,29 +133,24 @@ def describe_model(config: Mapping[str, Any]) -> Model:
         SwquantError: llama.cpp has no such model.
     """
     family = family_for(config, "the format gguf")
-    if family.name not in _ARCHITECTURES:
+    architecture = ARCHITECTURES.get(family.name)
+    if architecture is None:
         raise SwquantError(
             f"llama.cpp has no architecture for the family {family.name}, expected one of "
-            f"{', '.join(_ARCHITECTURES)}: choose another format"
+            f"{', '.join(ARCHITECTURES)}: choose another format"
         )
     settings = _with_defaults(config)
     for name, most in _LARGEST.items():
         value = settings.get(name)
         if value is not None and not 0 < value <= most:
-            raise _unknown(name, value, f"1 to {most}")
+            raise unknown(name, value, f"1 to {most}")
     hidden, heads = int(settings["hidden_size"]), int(settings["num_attention_heads"])
     head_dim = int(settings.get("head_dim") or hidden // heads)
-    architecture = _ARCHITECTURES[family.name]
-    if not 0 < float(settings["rms_norm_eps"]) < 1:
-        raise _unknown("rms_norm_eps", settings["rms_norm_eps"], "a number from 0 to 1")
-    if settings.get("hidden_act") != "silu":
-        raise _unknown("hidden_act", settings.get("hidden_act"), "silu")
-    if architecture == "qwen2" and heads * head_dim != hidden:
-        raise _unknown("head_dim", head_dim, f"{hidden // heads} in a Qwen2")
-    if architecture == "qwen3" and settings.get("attention_bias"):
-        raise _unknown("attention_bias", True, "false in a Qwen3")
+    require_known(architecture, settings, head_dim)
     rope = _rope(settings, head_dim, architecture)
-    return Model(architecture, family, settings, head_dim, rope, _notes(settings))
+    fields = fields_of(architecture, settings)
+    notes = () if architecture.slides else _notes(settings)
+    return Model(architecture, family, settings, head_dim, rope, fields, notes)
 
 
 def reorder(weight: QTensor | KTensor, order: Tensor | None) -> QTensor | KTensor:
@@ -174,33 +182,42 @@ def _notes(settings: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _rope(settings: Mapping[str, Any], head_dim: int, architecture: str) -> Rope:
+def _rope(settings: Mapping[str, Any], head_dim: int, architecture: Architecture) -> Rope:
     """Read ``rope_parameters``, in whichever of transformers' forms."""
     given: Any = settings.get("rope_parameters") or {}
+    if architecture.slides and isinstance(given, dict) and FULL in given:
+        given = _global_rope(given, architecture)
     if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
-        raise _unknown("rope_parameters", given, "one set of parameters for all layers")
+        raise unknown("rope_parameters", given, "one set of parameters for all layers")
     if float(given.get("partial_rotary_factor") or 1) != 1:
-        raise _unknown("partial_rotary_factor", given["partial_rotary_factor"], 1)
+        raise unknown("partial_rotary_factor", given["partial_rotary_factor"], 1)
     base = _number({"rope_theta": given.get("rope_theta") or settings.get("rope_theta") or 10000.0}, "rope_theta")
     kind = given.get("rope_type") or given.get("type") or "default"
-    if kind == "default":
-        return Rope(base)
+    if kind not in architecture.scalings:
+        raise unknown("rope_type", kind, f"one of {', '.join(architecture.scalings)} in a {architecture.name}")
     if kind == "linear":
         return Rope(base, "linear", _number(given, "factor"))
     if kind == "yarn":
         return _yarn(given, base)
-    if kind == "llama3" and architecture == "llama":
-        return Rope(base, divisors=_llama3(given, base, head_dim))
-    expected = "default, linear, yarn" + (" or llama3" if architecture == "llama" else f" in a {architecture}")
-    raise _unknown("rope_type", kind, expected)
+    return Rope(base, divisors=_llama3(given, base, head_dim)) if kind == "llama3" else Rope(base)
+
+
+def _global_rope(given: Mapping[str, Any], architecture: Architecture) -> Any:
+    """The parameters of layers that attend to the whole context; those with a window have no scaling."""
+    whole, local = given[FULL], given.get(SLIDING) or {}
+    if local.get("rope_type", "default") != "default":
+        raise unknown(f"rope_parameters.{SLIDING}.rope_type", local["rope_type"], "default")
+    if not architecture.local_base and local.get("rope_theta") != whole.get("rope_theta"):
+        raise unknown(f"rope_parameters.{SLIDING}.rope_theta", local.get("rope_theta"), whole.get("rope_theta"))
+    return whole
 
 
 def _yarn(given: Mapping[str, Any], base: float) -> Rope:
     for name in ("mscale", "mscale_all_dim"):
         if given.get(name):
-            raise _unknown(f"rope_parameters.{name}", given[name], "none")
+            raise unknown(f"rope_parameters.{name}", given[name], "none")
     if given.get("truncate") is False:
-        raise _unknown("rope_parameters.truncate", False, "true")
+        raise unknown("rope_parameters.truncate", False, "true")
     told = {"beta_fast": 32, "beta_slow": 1} | {name: value for name, value in given.items() if value}
     factor = _number(given, "factor")
     usual = 1 + 0.1 * math.log(factor) if factor > 1 else 1.0
@@ -224,21 +241,11 @@ def _llama3(given: Mapping[str, Any], base: float, head_dim: int) -> Tensor:
     factor, original = _number(given, "factor"), _number(given, "original_max_position_embeddings")
     low, high = _number(given, "low_freq_factor"), _number(given, "high_freq_factor")
     if not high > low:
-        raise _unknown("rope_parameters.high_freq_factor", high, f"more than low_freq_factor, {low}")
+        raise unknown("rope_parameters.high_freq_factor", high, f"more than low_freq_factor, {low}")
     frequencies = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     blend = ((original * frequencies / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
     return (1 / ((1 - blend) / factor + blend)).to(torch.float32)
 
 
 def _number(given: Mapping[str, Any], name: str) -> float:
-    value = given.get(name)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < _LARGEST_NUMBER:
-        raise _unknown(f"rope_parameters.{name}", value, "a positive number")
-    return float(value)
-
-
-def _unknown(name: str, value: object, expected: object) -> SwquantError:
-    return SwquantError(
-        f"config.json sets {name} to {value!r:.80}, which llama.cpp does not compute, expected {expected}: "
-        "choose another format"
-    )
+    return number(given, name, "rope_parameters.")

@@ -56,7 +56,9 @@ def read_gguf(directory: Path, config: Mapping[str, Any], decode: Decode) -> Qua
             if module in linears and full.endswith(".weight"):
                 yield {full: reorder(decode(module, {full: value}, spec), inverse)}
             else:
-                yield {full: _narrowed(value if inverse is None else value[inverse], dtype)}
+                rows = value if inverse is None else value[inverse]
+                offset = model.offset(module)
+                yield {full: _narrowed(rows - offset if offset else rows, dtype)}
 
     outline = Outline(directory, dict(config), dtype, linears, dict.fromkeys(linears, spec), (model.family.head,))
     return QuantizedModel(outline, parts, Checkpoint(directory, config, {}).sidecars())

@@ -28,6 +28,12 @@ _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _UNDERSCORE = "▁"
+_NO_SPACES = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
+"""Gemma's way of cutting text at spaces, of which its normalizer has left none."""
+_MISSING_BYTES = (
+    "the tokenizer has no tokens for %d of the 256 bytes: characters with these bytes are left out of a text, by "
+    "transformers as by llama.cpp, and the tokens next to them may differ"
+)
 
 
 @dataclass(frozen=True)
@@ -132,6 +138,8 @@ def _kind(directory: Path, parts: Mapping[str, Any]) -> _Kind:
         for flag in ("single_word", "lstrip", "rstrip"):
             if token[flag]:
                 raise _unknown(directory, f"sets {flag} for the token {token['content']!r:.40}")
+        if token["normalized"] and _is_spaces(token):
+            raise _unknown(directory, f"sets normalized for the token {token['content']!r:.40}")
     return _sentencepiece_kind(directory, parts) if model.get("byte_fallback") else _byte_level_kind(directory, parts)
 
 
@@ -143,13 +151,17 @@ def _byte_level_kind(directory: Path, parts: Mapping[str, Any]) -> _Kind:
     words = names.get(bool(model.get("ignore_merges")))
     if words is None:
         raise _unknown(directory, f"cuts text into words as {next(iter(names.values()))} with another ignore_merges")
-    missing = set(ByteLevel.alphabet()) - model["vocab"].keys()
-    if missing:
-        raise _unknown(directory, f"has no tokens for {len(missing)} of the 256 bytes")
     if normalizer not in (None, {"type": "NFC"}):
         raise _unknown(directory, f"normalizes text by {_shown(normalizer)}")
-    note = "llama.cpp does not bring text to Unicode's form NFC as this tokenizer does: give it text in that form"
-    return _Kind("gpt2", words, notes=(note,) if normalizer else ())
+    notes: list[str] = []
+    if normalizer:
+        notes.append(
+            "llama.cpp does not bring text to Unicode's form NFC as this tokenizer does: give it text in that form"
+        )
+    missing = set(ByteLevel.alphabet()) - model["vocab"].keys()
+    if missing:
+        notes.append(_MISSING_BYTES % len(missing))
+    return _Kind("gpt2", words, notes=tuple(notes))
 
 
 def _words_names(pre_tokenizer: Any) -> dict[bool, str] | None:
@@ -196,6 +208,8 @@ def _sentencepiece_kind(directory: Path, parts: Mapping[str, Any]) -> _Kind:
         raise _unknown(directory, "is a SentencePiece BPE with ignore_merges")
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": _UNDERSCORE}
     prepend = {"type": "Prepend", "prepend": _UNDERSCORE}
+    if normalizer == replace and words == _NO_SPACES:
+        words = None
     if words is None and normalizer == {"type": "Sequence", "normalizers": [prepend, replace]}:
         return _Kind("llama", "default", add_space=True)
     if words is None and normalizer in (replace, {"type": "Sequence", "normalizers": [replace]}):
@@ -237,7 +251,7 @@ def _tokens(
     bytes_ = {_byte(index) for index in range(256)} if model.get("byte_fallback") else set[str]()
 
     def kind(index: int) -> int:
-        if index in added:
+        if index in added and not _is_spaces(added[index]):
             return CONTROL if added[index]["special"] else USER_DEFINED
         if index not in by_id:
             return UNUSED
@@ -248,6 +262,15 @@ def _tokens(
     if unknown is not None:
         kinds[unknown] = UNKNOWN
     return tokens, tuple(kinds)
+
+
+def _is_spaces(token: Mapping[str, Any]) -> bool:
+    """Whether an added token stands for spaces alone, as some of Gemma's do.
+
+    These are found by merges after all, since text has no such letters before it is normalized. Written as added ones
+    llama.cpp would not turn them back into spaces.
+    """
+    return not token["special"] and set(token["content"]) == {_UNDERSCORE}
 
 
 def _byte(index: int) -> str:
@@ -279,7 +302,7 @@ def _scores(
         ranks.setdefault(made, len(ranks))
         previous = made
     listed, vocabulary = set(pairs), model["vocab"]
-    extra = {token["content"] for token in added.values()}
+    extra = {token["content"] for token in added.values() if not _is_spaces(token)}
     for token in vocabulary.keys() - extra:
         if len(token) > LONGEST_TOKEN:
             raise _unknown(directory, f"has a token of {len(token)} letters")

@@ -57,7 +57,7 @@ def tensor_names(model: Model) -> dict[str, str]:
     """llama.cpp's names of modules, by ours; those that its architecture has not are left out."""
     gguf = import_gguf()
     architectures = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
-    known = gguf.get_tensor_name_map(architectures[model.architecture], model.blocks)
+    known = gguf.get_tensor_name_map(architectures[model.architecture.name], model.blocks)
     named = {module: known.get_name(module) for module in model.modules()}
     return {module: name for module, name in named.items() if name is not None}
 
@@ -82,7 +82,7 @@ def write_gguf(directory: Path, quantized: QuantizedModel, pack: Pack) -> Writte
     names = tensor_names(model)
     directory.mkdir(parents=True, exist_ok=True)
     copy_sidecars(directory, quantized.sidecars)
-    writer: Any = gguf.GGUFWriter(directory / FILE, model.architecture)
+    writer: Any = gguf.GGUFWriter(directory / FILE, model.architecture.name)
     with closing(writer):
         _add_model(writer, gguf, model)
         _add_grid(writer, outline.spec)
@@ -114,10 +114,12 @@ def _entries(
         for full, value in entries(part):
             module, _, suffix = full.rpartition(".")
             if module not in names:
-                raise SwquantError(f"llama.cpp's {model.architecture} has no tensor {full}; choose another format")
+                raise SwquantError(f"llama.cpp's {model.architecture.name} has no tensor {full}; choose another format")
             order = model.row_order(module)
             if isinstance(value, Tensor):
-                entry = _plain(value if order is None else value[order])
+                rows = value if order is None else value[order]
+                # In float32, as transformers adds it: float16 has no digits left for small weights.
+                entry = _plain(rows.float() + model.offset(module) if model.offset(module) else rows)
             else:
                 entry = _packed(full, reorder(value, order), pack)
             yield f"{names[module]}.{suffix}", entry
@@ -150,6 +152,9 @@ def _add_model(writer: Any, gguf: Any, model: Model) -> None:
     writer.add_vocab_size(int(settings["vocab_size"]))
     writer.add_rope_dimension_count(model.head_dim)
     _add_rope(writer, gguf, model.rope)
+    for key, value in model.fields.items():
+        add = writer.add_uint32 if isinstance(value, int) else writer.add_float32
+        add(f"{model.architecture.name}.{key}", value)
 
 
 def _add_rope(writer: Any, gguf: Any, rope: Rope) -> None:

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 
 from swquant.checkpoint.converted import ConvertedCheckpoint
+from swquant.checkpoint.reader import Checkpoint
 from swquant.checkpoint.source import Source
+from swquant.checkpoint.widened import Widened
 from swquant.model.skeleton import Skeleton, build_skeleton
 
 TIE = "tie_word_embeddings"
@@ -29,18 +31,21 @@ class Model:
     skeleton: Skeleton
 
 
-def open_model(source: Source) -> Model:
+def open_model(source: Checkpoint | Widened) -> Model:
     """The model in a checkpoint.
 
     Whether the head is the embedding is decided as transformers does while it loads: where the configuration says so
     and the file holds a head that differs, it is not. An equal copy of the embedding is left out.
 
+    A save of a base model, whose names lack its prefix, is seen under full names: an output then has those that every
+    runtime knows.
+
     Raises:
         SwquantError: The architecture is unknown or cannot be run block by block, or tensors are missing or do not fit.
     """
     config: Mapping[str, Any] = source.config
+    source, skeleton = _under_full_names(source)
     shapes = {name: stored.shape for name, stored in source.tensors.items()}
-    skeleton = build_skeleton(config, shapes, source.directory)
     keys = two_heads(skeleton)
     if keys is not None:
         equal = _equal(source, *keys)
@@ -62,6 +67,22 @@ def two_heads(skeleton: Skeleton) -> tuple[str, str] | None:
     if head in skeleton.model.all_tied_weights_keys and piece and embedding and piece != embedding:
         return piece.key, embedding.key
     return None
+
+
+def _under_full_names(source: Checkpoint | Widened) -> tuple[Checkpoint | Widened, Skeleton]:
+    """The source with the base model's prefix where its names lack it, and its skeleton."""
+    skeleton = _skeleton(source)
+    prefix, embedding = f"{skeleton.model.base_model_prefix}.", f"{skeleton.embedding}.weight"
+    piece = skeleton.names.pieces.get(embedding)
+    if piece is None or prefix + piece.key != embedding:
+        return source, skeleton
+    full = source.prefixed(prefix, embedding, f"{skeleton.head}.")
+    return full, _skeleton(full)
+
+
+def _skeleton(source: Source) -> Skeleton:
+    shapes = {name: stored.shape for name, stored in source.tensors.items()}
+    return build_skeleton(source.config, shapes, source.directory)
 
 
 def untied(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -194,8 +194,9 @@ def tie(model: Any) -> None:
     """
     missing = {name for name, value in model.named_parameters(remove_duplicate=False) if value.is_meta}
     model.tie_weights(missing_keys=missing)
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if head is not None and embedding is not None and head.weight is not embedding.weight:
+    ends = model.get_output_embeddings(), model.get_input_embeddings()
+    head, embedding = (getattr(module, "weight", None) for module in ends)
+    if head is not embedding:
         model.config.tie_word_embeddings = False
 
 
