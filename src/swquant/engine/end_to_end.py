@@ -41,9 +41,9 @@ from swquant.distributed.ranks import own_rows, own_turns, require_same
 from swquant.engine.block import Job, create_together, require_finite, split_held
 from swquant.engine.final_drift import final_blocks
 from swquant.engine.head import Heads
-from swquant.engine.journal import TRAINED, Journal
 from swquant.engine.kept import kept_copy
 from swquant.engine.observer import Observer
+from swquant.engine.run_state import TRAINED, RunState
 from swquant.engine.trained_model import POSITION, TrainedModel
 from swquant.errors import SwquantError
 from swquant.learnables.base import Theta
@@ -60,27 +60,27 @@ COSINE = Optimizer(schedule="cosine")
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
-def train_scales(job: Job, work: ScaleTraining, journal: Journal, calls: Calls, observer: Observer) -> None:
+def train_scales(job: Job, work: ScaleTraining, run_state: RunState, calls: Calls, observer: Observer) -> None:
     """Train all finished blocks together, run the evaluation samples through the result, and commit both.
 
     Args:
         job: The run.
         work: What to train and how.
-        journal: Where the run stands; all blocks are finished. Every epoch is saved to it.
+        run_state: Where the run stands; all blocks are finished. Every epoch is saved to it.
         calls: What each block is called with.
         observer: Hears of the steps.
     """
     learned = "scales and weights" if work.weights else "scales"
     observer.stage(f"Training the {learned} of all blocks end to end")
-    assert journal.shape is not None
-    stream = create_together(job.ranks, [journal.stream_path(TRAINED, journal.done)], journal.shape)[0]
+    assert run_state.shape is not None
+    stream = create_together(job.ranks, [run_state.stream_path(TRAINED, run_state.done)], run_state.shape)[0]
 
     def begin() -> None:
-        for index, hidden in enumerate(capture(calls.front, job.checkpoint, journal.tokens()["tokens"], stored=True)):
+        for index, hidden in enumerate(capture(calls.front, job.checkpoint, run_state.tokens()["tokens"], stored=True)):
             stream[index] = hidden
 
     job.ranks.lead(begin)
-    stage = _Stage(job, work, TrainedModel(job, journal, calls, work), journal, stream, observer, calls.front)
+    stage = _Stage(job, work, TrainedModel(job, run_state, calls, work), run_state, stream, observer, calls.front)
     report = stage.run()
     require_finite(
         stage.model.advance(stream[job.samples :], job.samples), job.ranks, "the model trained end to end puts out"
@@ -92,8 +92,8 @@ def train_scales(job: Job, work: ScaleTraining, journal: Journal, calls: Calls, 
 
     def finish() -> None:
         observer.stage(f"End to end: held-out KL {report['before']:.4g} -> {report['after']:.4g}")
-        blocks = final_blocks(job, journal, stage.model, calls)
-        journal.finish_training(stage.model.final(), {**report, "blocks": [asdict(block) for block in blocks]})
+        blocks = final_blocks(job, run_state, stage.model, calls)
+        run_state.finish_training(stage.model.final(), {**report, "blocks": [asdict(block) for block in blocks]})
 
     job.ranks.lead(finish)
 
@@ -105,23 +105,23 @@ class _Stage:
     job: Job
     work: ScaleTraining
     model: TrainedModel
-    journal: Journal
+    run_state: RunState
     inputs: Tensor
     observer: Observer
     front: Front
 
     def __post_init__(self) -> None:
         self.thetas = self.model.thetas
-        self.reference = self.journal.open_streams()[0]
+        self.reference = self.run_state.open_streams()[0]
         self.heads = Heads.load(self.front, self.job.checkpoint)
         self.train, self.held = split_held(self.job.samples)
         self.micro_batch = MicroBatch(self.job.micro_batch)
         self.notes = list[str]()
 
     def run(self) -> dict[str, Any]:
-        """Train from where the journal stands, to the best state; returns the report."""
+        """Train from where the run stands, to the best state; returns the report."""
         began, spent = time.monotonic(), 0.0
-        if self.journal.training is None:
+        if self.run_state.training is None:
             before = self.held_loss()
             if not math.isfinite(before):
                 raise SwquantError(
@@ -130,8 +130,8 @@ class _Stage:
                 )
             trail, optimizer = Trail.begin(before), self.open(1.0)
         else:
-            before, spent = self.journal.training["before"], self.journal.training["seconds"]
-            trail, optimizer = self._resume(self.journal.training)
+            before, spent = self.run_state.training["before"], self.run_state.training["seconds"]
+            trail, optimizer = self._resume(self.run_state.training)
 
         def after(optimizer: torch.optim.Optimizer) -> None:
             facts = {"before": before, "seconds": spent + time.monotonic() - began}
@@ -149,7 +149,7 @@ class _Stage:
         return self.model.begun()
 
     def copied(self) -> list[Theta]:
-        return kept_copy(self.journal.kept_path(self.job.ranks.rank), self.thetas)
+        return kept_copy(self.run_state.kept_path(self.job.ranks.rank), self.thetas)
 
     def open(self, rate: float) -> torch.optim.Optimizer:
         """Groups of the values in the order of :meth:`_named`, which saving relies on: runs of one kind."""
@@ -231,7 +231,7 @@ class _Stage:
         tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
         stand = {"curve": trail.curve, "training": trail.training, "events": trail.events, "notes": self.notes}
         best = {"best_loss": trail.best_loss, "best_epoch": trail.best_epoch, "rate": trail.rate}
-        self.journal.save_training(len(trail.curve), tensors, {**stand, **best, **facts})
+        self.run_state.save_training(len(trail.curve), tensors, {**stand, **best, **facts})
         held = trail.curve[-1]
         shown = "a loss that was not finite" if held is None else f"held-out KL {held:.4g}"
         self.observer.stage(f"End to end, epoch {len(trail.curve)}/{self.work.epochs}: {shown}")
@@ -239,7 +239,7 @@ class _Stage:
     @torch.no_grad()
     def _resume(self, stand: Mapping[str, Any]) -> tuple[Trail, torch.optim.Optimizer]:
         """The trail and the optimizer that :meth:`_save` saved."""
-        tensors, optimizer = self.journal.training_state(), self.open(stand["rate"])
+        tensors, optimizer = self.run_state.training_state(), self.open(stand["rate"])
         self.notes = list(stand["notes"])
         best = self.copied() if stand["best_epoch"] else None
         state = optimizer.state_dict()

@@ -125,7 +125,7 @@ def estimate(
         },
         disk={
             "streams": disk.streams,
-            "journal": disk.journal,
+            "run_state": disk.run_state,
             "outputs": disk.outputs,
             "peak": disk.peak,
             "asked": disk.asked,
