@@ -26,7 +26,7 @@ from .stage import behind_the_last_block, calls_of
 
 MakeModel = Callable[..., Path]
 SHOWN = [7, 8, 9, 10, 11]
-"""The sample that is held out of eight, and four to evaluate on."""
+"""The validation sample of eight, and four to evaluate on."""
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ from swquant.quant.draft import Committed, Draft, commit, open_draft
 from swquant.report import BlockReport, Measured
 from swquant.seeds import generator
 
-HELD_SHARE = 8
+VALIDATION_SHARE = 8
 AUGMENTED = "augmented.stream"
 
 
@@ -105,7 +105,7 @@ def quantize_block(job: Job, run_state: RunState, calls: Calls, observer: Observ
         params,
         streams,
         observer.step,
-        split_held(job.samples),
+        split_validation(job.samples),
         partial(kept_copy, run_state.kept_path(ranks.rank)),
     )
     grids = job.layout.grids(index)
@@ -206,7 +206,7 @@ def pose(
         proven: Equivalences are proven by running the block; the estimate, which has no values, takes the guesses.
     """
     inputs = cached.quantized[: job.samples]
-    train, held = samples
+    train, validation = samples
     return Problem(
         forward=at_precision(bound.forward, job.precision),
         facts=bound.facts(params, inputs, proven=proven),
@@ -216,7 +216,7 @@ def pose(
         loss=job.loss,
         watch=partial(bound.watch, inputs),
         train=train,
-        held=held,
+        validation=validation,
         rng=partial(generator, job.seed, "block", bound.index),
         device=job.device,
         step=step,
@@ -229,7 +229,7 @@ def pose(
 def _measured(job: Job, bound: BoundBlock, streams: Cached, rounded: Committed, committed: Committed) -> Measured:
     """What the block lost, on this rank alone."""
     samples, tokens, _ = streams.quantized.shape
-    shown = measured_samples(split_held(job.samples)[1], range(job.samples, samples), tokens)
+    shown = measured_samples(split_validation(job.samples)[1], range(job.samples, samples), tokens)
     inputs = streams.quantized[shown]
     plain = torch.empty_like(inputs)
     replace(bound, ranks=Alone()).advance(rounded.floats(), inputs, plain, torch.tensor(shown))
@@ -258,12 +258,12 @@ def require_finite(finite: bool, ranks: Ranks, whose: str) -> None:
         )
 
 
-def split_held(samples: int) -> tuple[list[int], list[int]]:
+def split_validation(samples: int) -> tuple[list[int], list[int]]:
     """Samples to train on, and the last eighth of them, at least one, to compare states on; a lone sample does both."""
     if samples == 1:
         return [0], [0]
-    held = max(1, samples // HELD_SHARE)
-    return list(range(samples - held)), list(range(samples - held, samples))
+    validation = max(1, samples // VALIDATION_SHARE)
+    return list(range(samples - validation)), list(range(samples - validation, samples))
 
 
 def drift(reference: Tensor, quantized: Tensor, ranks: Ranks) -> float:

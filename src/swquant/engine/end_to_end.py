@@ -20,7 +20,7 @@ Codes stay packed on the disk. A step goes forward block by block and keeps the 
 ``[blocks, samples, tokens, dim]``; then backward block by block, running each again with a graph. So one block's
 weights exist at a time, and memory grows with the number of blocks by hidden states, by what is learned, its gradient
 and AdamW's moments alone: 16 bytes for a scale, and for a weight with ``weights``. A large best state is on a mapped
-file. The blocks' matrix products are in the job's precision; heads and the held-out loss are in float32.
+file. The blocks' matrix products are in the job's precision; heads and the validation loss are in float32.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from swquant.distributed.ranks import own_rows, own_turns, require_same
-from swquant.engine.block import Job, create_together, require_finite, split_held
+from swquant.engine.block import Job, create_together, require_finite, split_validation
 from swquant.engine.final_drift import final_blocks
 from swquant.engine.head import Heads
 from swquant.engine.kept import kept_copy
@@ -91,7 +91,7 @@ def train_scales(job: Job, work: ScaleTraining, run_state: RunState, calls: Call
     )
 
     def finish() -> None:
-        observer.stage(f"End to end: held-out KL {report['before']:.4g} -> {report['after']:.4g}")
+        observer.stage(f"End to end: validation KL {report['before']:.4g} -> {report['after']:.4g}")
         blocks = final_blocks(job, run_state, stage.model, calls)
         run_state.finish_training(stage.model.final(), {**report, "blocks": [asdict(block) for block in blocks]})
 
@@ -114,7 +114,7 @@ class _Stage:
         self.thetas = self.model.thetas
         self.reference = self.run_state.open_streams()[0]
         self.heads = Heads.load(self.front, self.job.checkpoint)
-        self.train, self.held = split_held(self.job.samples)
+        self.train, self.validation = split_validation(self.job.samples)
         self.micro_batch = MicroBatch(self.job.micro_batch)
         self.notes = list[str]()
 
@@ -122,10 +122,10 @@ class _Stage:
         """Train from where the run stands, to the best state; returns the report."""
         began, spent = time.monotonic(), 0.0
         if self.run_state.training is None:
-            before = self.held_loss()
+            before = self.validation_loss()
             if not math.isfinite(before):
                 raise SwquantError(
-                    "the quantized model's predictions, or the original's, are NaN or infinite on the held-out "
+                    "the quantized model's predictions, or the original's, are NaN or infinite on the validation "
                     "samples, so that nothing can be trained end to end; choose a method without end_to_end"
                 )
             trail, optimizer = Trail.begin(before), self.open(1.0)
@@ -139,7 +139,7 @@ class _Stage:
 
         keep_best(self, trail, optimizer, COSINE, self.work.epochs, before, self.observer.step, after)
         if trail.curve and trail.best_epoch == 0 and not trail.ended:
-            trail.events.append("no epoch had a smaller held-out KL than the start, which was kept")
+            trail.events.append("no epoch had a smaller validation KL than the start, which was kept")
         events = (*trail.events, *self.notes)
         curve, training = tuple(trail.curve), tuple(trail.training)
         report = PhaseReport(NAME, before, trail.best_loss, curve, trail.best_epoch, events, training)
@@ -202,13 +202,13 @@ class _Stage:
     def settle(self) -> None:
         """Every state is in the domain."""
 
-    def held_loss(self) -> float:
+    def validation_loss(self) -> float:
         ranks, size = self.job.ranks, self.work.batch_size
-        own = own_turns(ranks, torch.tensor(self.held).split(size))
+        own = own_turns(ranks, torch.tensor(self.validation).split(size))
         attempt = partial(together, ranks, partial(self._divergence, own))
         total = self.micro_batch.fit(attempt, size * ranks.size, ranks, self.notes.append)
         ranks.sum([total])
-        return float(total) / len(self.held)
+        return float(total) / len(self.validation)
 
     def _divergence(self, batches: Sequence[Tensor]) -> Tensor:
         """Sum over the samples of ``batches``, a micro-batch at a time, float64."""
@@ -232,8 +232,8 @@ class _Stage:
         stand = {"curve": trail.curve, "training": trail.training, "events": trail.events, "notes": self.notes}
         best = {"best_loss": trail.best_loss, "best_epoch": trail.best_epoch, "rate": trail.rate}
         self.run_state.save_training(len(trail.curve), tensors, {**stand, **best, **facts})
-        held = trail.curve[-1]
-        shown = "a loss that was not finite" if held is None else f"held-out KL {held:.4g}"
+        validation = trail.curve[-1]
+        shown = "a loss that was not finite" if validation is None else f"validation KL {validation:.4g}"
         self.observer.stage(f"End to end, epoch {len(trail.curve)}/{self.work.epochs}: {shown}")
 
     @torch.no_grad()

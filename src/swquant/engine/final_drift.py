@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from swquant.engine.block import Job, load_block, split_held
+from swquant.engine.block import Job, load_block, split_validation
 from swquant.engine.bound import BoundBlock
 from swquant.engine.drift import final_codes, measured_samples, shift_of
 from swquant.engine.run_state import RunState
@@ -26,7 +26,7 @@ def final_blocks(job: Job, run_state: RunState, model: TrainedModel, calls: Call
     """
     tokens = run_state.tokens()["tokens"]
     samples, length = tokens.shape
-    shown = measured_samples(split_held(job.samples)[1], range(job.samples, samples), length)
+    shown = measured_samples(split_validation(job.samples)[1], range(job.samples, samples), length)
     known = torch.tensor(shown)
     reference, quantized = (
         torch.stack(list(capture(calls.front, job.checkpoint, tokens[shown], stored=stored)))

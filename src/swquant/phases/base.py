@@ -33,7 +33,7 @@ class Problem:
             of this rank's calibration samples and calls ``visit(linear, x)`` with each batch's input
             ``[tokens, in_features]`` of each of the named linears.
         train: Samples to train on.
-        held: Samples on which states are compared, disjoint from ``train`` where there is more than one sample.
+        validation: Samples on which states are compared, disjoint from ``train`` where there is more than one sample.
         rng: Generator for a place in the block, e.g. ``rng("slices", 17)``.
         device: Where to compute.
         step: Called with (steps done, steps in all) of the phase.
@@ -50,7 +50,7 @@ class Problem:
     loss: Loss | None
     watch: Callable[[Mapping[str, Tensor], Sequence[str], Callable[[str, Tensor], None]], None]
     train: Sequence[int]
-    held: Sequence[int]
+    validation: Sequence[int]
     rng: Callable[..., torch.Generator]
     device: torch.device
     step: Callable[[int, int], None]
@@ -65,13 +65,13 @@ class PhaseReport:
 
     Attributes:
         phase: Its name.
-        before: Loss on the held-out samples at the start.
+        before: Loss on the validation samples at the start.
         after: The same at the end, of the state that was kept.
-        curve: Held-out loss after each round; ``None`` where it was not finite.
+        curve: Validation loss after each round; ``None`` where it was not finite.
         kept_epoch: The round whose state was kept, 0 for the start.
         events: What went wrong and what was done about it.
         training: Mean over the steps of each round of the training loss; empty in reports of older versions.
-        shares: Of the gradient with respect to the block's output, on the held-out samples, for each term of a loss
+        shares: Of the gradient with respect to the block's output, on the validation samples, for each term of a loss
             that has more than one: ``{"start": {label: share}, "end": {...}}``.
     """
 
