@@ -164,7 +164,7 @@ def test_a_run_killed_between_publishing_and_clearing_is_cleared(
     llama: Path, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("swquant.engine.journal.Journal.clear", lambda self: None)
+        patch.setattr("swquant.engine.run_state.RunState.clear", lambda self: None)
         first = quantize(recipe, llama, tmp_path / "out")
     assert (tmp_path / "out.swquant-work").exists()
     assert quantize(recipe, llama, tmp_path / "out").to_json() == first.to_json()

@@ -1,1 +1,1 @@
-"""The block engine: streams, journal, blocks, and how they move."""
+"""The block engine: streams, run state, blocks, and how they move."""

@@ -15,11 +15,11 @@ from swquant.checkpoint.source import Source
 from swquant.distributed.ranks import Alone, Ranks, on_any, require_same
 from swquant.engine.bound import BoundBlock, own_batches
 from swquant.engine.drift import measure_block, measured_samples
-from swquant.engine.journal import STREAMS, Journal
 from swquant.engine.kept import kept_copy
 from swquant.engine.memory import device_peak_bytes, peak_bytes, release
 from swquant.engine.observer import Observer
 from swquant.engine.precision import at_precision
+from swquant.engine.run_state import STREAMS, RunState
 from swquant.engine.streams import create_stream, open_stream
 from swquant.errors import SwquantError
 from swquant.learnables.base import Theta
@@ -28,13 +28,13 @@ from swquant.model.calls import Calls
 from swquant.model.layout import Layout
 from swquant.model.skeleton import Skeleton
 from swquant.phases.base import Phase, PhaseReport, Problem
-from swquant.phases.portion import Portion, named
+from swquant.phases.micro_batch import MicroBatch, named
 from swquant.phases.rounds import snapshot
 from swquant.quant.draft import Committed, Draft, commit, open_draft
 from swquant.report import BlockReport, Measured
 from swquant.seeds import generator
 
-HELD_SHARE = 8
+VALIDATION_SHARE = 8
 AUGMENTED = "augmented.stream"
 
 
@@ -70,12 +70,12 @@ class Job:
     precision: torch.dtype = torch.float32
 
 
-def quantize_block(job: Job, journal: Journal, calls: Calls, observer: Observer) -> int | None:
-    """Quantize the journal's next block and commit it together with both streams after it.
+def quantize_block(job: Job, run_state: RunState, calls: Calls, observer: Observer) -> int | None:
+    """Quantize the run's next block and commit it together with both streams after it.
 
     Args:
         job: The run.
-        journal: Where the run stands; it is one block further on return, on rank 0's disk and there alone.
+        run_state: Where the run stands; it is one block further on return, on rank 0's disk and there alone.
         calls: What each block is called with.
         observer: Hears of the steps.
 
@@ -86,7 +86,7 @@ def quantize_block(job: Job, journal: Journal, calls: Calls, observer: Observer)
         SwquantError: The block puts out NaN or infinite values, as it is or quantized; nothing is committed.
     """
     started = time.monotonic()
-    index, ranks, streams = journal.done, job.ranks, _open_streams(job, journal)
+    index, ranks, streams = run_state.done, job.ranks, _open_streams(job, run_state)
     bound = BoundBlock(index, job.skeleton.block(index), calls, job.layout, job.device, ranks)
     params = load_block(job, index)
     forward = time.monotonic()
@@ -105,8 +105,8 @@ def quantize_block(job: Job, journal: Journal, calls: Calls, observer: Observer)
         params,
         streams,
         observer.step,
-        split_held(job.samples),
-        partial(kept_copy, journal.kept_path(ranks.rank)),
+        split_validation(job.samples),
+        partial(kept_copy, run_state.kept_path(ranks.rank)),
     )
     grids = job.layout.grids(index)
     with named(f"in rounding block {index} to the nearest"):
@@ -131,14 +131,14 @@ def quantize_block(job: Job, journal: Journal, calls: Calls, observer: Observer)
             forward_seconds=forward,
         )
         values = report.to_mapping()
-        journal.finish_block(committed, values)
-        (journal.root / AUGMENTED).unlink(missing_ok=True)
+        run_state.finish_block(committed, values)
+        (run_state.root / AUGMENTED).unlink(missing_ok=True)
         observer.block(index, values)
 
     with named(f"in measuring and saving block {index}"):
         ranks.lead(finish)
     release()
-    return problem.portion.samples
+    return problem.micro_batch.samples
 
 
 def load_block(job: Job, index: int) -> dict[str, Tensor]:
@@ -172,11 +172,11 @@ class Cached:
     augmented: Tensor | None
 
 
-def _open_streams(job: Job, journal: Journal) -> Cached:
-    before = journal.open_streams()
-    paths = [journal.stream_path(name, journal.done + 1) for name in STREAMS]
+def _open_streams(job: Job, run_state: RunState) -> Cached:
+    before = run_state.open_streams()
+    paths = [run_state.stream_path(name, run_state.done + 1) for name in STREAMS]
     if any(phase.augmented for phase in job.phases):
-        paths.append(journal.root / AUGMENTED)
+        paths.append(run_state.root / AUGMENTED)
     samples, tokens, dim = before[0].shape
     next_reference, next_quantized, *others = create_together(job.ranks, paths, (samples, tokens, dim))
     return Cached(*before, next_reference, next_quantized, others[0] if others else None)
@@ -206,7 +206,7 @@ def pose(
         proven: Equivalences are proven by running the block; the estimate, which has no values, takes the guesses.
     """
     inputs = cached.quantized[: job.samples]
-    train, held = samples
+    train, validation = samples
     return Problem(
         forward=at_precision(bound.forward, job.precision),
         facts=bound.facts(params, inputs, proven=proven),
@@ -216,12 +216,12 @@ def pose(
         loss=job.loss,
         watch=partial(bound.watch, inputs),
         train=train,
-        held=held,
+        validation=validation,
         rng=partial(generator, job.seed, "block", bound.index),
         device=job.device,
         step=step,
         ranks=job.ranks,
-        portion=Portion(job.micro_batch),
+        micro_batch=MicroBatch(job.micro_batch),
         keep=keep,
     )
 
@@ -229,7 +229,7 @@ def pose(
 def _measured(job: Job, bound: BoundBlock, streams: Cached, rounded: Committed, committed: Committed) -> Measured:
     """What the block lost, on this rank alone."""
     samples, tokens, _ = streams.quantized.shape
-    shown = measured_samples(split_held(job.samples)[1], range(job.samples, samples), tokens)
+    shown = measured_samples(split_validation(job.samples)[1], range(job.samples, samples), tokens)
     inputs = streams.quantized[shown]
     plain = torch.empty_like(inputs)
     replace(bound, ranks=Alone()).advance(rounded.floats(), inputs, plain, torch.tensor(shown))
@@ -258,12 +258,12 @@ def require_finite(finite: bool, ranks: Ranks, whose: str) -> None:
         )
 
 
-def split_held(samples: int) -> tuple[list[int], list[int]]:
+def split_validation(samples: int) -> tuple[list[int], list[int]]:
     """Samples to train on, and the last eighth of them, at least one, to compare states on; a lone sample does both."""
     if samples == 1:
         return [0], [0]
-    held = max(1, samples // HELD_SHARE)
-    return list(range(samples - held)), list(range(samples - held, samples))
+    validation = max(1, samples // VALIDATION_SHARE)
+    return list(range(samples - validation)), list(range(samples - validation, samples))
 
 
 def drift(reference: Tensor, quantized: Tensor, ranks: Ranks) -> float:

@@ -1,4 +1,4 @@
-"""What a run may take, and the portion of a batch that keeps to it."""
+"""What a run may take, and the micro-batch that keeps to it."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Budget:
         return least - interpreter
 
 
-def portion_within(plan: Plan, budget: Budget, ranks: int, *, begun: bool = False) -> int | None:
+def micro_batch_within(plan: Plan, budget: Budget, ranks: int, *, begun: bool = False) -> int | None:
     """Samples of a batch that each rank may take through a block at once; ``None`` is all of them.
 
     Several ranks hear a number in any case: where states are compared, each takes whole batches in turn.
@@ -66,11 +66,11 @@ def portion_within(plan: Plan, budget: Budget, ranks: int, *, begun: bool = Fals
     problems = process_problems(interpreter, budget)
     problems += [] if begun else drawing_problems(plan, interpreter, budget)
     limit, whole = budget.tensor_limit(plan.device, interpreter), batch_of(plan, ranks)
-    portion, memory = fit(plan, limit, whole)
-    problems += memory_problems(plan, memory, limit, portion)
+    micro_batch, memory = fit(plan, limit, whole)
+    problems += memory_problems(plan, memory, limit, micro_batch)
     if problems:
         raise SwquantError(problems[0])
-    return None if portion == whole and ranks == 1 else portion
+    return None if micro_batch == whole and ranks == 1 else micro_batch
 
 
 def process_bytes() -> int:
@@ -86,14 +86,14 @@ def batch_of(plan: Plan, ranks: int) -> int:
 
 
 def fit(plan: Plan, limit: int, whole: int) -> tuple[int, Memory]:
-    """The largest portion, halved from ``whole``, whose memory is within ``limit``, and that memory; else of one."""
-    portion, shape = whole, shape_of(plan)
-    while (memory := memory_of(plan, shape, portion)).peak > limit and portion > 1:
-        portion //= 2
-    return portion, memory
+    """The largest micro-batch, halved from ``whole``, that keeps to ``limit``, and its memory; else those of one."""
+    micro_batch, shape = whole, shape_of(plan)
+    while (memory := memory_of(plan, shape, micro_batch)).peak > limit and micro_batch > 1:
+        micro_batch //= 2
+    return micro_batch, memory
 
 
-def memory_problems(plan: Plan, memory: Memory, limit: int, portion: int) -> list[str]:
+def memory_problems(plan: Plan, memory: Memory, limit: int, micro_batch: int) -> list[str]:
     """What does not fit; streams are files that the system drops from memory where it has to, and do not count."""
     needed, finish = memory.peak, plan.pipeline.finish
     if needed <= limit:
@@ -101,7 +101,7 @@ def memory_problems(plan: Plan, memory: Memory, limit: int, portion: int) -> lis
     if memory.finish == needed and finish is not None and finish.weights:
         there = f"{size(needed)} of memory, and {size(max(limit, 0))} are there for it"
         return [f"end_to_end(weights=True) holds the whole model and needs {there}: leave weights out"]
-    samples = "one sample" if portion == 1 else f"{portion} samples"
+    samples = "one sample" if micro_batch == 1 else f"{micro_batch} samples"
     there = f"{size(needed)} of memory with {samples} at a time, and {size(max(limit, 0))} are there for it"
     return [f"a block at work needs {there}: {advice(plan)}"]
 

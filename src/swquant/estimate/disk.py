@@ -1,4 +1,4 @@
-"""Bytes on the disk, from shapes alone: streams, the journal, and what each format writes."""
+"""Bytes on the disk, from shapes alone: streams, the run state, and what each format writes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GROUP_VALUES = 4
 """For each group that trains: the present ratio and zero point, and where both began."""
 
 VALUES = 4
-"""The journal has of all that is trained end to end, after each epoch: the last value, the best, two moments."""
+"""The run state has of all that is trained end to end, after each epoch: the last value, the best, two moments."""
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,14 @@ class Disk:
 
     Attributes:
         streams: Files that are mapped: activations and the best state of what is trained, on a block or end to end.
-        journal: Finished blocks, packed.
+        run_state: Finished blocks, packed.
         outputs: Weights of each format, by its name.
         peak: The most at any time, working directory and output together.
         asked: What a run asks to be free before it starts.
     """
 
     streams: int
-    journal: int
+    run_state: int
     outputs: dict[str, int]
     peak: int
     asked: int
@@ -54,16 +54,16 @@ def disk_of(plan: Plan, shape: tuple[int, int, int], ranks: int = 1) -> Disk:
     one = stream_bytes(shape)
     augmented = any(phase.augmented for phase in plan.pipeline.phases)
     block = (STREAMS_IN_A_BLOCK + augmented) * one + ranks * kept_bytes(plan)
-    journal = journal_bytes(plan) + 8 * shape[0] * shape[1]
+    run_state = run_state_bytes(plan) + 8 * shape[0] * shape[1]
     outputs = {form.name: output_bytes(form, plan) for form in plan.formats}
     learned = learned_bytes(plan)
     training = 3 * one + ranks * learned if learned else 0
-    peak = journal + max(block, training + 2 * VALUES * learned, 2 * one + sum(outputs.values()))
+    peak = run_state + max(block, training + 2 * VALUES * learned, 2 * one + sum(outputs.values()))
     whole = (STREAMS_IN_A_BLOCK + 1) * one + (1 + len(outputs)) * plan.checkpoint.tensor_bytes
-    return Disk(max(block, training), journal, outputs, peak, max(peak, whole))
+    return Disk(max(block, training), run_state, outputs, peak, max(peak, whole))
 
 
-def journal_bytes(plan: Plan) -> int:
+def run_state_bytes(plan: Plan) -> int:
     """All finished blocks: packed codes, scales and zero points, and plain parameters as they were."""
     total = sum(block_weight_bytes(site.spec, *site.shape) for site in plan.layout.sites if site.spec is not None)
     weights = {site.weight for site in plan.layout.sites}
@@ -72,7 +72,7 @@ def journal_bytes(plan: Plan) -> int:
 
 
 def block_weight_bytes(spec: QuantSpec, rows: int, columns: int) -> int:
-    """One weight in a journal."""
+    """One weight in a run state."""
     codes = packed_bytes(spec, rows, columns) + 2 * 8
     groups, kind = rows * spec.groups(columns), spec.k_grid
     if kind is None:

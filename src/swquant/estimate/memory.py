@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from swquant.checkpoint.rotation import RotatedCheckpoint
-from swquant.engine.block import Cached, split_held, stored_dtypes
+from swquant.engine.block import Cached, split_validation, stored_dtypes
 from swquant.engine.head import LOGITS
 from swquant.engine.kept import is_large, is_mapped
 from swquant.engine.streams import BYTES, FORWARD_BYTES
@@ -137,11 +137,11 @@ def _step(rig: Rig, phase: Phase, draft: Draft, micro_batch: int | None) -> Draf
         phase = replace(phase, ratios=phase.ratios[:CANDIDATES])
     if isinstance(phase, AwqClip):
         phase = replace(phase, factors=phase.factors[:CANDIDATES])
-    train, held = split_held(rig.plan.recipe.samples or 1)
+    train, validation = split_validation(rig.plan.recipe.samples or 1)
     if not isinstance(phase, Train):
-        return phase.run(draft, rig.problem(phase, train[:1], held[:1], micro_batch=micro_batch))[0]
+        return phase.run(draft, rig.problem(phase, train[:1], validation[:1], micro_batch=micro_batch))[0]
     batch, step = phase.batch_size, replace(phase, epochs=min(1, phase.epochs), steps=phase.steps and 1)
-    problem = rig.problem(step, train[:batch], held[:batch], micro_batch=micro_batch)
+    problem = rig.problem(step, train[:batch], validation[:batch], micro_batch=micro_batch)
     best = [part.init(draft, problem.facts) for part in phase.learnables] if phase.keep_best else []
     if is_mapped(best):
         best = []

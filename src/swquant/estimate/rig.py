@@ -55,7 +55,7 @@ class Rig:
         self,
         phase: Phase,
         train: Sequence[int],
-        held: Sequence[int],
+        validation: Sequence[int],
         step: Callable[[int, int], None] = lambda done, total: None,
         micro_batch: int | None = None,
     ) -> Problem:
@@ -64,13 +64,13 @@ class Rig:
         Args:
             phase: The phase.
             train: Samples to train on.
-            held: Samples to compare on.
+            validation: Samples to compare on.
             step: Hears of the steps.
             micro_batch: Samples that go through the block at once.
         """
         cached = self.cached if phase.augmented else replace(self.cached, augmented=None)
         job = replace(self.job, micro_batch=micro_batch)
-        posed = pose(job, self.bound, self.params, cached, step, (train, held), proven=False)
+        posed = pose(job, self.bound, self.params, cached, step, (train, validation), proven=False)
         return replace(posed, watch=lambda *given: self.bound.watch(cached.quantized[:1], *given))
 
 

@@ -36,7 +36,7 @@ def _facts(found: Estimate, recipe: str | None) -> Iterator[tuple[str, str]]:
     if found.parts["drawing"]:
         yield "drawing samples from the model", f"{size(found.parts['drawing'])} of memory before the first block"
     disk = found.disk
-    yield "disk", f"{size(disk['peak'])} at most, {size(disk['free'])} free; finished blocks {size(disk['journal'])}"
+    yield "disk", f"{size(disk['peak'])} at most, {size(disk['free'])} free; finished blocks {size(disk['run_state'])}"
     yield "output", ", ".join(f"{name} {size(value)}" for name, value in disk["outputs"].items())
     if found.time is not None:
         block = ", ".join(f"{name} {span(value)}" for name, value in found.time["block"].items())

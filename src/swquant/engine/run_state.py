@@ -1,4 +1,4 @@
-"""The journal: what a run has finished, so that it can be killed at any moment and go on from there."""
+"""The run state: what a run has finished, so that it can be killed at any moment and go on from there."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _PART_DTYPES = {"scale": torch.bfloat16, "d": torch.float16, "dmin": torch.float
 
 
 @dataclass
-class Journal:
+class RunState:
     """A run's working directory.
 
     ``manifest.json`` alone says what counts, with a checksum of each file and of itself. A block's tensors and the
@@ -246,20 +246,20 @@ class Journal:
         return SwquantError(f"the working directory {self.root} is damaged: {what}; delete it to start over")
 
 
-def open_journal(root: Path, key: Mapping[str, Any]) -> Journal:
-    """The journal at ``root``: where the run with this ``key`` stopped, or a new one.
+def open_run_state(root: Path, key: Mapping[str, Any]) -> RunState:
+    """The run state at ``root``: where the run with this ``key`` stopped, or a new one.
 
     Raises:
-        SwquantError: If ``root`` belongs to a run with another key, or holds something that is no journal.
+        SwquantError: If ``root`` belongs to a run with another key, or holds something that is no run state.
     """
     manifest = root / MANIFEST
     key = json.loads(json.dumps(key))
     if not manifest.exists():
-        return Journal(root, key)
+        return RunState(root, key)
     try:
         state = _unsealed(manifest.read_bytes())
         theirs, shape = state["key"], tuple(state["shape"])
-        journal = Journal(
+        run_state = RunState(
             root,
             key,
             (shape[0], shape[1], shape[2]),
@@ -277,7 +277,7 @@ def open_journal(root: Path, key: Mapping[str, Any]) -> Journal:
             f"{root} holds an unfinished run that differs in {', '.join(changed)}; repeat that command to finish it, "
             "delete the directory to drop it, or choose another --out"
         )
-    return journal
+    return run_state
 
 
 def lock_directory(root: Path) -> AbstractContextManager[object]:
@@ -312,7 +312,7 @@ def _to_tensors(committed: Committed) -> dict[str, Tensor]:
 
 
 def stored_part(part: str, value: Tensor) -> Tensor:
-    """One of a quantized weight's ``parts`` in the dtype in which a journal holds it, without loss."""
+    """One of a quantized weight's ``parts`` in the dtype in which a run state holds it, without loss."""
     return value.to(_PART_DTYPES.get(part, value.dtype))
 
 
