@@ -91,7 +91,7 @@ def memory_of(plan: Plan, shape: tuple[int, int, int], micro_batch: int | None =
 def _sizes(plan: Plan, shape: tuple[int, int, int], micro_batch: int | None) -> list[int]:
     """Numbers of samples that go through a block at once in a run, or in what is run of it here."""
     works = [work for work in (*plan.pipeline.phases, plan.pipeline.finish) if isinstance(work, Train | ScaleTraining)]
-    train, held = map(len, split_held(plan.recipe.samples or 1))
+    train, held = map(len, split_validation(plan.recipe.samples or 1))
     batches = {size for work in works for count in (train, held) for size in _cut(count, work.batch_size)}
     batches |= {work.batch_size for work in works}
     portions = {size for batch in batches for size in _cut(batch, micro_batch or batch)}
