@@ -19,6 +19,20 @@ TEXT = "the model reads a long text and writes short codes for each weight of ev
 WORDS = TEXT.split(" ")
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "opt")
 
+MODEL_TYPES = {"gemma3": "gemma3_text"}
+"""Of families that transformers calls by another name."""
+OWN: dict[str, dict[str, Any]] = {
+    "gemma2": {"query_pre_attn_scalar": 16, "sliding_window": 16, "tie_word_embeddings": False},
+    "gemma3": {"query_pre_attn_scalar": 16, "sliding_window": 16, "tie_word_embeddings": False},
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "logits_scaling": 2.0,
+        "residual_multiplier": 0.5,
+        "attention_multiplier": 0.1,
+    },
+}
+"""Settings of a family whose defaults fit no tiny model, or change nothing."""
+
 MakeModel = Callable[..., Path]
 Contents = frozenset[tuple[str, int, int]]
 
@@ -53,11 +67,11 @@ def _settings(family: str, layers: int) -> dict[str, Any]:
     }
     if family == "opt":
         return shared | {"ffn_dim": 128, "word_embed_proj_dim": 64}
-    return shared | {"intermediate_size": 128, "num_key_value_heads": 2, "head_dim": 16}
+    return shared | {"intermediate_size": 128, "num_key_value_heads": 2, "head_dim": 16} | OWN.get(family, {})
 
 
 def _save_model(folder: Path, family: str, dtype: torch.dtype, settings: dict[str, Any]) -> None:
-    config = AutoConfig.for_model(family, **settings)
+    config = AutoConfig.for_model(MODEL_TYPES.get(family, family), **settings)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

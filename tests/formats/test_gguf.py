@@ -6,6 +6,7 @@ import json
 import logging
 import struct
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from swquant.checkpoint.reader import open_checkpoint, read_config
 from swquant.errors import SwquantError
 from swquant.families import family_for
 from swquant.formats.gguf import Gguf
+from swquant.formats.gguf_architectures import ARCHITECTURES
 from swquant.formats.gguf_file import open_gguf
 from swquant.formats.gguf_model import describe_model
 from swquant.quant.qtensor import QTensor
@@ -81,12 +83,12 @@ def same(a: object, b: object) -> bool:
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.label + "s" * spec.symmetric)
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ARCHITECTURES)
 def test_what_is_written_is_read_back(
     family: str, spec: QuantSpec, quantized: Callable[..., QuantizedModel], tmp_path: Path
 ) -> None:
     biases = {"attention_bias": True, "mlp_bias": True} if family == "llama" else {}
-    model = quantized(spec, family, tie_word_embeddings=family == "qwen2", **biases)
+    model = quantized(spec, family, tie_word_embeddings=family in ("qwen2", "gemma2", "gemma3"), **biases)
     assert Gguf().check(model.outline) is not None
     written = Gguf().write(tmp_path / "out", model)
     assert written.shards == ("model.gguf",)
@@ -164,6 +166,59 @@ def test_rows_of_queries_and_keys_take_turns(quantized: Callable[..., QuantizedM
     assert describe_model(model.outline.config).row_order("model.layers.0.self_attn.q_proj") is not None
 
 
+def test_gemmas_norms_are_stored_with_their_one(quantized: Callable[..., QuantizedModel], tmp_path: Path) -> None:
+    model = quantized(SPECS[1], "gemma3", tie_word_embeddings=True)
+    Gguf().write(tmp_path / "out", model)
+    reader = gguf.GGUFReader(tmp_path / "out" / "model.gguf")
+    tensors, ours = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}, tensors_of(model)
+    names = {
+        "blk.1.attn_norm": "model.layers.1.input_layernorm",
+        "blk.1.post_attention_norm": "model.layers.1.post_attention_layernorm",
+        "blk.1.ffn_norm": "model.layers.1.pre_feedforward_layernorm",
+        "blk.1.post_ffw_norm": "model.layers.1.post_feedforward_layernorm",
+        "blk.1.attn_q_norm": "model.layers.1.self_attn.q_norm",
+        "blk.1.attn_k_norm": "model.layers.1.self_attn.k_norm",
+        "output_norm": "model.norm",
+    }
+    for name, module in names.items():
+        norm = ours[f"{module}.weight"]
+        assert isinstance(norm, Tensor)
+        assert torch.equal(tensors[f"{name}.weight"], 1 + norm.float())
+    assert "output.weight" not in tensors
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    expected = {
+        "attention.sliding_window": 16,
+        "attention.sliding_window_pattern": 3,
+        "attention.key_length": 16,
+        "attention.value_length": 16,
+        "rope.freq_base": 1e6,
+        "rope.freq_base_swa": 1e4,
+    }
+    assert {name: fields[f"gemma3.{name}"] for name in expected} == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_one_is_taken_off_again(
+    dtype: torch.dtype, quantized: Callable[..., QuantizedModel], tmp_path: Path
+) -> None:
+    """Weights too small to change 1 + w come back as ones that do not change it either."""
+    model = quantized(SPECS[1], "gemma3", tie_word_embeddings=True)
+    name = "model.layers.0.input_layernorm.weight"
+    given = torch.cat((torch.logspace(-9, 1, 32), -torch.logspace(-9, 1, 32))).to(dtype)
+    parts = [{key: given if key == name else value for key, value in part.items()} for part in model.parts()]
+    config = {**model.outline.config, "dtype": str(dtype).removeprefix("torch.")}
+    outline = replace(model.outline, config=config, dtype=dtype)
+    Gguf().write(tmp_path / "out", QuantizedModel(outline, lambda: iter(parts), model.sidecars))
+    back = Gguf().read(tmp_path / "out", read_config(tmp_path / "out"))
+    assert back is not None
+    found = tensors_of(back)[name]
+    assert isinstance(found, Tensor)
+    assert found.dtype == dtype
+    assert torch.equal(1 + found.float(), 1 + given.float())
+    if dtype != torch.float32:
+        assert torch.equal(found[given.abs() > 2e-4], given[given.abs() > 2e-4])
+
+
 def test_what_llama_cpp_does_not_compute_is_refused(quantized: Callable[..., QuantizedModel]) -> None:
     def check(family: str = "llama", **config: Any) -> tuple[str, ...]:
         outline = quantized(SPECS[1], family).outline
@@ -181,8 +236,15 @@ def test_what_llama_cpp_does_not_compute_is_refused(quantized: Callable[..., Qua
     def rope(kind: str, **more: object) -> dict[str, object]:
         return {"rope_parameters": {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0, **more}}
 
+    def whole(kind: str, **more: object) -> dict[str, object]:
+        local = {"rope_type": "default", "rope_theta": 2.0}
+        return {
+            "rope_parameters": {"full_attention": rope(kind, **more)["rope_parameters"], "sliding_attention": local}
+        }
+
     assert check() == ()
     assert check(**rope("linear")) == ()
+    assert check("gemma3", **whole("linear")) == ()
     (note,) = check("mistral", sliding_window=32)
     assert "its last 32 tokens" in note
     for family, config, message in [
@@ -192,6 +254,22 @@ def test_what_llama_cpp_does_not_compute_is_refused(quantized: Callable[..., Qua
         ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 0}}, "factor to 0"),
         ("qwen2", rope("llama3", low_freq_factor=1.0, high_freq_factor=4.0), "rope_type to 'llama3'"),
         ("qwen3", {"attention_bias": True}, "attention_bias to True"),
+        ("gemma3", {"query_pre_attn_scalar": 8}, "query_pre_attn_scalar to 8"),
+        ("gemma3", {"final_logit_softcapping": 30.0}, "final_logit_softcapping to 30.0"),
+        ("gemma3", {"hidden_activation": "silu"}, "hidden_activation to 'silu'"),
+        ("gemma3", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types to"),
+        ("gemma3", {"layer_types": ["full_attention"] * 2}, "sliding_window to 16"),
+        ("gemma3", whole("yarn", original_max_position_embeddings=32), "rope_type to 'yarn'"),
+        (
+            "olmo2",
+            {"architectures": ["Olmo3ForCausalLM"], "model_type": "olmo3"} | whole("default"),
+            "rope_theta to 2.0",
+        ),
+        ("gemma2", {"attn_logit_softcapping": None, "tie_word_embeddings": True}, "attn_logit_softcapping to None"),
+        ("gemma2", {}, "tie_word_embeddings to False"),
+        ("smollm3", {"no_rope_layers": [1, 0]}, r"no_rope_layers to \[1, 0\]"),
+        ("granite", {"residual_multiplier": 0}, "residual_multiplier to 0"),
+        ("phi3", rope("longrope", short_factor=[1.0] * 8, long_factor=[2.0] * 8), "rope_type to 'longrope'"),
     ]:
         with pytest.raises(SwquantError, match=message):
             check(family, **config)

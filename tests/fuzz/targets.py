@@ -127,7 +127,7 @@ def gguf_outline(directory: Path) -> None:
     outline = make_plan(recipe, directory).outline
     Gguf().check(outline)
     model = describe_model(outline.config)
-    writer = gguf.GGUFWriter(directory.parent / "metadata.gguf", model.architecture)
+    writer = gguf.GGUFWriter(directory.parent / "metadata.gguf", model.architecture.name)
     try:
         _add_model(writer, gguf, model)
         _add_vocabulary(writer, read_vocabulary(directory, outline.config))

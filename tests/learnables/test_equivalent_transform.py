@@ -41,6 +41,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {}),
     "opt": ("opt", {}),
+    "gemma2": ("gemma2", {}),
+    "gemma3": ("gemma3", {}),
+    "granite": ("granite", {}),
+    "olmo2": ("olmo2", {}),
+    "phi3": ("phi3", {}),
+    "smollm3": ("smollm3", {}),
 }
 SHIFTS = {
     "llama with biases": {"self_attn.v_proj.shift"},

@@ -36,6 +36,9 @@ class LlamaCpp:
     def log_probabilities(self, model: Path, windows: Tensor) -> Tensor:
         return torch.tensor(self.driver.ask(self.folder, model, windows=windows.tolist())["logProbabilities"])
 
+    def library_log_probabilities(self, model: Path, windows: Tensor) -> Tensor:
+        return self.driver.log_probabilities(self.folder, model, windows)
+
     def dequantize(self, name: str, blocks: Tensor, columns: int) -> Tensor:
         return self.driver.dequantize(self.folder, name, blocks, columns)
 

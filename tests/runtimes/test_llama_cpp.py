@@ -24,6 +24,7 @@ from swquant.quant.ktensor import KTensor
 from swquant.quant.qtensor import QTensor
 from swquant.recipe import Recipe
 from swquant.run import quantize
+from tiny_models import save_tiny
 
 pytestmark = pytest.mark.slow
 
@@ -60,6 +61,43 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+LONG_YARN = {**YARN, "rope_theta": 5e5, "original_max_position_embeddings": 32}
+GLOBAL = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}
+LOCAL = {"rope_type": "default", "rope_theta": 1e4}
+FACTORS = {
+    "embedding_multiplier": 3.0,
+    "logits_scaling": 0.5,
+    "residual_multiplier": 0.5,
+    "attention_multiplier": 0.1,
+}
+TINY: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma3": (
+        "gemma3_text",
+        {
+            "layers": 7,
+            "query_pre_attn_scalar": 32,
+            "layer_types": [*["sliding_attention"] * 5, "full_attention", "sliding_attention"],
+        },
+    ),
+    "gemma3 in turns": ("gemma3_text", {"layers": 4, "query_pre_attn_scalar": 32}),
+    "gemma3 untied": ("gemma3_text", {"query_pre_attn_scalar": 32, "tie_word_embeddings": False}),
+    "gemma3 linear": (
+        "gemma3_text",
+        {"query_pre_attn_scalar": 32, "rope_parameters": {"full_attention": GLOBAL, "sliding_attention": LOCAL}},
+    ),
+    "gemma2": ("gemma2", {"layers": 4, "query_pre_attn_scalar": 32}),
+    "granite": ("granite", FACTORS),
+    "olmo2": ("olmo2", {}),
+    "olmo3": ("olmo3", {"layers": 4}),
+    "olmo3 yarn": (
+        "olmo3",
+        {"rope_parameters": {"full_attention": LONG_YARN, "sliding_attention": {**LOCAL, "rope_theta": 5e5}}},
+    ),
+    "phi3": ("phi3", {}),
+    "smollm3": ("smollm3", {"layers": 5, "no_rope_layers": [1, 1, 1, 0, 1]}),
+}
+
+
 def log_probabilities(model: Any, windows: Tensor) -> Tensor:
     with torch.no_grad():
         logits = model(windows).logits[:, :-1].log_softmax(-1)
@@ -79,6 +117,21 @@ def test_every_architecture_predicts_what_transformers_predicts(
     assert (found - expected).abs().max() < TOLERANCE
     reversed_order = log_probabilities(model, windows.flip(1))
     assert (reversed_order.flip(1) - expected).abs().max() > 10 * TOLERANCE
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_other_architectures_predict_what_transformers_predicts(
+    name: str, write_plain: Callable[[Path], Path], llama_cpp: Any, tmp_path: Path
+) -> None:
+    """Windows of 60 tokens: longer than those of sliding attention."""
+    model_type, settings = TINY[name]
+    folder = save_tiny(tmp_path / "model", model_type, **settings)
+    windows = torch.randint(2, 320, (2, 60), generator=torch.Generator().manual_seed(0))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    expected = log_probabilities(model, windows)
+    found = llama_cpp.library_log_probabilities(write_plain(folder), windows)
+    assert (found - expected).abs().max() < TOLERANCE
+    assert expected.std() > 20 * TOLERANCE
 
 
 @pytest.mark.parametrize("name", [name for name, (_, settings) in MODELS.items() if "rope_parameters" in settings])

@@ -54,7 +54,7 @@ def byte_level(words: str | None, *, digits: bool = False, ignore_merges: bool =
     return bpe
 
 
-def sentencepiece(normalizer: Any, words: Any, *, listed: bool = True) -> Tokenizer:
+def sentencepiece(normalizer: Any, words: Any, *, listed: bool = True, training: list[str] | None = None) -> Tokenizer:
     """A byte-fallback BPE; ``listed`` with all pairs that make a token in its merges, as SentencePiece's have."""
     bpe = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -62,7 +62,7 @@ def sentencepiece(normalizer: Any, words: Any, *, listed: bool = True) -> Tokeni
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY - 9, special_tokens=["<unk>", "<s>", "</s>", *fallback], show_progress=False
     )
-    bpe.train_from_iterator(TRAINING.splitlines(), trainer)
+    bpe.train_from_iterator(training or TRAINING.splitlines(), trainer)
     parts = json.loads(bpe.to_str())
     model = parts["model"]
     if listed:
@@ -88,6 +88,16 @@ def metaspace(scheme: str) -> Any:
     return pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=scheme, split=False)
 
 
+def spaced() -> Tokenizer:
+    """As Gemma's: text that has no spaces any more is cut at them, and runs of spaces and newlines are added tokens."""
+    words = pre_tokenizers.Split(" ", "merged_with_previous")
+    bpe = sentencepiece(SPACES, words, training=[TRAINING.replace(" ", "    "), *["\n" * 3] * 50, *["▁▁▁"] * 9999])
+    runs = [letter * count for letter in "▁\n" for count in range(2, 5)]
+    assert {run for run in runs if "▁" in run} <= bpe.get_vocab().keys()
+    bpe.add_tokens([AddedToken(run, normalized=False) for run in runs])
+    return bpe
+
+
 KNOWN: dict[str, Callable[[], Tokenizer]] = {
     "gpt-2": lambda: byte_level(None),
     "smollm": lambda: byte_level(None, digits=True),
@@ -98,6 +108,7 @@ KNOWN: dict[str, Callable[[], Tokenizer]] = {
     "llama, replaced": lambda: sentencepiece(SPACES, None),
     "llama, first": lambda: sentencepiece(None, metaspace("first")),
     "llama, never": lambda: sentencepiece(None, metaspace("never")),
+    "llama, spaced": spaced,
 }
 
 
