@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from swquant.distributed.ranks import Alone, Ranks, own_rows
-from swquant.engine.streams import batches, on_device
+from swquant.engine.hidden_states import batches, on_device
 from swquant.families.base import Equivalence, QueryKey
 from swquant.learnables.base import BlockFacts, ChannelRange
 from swquant.learnables.moves import move, source_of
@@ -136,10 +136,10 @@ def _ends(found: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(seen, low, 0.0), torch.where(seen, -high, 0.0)
 
 
-def own_batches(ranks: Ranks, stream: Tensor) -> Iterator[slice]:
+def own_batches(ranks: Ranks, cache: Tensor) -> Iterator[slice]:
     """This rank's samples of cached hidden states, in ranges that go through a block at once."""
-    own = own_rows(ranks, len(stream))
-    for batch in batches(stream[own]):
+    own = own_rows(ranks, len(cache))
+    for batch in batches(cache[own]):
         yield slice(own.start + batch.start, own.start + batch.stop)
 
 
