@@ -45,7 +45,7 @@ TIMED = ("blocks", "finish", "seconds", "advice")
 ELSEWHERE = "between"
 STAGES: dict[str, tuple[Any, str]] = {
     "sampling": (swquant.run, "_samples"),
-    "first streams": (RunState, "begin"),
+    "first hidden states": (RunState, "begin"),
     "block: GPTQ": (Gptq, "run"),
     "block: training": (Train, "run"),
     "block: commit": (RunState, "finish_block"),

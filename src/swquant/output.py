@@ -159,7 +159,7 @@ def _sample(plan: Plan, run_state: RunState) -> tuple[Tensor, Tensor] | None:
     """Tokens and the quantized model's logits for them; ``None`` where a runtime's whole model might not fit."""
     if plan.target is None or not _fits_in_memory(plan):
         return None
-    _, quantized = run_state.open_streams()
+    _, quantized = run_state.open_hidden_states()
     front = Front.load(plan.skeleton, plan.checkpoint, plan.device)
     return run_state.tokens()["tokens"][-1:], predictions(front, plan.checkpoint, quantized[-1:])
 

@@ -21,10 +21,10 @@ from swquant.engine.block import Job, load_block, quantize_block
 from swquant.engine.bound import BoundBlock
 from swquant.engine.end_to_end import train_scales
 from swquant.engine.head import measure
+from swquant.engine.hidden_states import create_hidden
 from swquant.engine.memory import keep_little
 from swquant.engine.observer import Observer, Silent
-from swquant.engine.run_state import MANIFEST, STREAMS, RunState, lock_directory, open_run_state
-from swquant.engine.streams import create_stream
+from swquant.engine.run_state import HIDDEN_STATES, MANIFEST, RunState, lock_directory, open_run_state
 from swquant.errors import SwquantError, reason_of
 from swquant.estimate.budget import Budget, micro_batch_within, shape_of
 from swquant.estimate.disk import disk_of
@@ -252,7 +252,7 @@ def _finished(out: Path, key: Mapping[str, Any]) -> Report | None:
 
 
 def _start(plan: Plan, run_state: RunState, out: Path, watching: Observer, ranks: int) -> None:
-    """Make the samples and both streams before block 0, if the disk and the weights allow for a run."""
+    """Make the samples and both models' hidden states before block 0, if the disk and the weights allow for a run."""
     require_disk(out, disk_of(plan, shape_of(plan), ranks).asked)
     plan.checkpoint.sidecars()
     plan.checkpoint.require_finite(site.weight for site in plan.layout.sites)
@@ -260,11 +260,11 @@ def _start(plan: Plan, run_state: RunState, out: Path, watching: Observer, ranks
     tokens = torch.cat((calibration, evaluation))
     shape = (tokens.shape[0], tokens.shape[1], plan.hidden_size)
     front = Front.load(plan.skeleton, plan.checkpoint, plan.device)
-    streams = [create_stream(run_state.stream_path(name, 0), shape) for name in STREAMS]
-    for stream, stored in zip(streams, (False, True), strict=True):
+    cached = [create_hidden(run_state.hidden_path(name, 0), shape) for name in HIDDEN_STATES]
+    for cache, stored in zip(cached, (False, True), strict=True):
         for index, hidden in enumerate(capture(front, plan.checkpoint, tokens, stored=stored)):
-            stream[index] = hidden
-    try_block(plan, Calls.prepare(front, plan.checkpoint, tokens), streams[0][:1])
+            cache[index] = hidden
+    try_block(plan, Calls.prepare(front, plan.checkpoint, tokens), cached[0][:1])
     run_state.begin({"tokens": tokens}, shape, {"evaluation_samples": evaluation.shape[0]})
 
 
@@ -300,7 +300,7 @@ def _quality(plan: Plan, run_state: RunState, watching: Observer) -> Quality | N
     if not count:
         return None
     watching.stage("Measuring perplexity and divergence")
-    reference, quantized = run_state.open_streams()
+    reference, quantized = run_state.open_hidden_states()
     tokens = run_state.tokens()["tokens"][-count:]
     front = Front.load(plan.skeleton, plan.checkpoint, plan.device)
     return measure(front, plan.checkpoint, (reference[-count:], quantized[-count:]), tokens)

@@ -158,7 +158,7 @@ def test_no_stream_is_made_while_a_rank_holds_removed_ones(
     crew: RunCrew, llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     after, seen = Counter[str](), list[tuple[str, int]]()
-    through, create = run.quantize_block, block.create_stream
+    through, create = run.quantize_block, block.create_hidden
 
     def late(job: block.Job, *arguments: Any) -> Any:
         left = through(job, *arguments)
@@ -171,7 +171,7 @@ def test_no_stream_is_made_while_a_rank_holds_removed_ones(
         return create(path, shape)
 
     monkeypatch.setattr(run, "quantize_block", late)
-    monkeypatch.setattr(block, "create_stream", noted)
+    monkeypatch.setattr(block, "create_hidden", noted)
     recipe = recipe_of(text, "rtn + end_to_end(epochs=1)")
     crew(3, lambda ranks: quantize_together(recipe, llama, tmp_path / "out", ranks, Silent()))
     assert [(name.partition(".")[0], done) for name, done in seen] == [

@@ -82,7 +82,7 @@ def test_the_streamed_gradient_is_that_of_autograd_through_the_whole_model(
     front, samples = calls_of(job, run_state).front, torch.arange(2)
     states = model.forward(torch.stack(list(capture(front, job.checkpoint, tokens, stored=True))), samples)
     heads = Heads.load(front, job.checkpoint)
-    loss, slope = heads.gradient(run_state.open_streams()[0][:2], states.pop())
+    loss, slope = heads.gradient(run_state.open_hidden_states()[0][:2], states.pop())
     model.backward(states, samples, slope)
 
     whole: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)

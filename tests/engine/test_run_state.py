@@ -8,7 +8,16 @@ import pytest
 
 from swquant import SwquantError
 from swquant.engine.block import AUGMENTED
-from swquant.engine.run_state import FINAL, MANIFEST, STREAMS, TOKENS, TRAINED, RunState, lock_directory, open_run_state
+from swquant.engine.run_state import (
+    FINAL,
+    HIDDEN_STATES,
+    MANIFEST,
+    TOKENS,
+    TRAINED,
+    RunState,
+    lock_directory,
+    open_run_state,
+)
 
 
 def test_a_lock_is_free_behind_its_context(tmp_path: Path) -> None:
@@ -31,10 +40,10 @@ def test_a_directory_of_somebody_elses_is_not_ours(tmp_path: Path) -> None:
 def test_what_a_start_leaves_that_was_killed_is_ours(tmp_path: Path) -> None:
     run_state = RunState(tmp_path, {})
     paths = [run_state.block_path(3), tmp_path / TOKENS, tmp_path / FINAL, tmp_path / AUGMENTED]
-    names = [*STREAMS, TRAINED]
+    names = [*HIDDEN_STATES, TRAINED]
     left = [
         *paths,
-        *(run_state.stream_path(name, 7) for name in names),
+        *(run_state.hidden_path(name, 7) for name in names),
         *(path.with_suffix(".part") for path in paths[:3]),
     ]
     for path in (*left, (tmp_path / MANIFEST).with_suffix(".part")):

@@ -79,7 +79,7 @@ def test_the_streamed_gradient_is_that_of_autograd_through_the_whole_model(
     tokens = run_state.tokens()["tokens"][:2]
     front, samples = calls_of(job, run_state).front, torch.arange(2)
     states = model.forward(torch.stack(list(capture(front, job.checkpoint, tokens, stored=True))), samples)
-    loss, slope = Heads.load(front, job.checkpoint).gradient(run_state.open_streams()[0][:2], states.pop())
+    loss, slope = Heads.load(front, job.checkpoint).gradient(run_state.open_hidden_states()[0][:2], states.pop())
     model.backward(states, samples, slope)
 
     whole: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
@@ -110,8 +110,8 @@ def test_what_is_trained_is_what_is_written(llama: Path, recipe: Recipe, tmp_pat
     nudged(model, 1)
     shape = run_state.shape
     assert shape is not None
-    stream = run_state.stream_path("trained", run_state.done)
-    stream.write_bytes(bytes(4 * shape[0] * shape[1] * shape[2]))
+    cache = run_state.hidden_path("trained", run_state.done)
+    cache.write_bytes(bytes(4 * shape[0] * shape[1] * shape[2]))
     run_state.finish_training(model.final(), {})
     for index in range(run_state.done):
         after = run_state.block(index, job.layout.grids(index))

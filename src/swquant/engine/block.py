@@ -1,4 +1,4 @@
-"""One block: its targets, the phases, the codes, and both streams moved after it."""
+"""One block: its targets, the phases, the codes, and both models' hidden states moved after it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from swquant.checkpoint.source import Source
 from swquant.distributed.ranks import Alone, Ranks, on_any, require_same
 from swquant.engine.bound import BoundBlock, own_batches
 from swquant.engine.drift import measure_block, measured_samples
+from swquant.engine.hidden_states import create_hidden, open_hidden
 from swquant.engine.kept import kept_copy
 from swquant.engine.memory import device_peak_bytes, peak_bytes, release
 from swquant.engine.observer import Observer
 from swquant.engine.precision import at_precision
-from swquant.engine.run_state import STREAMS, RunState
-from swquant.engine.streams import create_stream, open_stream
+from swquant.engine.run_state import HIDDEN_STATES, RunState
 from swquant.errors import SwquantError
 from swquant.learnables.base import Theta
 from swquant.losses import Loss
@@ -48,13 +48,13 @@ class Job:
         layout: What is quantized, and each matrix's grid.
         phases: The method.
         loss: The training loss; ``None`` leaves each phase its own.
-        samples: Calibration samples; the streams' further samples are for evaluation and train nothing.
+        samples: Calibration samples; further samples among the hidden states are for evaluation and train nothing.
         seed: Of everything random.
         device: Where to compute.
         ranks: The processes that do the job together.
         micro_batch: Samples of a batch that each rank takes through a block at once; ``None`` is all that are its own.
             It changes no result but for rounding.
-        precision: Of the matrix products in training; targets and both streams are always float32.
+        precision: Of the matrix products in training; targets and both models' hidden states are always float32.
     """
 
     checkpoint: Source
@@ -71,7 +71,7 @@ class Job:
 
 
 def quantize_block(job: Job, run_state: RunState, calls: Calls, observer: Observer) -> int | None:
-    """Quantize the run's next block and commit it together with both streams after it.
+    """Quantize the run's next block and commit it together with both models' hidden states after it.
 
     Args:
         job: The run.
@@ -86,24 +86,24 @@ def quantize_block(job: Job, run_state: RunState, calls: Calls, observer: Observ
         SwquantError: The block puts out NaN or infinite values, as it is or quantized; nothing is committed.
     """
     started = time.monotonic()
-    index, ranks, streams = run_state.done, job.ranks, _open_streams(job, run_state)
+    index, ranks, cached = run_state.done, job.ranks, _open_hidden_states(job, run_state)
     bound = BoundBlock(index, job.skeleton.block(index), calls, job.layout, job.device, ranks)
     params = load_block(job, index)
     forward = time.monotonic()
     with named(f"in the original model's block {index}"):
-        finite = bound.advance(params, streams.reference, streams.next_reference)
-    forward = (time.monotonic() - forward) / len(streams.reference)
+        finite = bound.advance(params, cached.reference, cached.next_reference)
+    forward = (time.monotonic() - forward) / len(cached.reference)
     require_finite(finite, ranks, f"the original model's block {index} puts out")
-    if streams.augmented is not None:
+    if cached.augmented is not None:
         with named(f"in the original model's block {index}"):
-            bound.advance(params, streams.quantized[: job.samples], streams.augmented[: job.samples])
+            bound.advance(params, cached.quantized[: job.samples], cached.augmented[: job.samples])
     ranks.barrier()
 
     problem = pose(
         job,
         bound,
         params,
-        streams,
+        cached,
         observer.step,
         split_validation(job.samples),
         partial(kept_copy, run_state.kept_path(ranks.rank)),
@@ -115,9 +115,9 @@ def quantize_block(job: Job, run_state: RunState, calls: Calls, observer: Observ
     committed, reports = _fold(draft, job.phases, problem, index)
     require_same(ranks, _tensors(committed), f"block {index}")
     with named(f"in the quantized block {index}"):
-        finite = bound.advance(committed.floats(), streams.quantized, streams.next_quantized)
+        finite = bound.advance(committed.floats(), cached.quantized, cached.next_quantized)
     require_finite(finite, ranks, f"block {index} puts out, quantized by this recipe,")
-    drifted = drift(streams.next_reference, streams.next_quantized, ranks)
+    drifted = drift(cached.next_reference, cached.next_quantized, ranks)
     release()
 
     def finish() -> None:
@@ -125,7 +125,7 @@ def quantize_block(job: Job, run_state: RunState, calls: Calls, observer: Observ
             phases=tuple(reports),
             drift=drifted,
             seconds=round(time.monotonic() - started, 3),
-            measured=_measured(job, bound, streams, commit(draft), committed),
+            measured=_measured(job, bound, cached, commit(draft), committed),
             peak_bytes=peak_bytes(),
             device_peak_bytes=device_peak_bytes(job.device),
             forward_seconds=forward,
@@ -172,9 +172,9 @@ class Cached:
     augmented: Tensor | None
 
 
-def _open_streams(job: Job, run_state: RunState) -> Cached:
-    before = run_state.open_streams()
-    paths = [run_state.stream_path(name, run_state.done + 1) for name in STREAMS]
+def _open_hidden_states(job: Job, run_state: RunState) -> Cached:
+    before = run_state.open_hidden_states()
+    paths = [run_state.hidden_path(name, run_state.done + 1) for name in HIDDEN_STATES]
     if any(phase.augmented for phase in job.phases):
         paths.append(run_state.root / AUGMENTED)
     samples, tokens, dim = before[0].shape
@@ -226,27 +226,27 @@ def pose(
     )
 
 
-def _measured(job: Job, bound: BoundBlock, streams: Cached, rounded: Committed, committed: Committed) -> Measured:
+def _measured(job: Job, bound: BoundBlock, cached: Cached, rounded: Committed, committed: Committed) -> Measured:
     """What the block lost, on this rank alone."""
-    samples, tokens, _ = streams.quantized.shape
+    samples, tokens, _ = cached.quantized.shape
     shown = measured_samples(split_validation(job.samples)[1], range(job.samples, samples), tokens)
-    inputs = streams.quantized[shown]
+    inputs = cached.quantized[shown]
     plain = torch.empty_like(inputs)
     replace(bound, ranks=Alone()).advance(rounded.floats(), inputs, plain, torch.tensor(shown))
-    outputs = (streams.next_reference[shown], plain, streams.next_quantized[shown])
+    outputs = (cached.next_reference[shown], plain, cached.next_quantized[shown])
     return measure_block(outputs, (rounded.quantized, committed.quantized))
 
 
 def create_together(ranks: Ranks, paths: Sequence[Path], shape: tuple[int, int, int]) -> list[Tensor]:
-    """New streams at ``paths``, made by rank 0 and open on every rank; each then writes samples of its own.
+    """New files of hidden states at ``paths``, made by rank 0 and open on every rank; each then writes its own samples.
 
-    None is made before every rank has let go of the streams that it had: one that is removed and still mapped takes
-    room on the disk.
+    None is made before every rank has let go of the files that it had: one that is removed and still mapped takes room
+    on the disk.
     """
     made: list[Tensor] = []
     ranks.barrier()
-    ranks.lead(lambda: made.extend(create_stream(path, shape) for path in paths))
-    return made or [open_stream(path, shape) for path in paths]
+    ranks.lead(lambda: made.extend(create_hidden(path, shape) for path in paths))
+    return made or [open_hidden(path, shape) for path in paths]
 
 
 def require_finite(finite: bool, ranks: Ranks, whose: str) -> None:
@@ -267,9 +267,9 @@ def split_validation(samples: int) -> tuple[list[int], list[int]]:
 
 
 def drift(reference: Tensor, quantized: Tensor, ranks: Ranks) -> float:
-    """How far the quantized stream is off: ``sum (q - r)**2 / sum r**2`` over all samples, tokens and channels.
+    """How far the quantized model's hidden states are off: ``sum (q - r)**2 / sum r**2`` over all tokens.
 
-    Each rank adds up the samples that it has put into the streams itself; after it, all are there.
+    Each rank adds up the samples that it has written itself; after it, all are there.
     """
     sums = torch.zeros(2, dtype=torch.float64)
     for batch in own_batches(ranks, reference):

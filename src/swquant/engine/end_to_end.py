@@ -73,17 +73,17 @@ def train_scales(job: Job, work: ScaleTraining, run_state: RunState, calls: Call
     learned = "scales and weights" if work.weights else "scales"
     observer.stage(f"Training the {learned} of all blocks end to end")
     assert run_state.shape is not None
-    stream = create_together(job.ranks, [run_state.stream_path(TRAINED, run_state.done)], run_state.shape)[0]
+    cache = create_together(job.ranks, [run_state.hidden_path(TRAINED, run_state.done)], run_state.shape)[0]
 
     def begin() -> None:
         for index, hidden in enumerate(capture(calls.front, job.checkpoint, run_state.tokens()["tokens"], stored=True)):
-            stream[index] = hidden
+            cache[index] = hidden
 
     job.ranks.lead(begin)
-    stage = _Stage(job, work, TrainedModel(job, run_state, calls, work), run_state, stream, observer, calls.front)
+    stage = _Stage(job, work, TrainedModel(job, run_state, calls, work), run_state, cache, observer, calls.front)
     report = stage.run()
     require_finite(
-        stage.model.advance(stream[job.samples :], job.samples), job.ranks, "the model trained end to end puts out"
+        stage.model.advance(cache[job.samples :], job.samples), job.ranks, "the model trained end to end puts out"
     )
     job.ranks.barrier()
     require_same(
@@ -112,7 +112,7 @@ class _Stage:
 
     def __post_init__(self) -> None:
         self.thetas = self.model.thetas
-        self.reference = self.run_state.open_streams()[0]
+        self.reference = self.run_state.open_hidden_states()[0]
         self.heads = Heads.load(self.front, self.job.checkpoint)
         self.train, self.validation = split_validation(self.job.samples)
         self.micro_batch = MicroBatch(self.job.micro_batch)

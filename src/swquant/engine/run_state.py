@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from swquant.engine.durable import checksum_of, flush, replace_file, save_tensors
-from swquant.engine.streams import open_stream
+from swquant.engine.hidden_states import open_hidden
 from swquant.errors import SwquantError
 from swquant.quant.bits import pack, unpack
 from swquant.quant.draft import Committed
@@ -29,13 +29,13 @@ from swquant.quant.spec import QuantSpec
 
 MANIFEST, LOCK = "manifest.json", "lock"
 TOKENS = "tokens.safetensors"
-STREAMS = ("reference", "quantized")
+HIDDEN_STATES = ("reference", "quantized")
 TRAINED = "trained"
-"""The stream that takes the place of the quantized one when the whole model has been trained."""
+"""The hidden states that take the place of the quantized model's when the whole model has been trained."""
 FINAL = "final.safetensors"
 _OURS = re.compile(
     r"(?:manifest|tokens|final|block-\d+|training-\d+)\.(?:safetensors|part)"
-    rf"|kept-\d+\.state|augmented\.stream|(?:{'|'.join((*STREAMS, TRAINED))})-\d+\.stream|output"
+    rf"|kept-\d+\.state|augmented\.stream|(?:{'|'.join((*HIDDEN_STATES, TRAINED))})-\d+\.stream|output"
 )
 _PART_DTYPES = {"scale": torch.bfloat16, "d": torch.float16, "dmin": torch.float16}
 
@@ -45,13 +45,14 @@ class RunState:
     """A run's working directory.
 
     ``manifest.json`` alone says what counts, with a checksum of each file and of itself. A block's tensors and the
-    streams after it are written beside the old ones and flushed; replacing the manifest commits them in one step; then
-    the old streams go. Whatever a killed run leaves that the manifest does not name is overwritten or ignored.
+    hidden states after it are written beside the old ones and flushed; replacing the manifest commits them in one step;
+    then the old hidden states go. Whatever a killed run leaves that the manifest does not name is overwritten or
+    ignored.
 
     Attributes:
         root: The working directory.
         key: Everything that the result depends on: recipe, source, versions.
-        shape: Of the streams, ``(samples, tokens, dim)``; ``None`` until the first streams are in.
+        shape: Of the hidden states, ``(samples, tokens, dim)``; ``None`` until the first are in.
         reports: A report per finished block.
         files: The checksum of each file that counts, by name.
         notes: What else the start has noted.
@@ -74,9 +75,9 @@ class RunState:
         """Blocks finished."""
         return len(self.reports)
 
-    def stream_path(self, name: str, blocks_behind: int) -> Path:
-        """File of the stream ``name`` before block number ``blocks_behind``."""
-        return self.root / f"{name}-{blocks_behind:05d}.stream"
+    def hidden_path(self, name: str, block: int) -> Path:
+        """File of the hidden states of the model ``name`` before block number ``block``."""
+        return self.root / f"{name}-{block:05d}.stream"
 
     def kept_path(self, rank: int) -> Path:
         """Where a rank has the copy of a state that it trains, for the moment in which that has a name."""
@@ -87,10 +88,10 @@ class RunState:
         return self.root / f"block-{index:05d}.safetensors"
 
     def begin(self, tokens: Mapping[str, Tensor], shape: tuple[int, int, int], notes: Mapping[str, Any]) -> None:
-        """Commit the start: the samples' tokens and the streams before block 0, which the caller has written."""
+        """Commit the start: the samples' tokens and the hidden states before block 0, which the caller has written."""
         self._keep(self.root / TOKENS, tokens)
-        for name in STREAMS:
-            self._keep_stream(self.stream_path(name, 0))
+        for name in HIDDEN_STATES:
+            self._keep_hidden(self.hidden_path(name, 0))
         self.shape = shape
         self.notes = dict(notes)
         self._commit()
@@ -113,27 +114,27 @@ class RunState:
             self.training = None
             self._commit(spare)
 
-    def open_streams(self) -> tuple[Tensor, Tensor]:
-        """The reference stream and the quantized stream before the next block.
+    def open_hidden_states(self) -> tuple[Tensor, Tensor]:
+        """The original's and the quantized model's hidden states before the next block.
 
         After a training of the whole model, only the evaluation samples of the latter are the trained model's.
         """
         assert self.shape is not None
-        names = STREAMS if self.final is None else (STREAMS[0], TRAINED)
+        names = HIDDEN_STATES if self.final is None else (HIDDEN_STATES[0], TRAINED)
         try:
-            reference, quantized = (open_stream(self.stream_path(name, self.done), self.shape) for name in names)
+            reference, quantized = (open_hidden(self.hidden_path(name, self.done), self.shape) for name in names)
         except OSError as error:
             raise self._damaged(str(error)) from error
         return reference, quantized
 
     def finish_block(self, committed: Committed, report: Mapping[str, Any]) -> None:
-        """Commit a block; the streams after it have been written by the caller."""
+        """Commit a block; the cached hidden states after it have been written by the caller."""
         index = self.done
         self._keep(self.block_path(index), _to_tensors(committed))
-        for name in STREAMS:
-            self._keep_stream(self.stream_path(name, index + 1))
+        for name in HIDDEN_STATES:
+            self._keep_hidden(self.hidden_path(name, index + 1))
         self.reports.append(report)
-        self._commit(*(self.stream_path(name, index).name for name in STREAMS))
+        self._commit(*(self.hidden_path(name, index).name for name in HIDDEN_STATES))
 
     def block(self, index: int, grids: Mapping[str, QuantSpec]) -> Committed:
         """A finished block, as the training of the whole model left it where there was one.
@@ -175,7 +176,7 @@ class RunState:
         return self._checked(self.training["file"])
 
     def finish_training(self, tensors: Mapping[str, Tensor], report: Mapping[str, Any]) -> None:
-        """Commit the trained model; the caller has written the stream :data:`TRAINED`.
+        """Commit the trained model; the caller has written the cached hidden states :data:`TRAINED`.
 
         Args:
             tensors: What takes the place of a block's tensors, by the block's number, a slash and its name there.
@@ -183,9 +184,9 @@ class RunState:
         """
         before = self.training
         self._keep(self.root / FINAL, tensors)
-        self._keep_stream(self.stream_path(TRAINED, self.done))
+        self._keep_hidden(self.hidden_path(TRAINED, self.done))
         self.final, self.training = {"report": report}, None
-        self._commit(self.stream_path(STREAMS[1], self.done).name, *([] if before is None else [before["file"]]))
+        self._commit(self.hidden_path(HIDDEN_STATES[1], self.done).name, *([] if before is None else [before["file"]]))
 
     def clear(self) -> None:
         """Remove the working directory: the manifest after all it tells of, and the lock last.
@@ -221,7 +222,7 @@ class RunState:
     def _keep(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
         self.files[path.name] = save_tensors(path, tensors)
 
-    def _keep_stream(self, path: Path) -> None:
+    def _keep_hidden(self, path: Path) -> None:
         flush(path)
         self.files[path.name] = checksum_of(path)
 

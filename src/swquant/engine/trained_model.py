@@ -149,20 +149,20 @@ class TrainedModel:
             slope = hidden.grad
 
     @torch.no_grad()
-    def advance(self, stream: Tensor, first: int) -> bool:
+    def advance(self, cache: Tensor, first: int) -> bool:
         """Replace the hidden states before the first block by those after the last, in place.
 
         The samples are those from number ``first`` on. Each rank takes samples of its own; returns whether all of these
         end in finite values.
         """
-        own = list(own_batches(self._job.ranks, stream))
+        own = list(own_batches(self._job.ranks, cache))
         for index in range(len(self.thetas)):
             floats = self.floats(index)
             bound = self._bound(index)
             for part in own:
                 samples = torch.arange(first + part.start, first + part.stop)
-                stream[part] = bound.forward(floats, stream[part].to(self._job.device), samples).cpu()
-        return all(is_finite(stream[part]) for part in own)
+                cache[part] = bound.forward(floats, cache[part].to(self._job.device), samples).cpu()
+        return all(is_finite(cache[part]) for part in own)
 
     @torch.no_grad()
     def codes(self, index: int) -> dict[str, Tensor]:

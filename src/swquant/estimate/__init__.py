@@ -43,7 +43,7 @@ class Estimate:
         bits_per_weight: Of these, scales and zero points included.
         micro_batch: Samples of a batch that go through a block at once.
         device: The most on the device, and what is at work then.
-        host: The most resident on the host: interpreter, mapped streams, and on a CPU what ``device`` says.
+        host: The most resident on the host: interpreter, mapped hidden states, and on a CPU what ``device`` says.
         parts: What ``host`` and ``device`` are made of.
         disk: At its largest; ``free`` is what the disk has.
         time: Seconds, by part; ``None`` if nothing was measured.
@@ -96,7 +96,7 @@ def estimate(
     limit = kept.tensor_limit(plan.device, interpreter)
     micro_batch, memory = fit(plan, limit, whole) if kept.given else (whole, memory_of(plan, shape))
     on_host = plan.device.type == "cpu"
-    host = interpreter + disk.streams + (memory.peak if on_host else VALUES * learned_bytes(plan))
+    host = interpreter + disk.hidden_states + (memory.peak if on_host else VALUES * learned_bytes(plan))
     free = free_disk(Path(out))
     grids = [(site.shape, site.spec) for site in plan.layout.sites if site.spec is not None]
     quantized = sum(rows * columns for (rows, columns), _ in grids)
@@ -119,12 +119,12 @@ def estimate(
         host=host,
         parts={
             "interpreter": interpreter,
-            "streams": disk.streams,
+            "hidden_states": disk.hidden_states,
             "tensors": {**memory.blocks, **({"end to end": memory.finish} if memory.finish else {})},
             "drawing": drawing_bytes(plan),
         },
         disk={
-            "streams": disk.streams,
+            "hidden_states": disk.hidden_states,
             "run_state": disk.run_state,
             "outputs": disk.outputs,
             "peak": disk.peak,

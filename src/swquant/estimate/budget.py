@@ -25,7 +25,7 @@ class Budget:
 
     Attributes:
         device: On the accelerator; on a CPU it is part of ``host``.
-        host: Resident memory of the process, mapped streams left out: the system drops these where it has to.
+        host: Resident memory of the process, mapped hidden states left out: the system drops these where it has to.
     """
 
     device: int | None = None
@@ -94,7 +94,7 @@ def fit(plan: Plan, limit: int, whole: int) -> tuple[int, Memory]:
 
 
 def memory_problems(plan: Plan, memory: Memory, limit: int, micro_batch: int) -> list[str]:
-    """What does not fit; streams are files that the system drops from memory where it has to, and do not count."""
+    """What does not fit; hidden states are files that the system drops from memory where it must: they do not count."""
     needed, finish = memory.peak, plan.pipeline.finish
     if needed <= limit:
         return []
@@ -115,7 +115,7 @@ def process_problems(interpreter: int, budget: Budget) -> list[str]:
 
 
 def shape_of(plan: Plan) -> tuple[int, int, int]:
-    """Of the streams, if the text holds as many evaluation samples as the recipe asks for."""
+    """Of the cached hidden states, if the text holds as many evaluation samples as the recipe asks for."""
     recipe = plan.recipe
     assert recipe.samples is not None
     assert recipe.seq_len is not None

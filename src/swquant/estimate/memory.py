@@ -11,8 +11,8 @@ import torch
 from swquant.checkpoint.rotation import RotatedCheckpoint
 from swquant.engine.block import Cached, split_validation, stored_dtypes
 from swquant.engine.head import LOGITS
+from swquant.engine.hidden_states import BYTES, FORWARD_BYTES
 from swquant.engine.kept import is_large, is_mapped
-from swquant.engine.streams import BYTES, FORWARD_BYTES
 from swquant.estimate.disk import learned_bytes
 from swquant.estimate.live import Live, without_values
 from swquant.estimate.rig import Rig, bind
@@ -91,12 +91,12 @@ def memory_of(plan: Plan, shape: tuple[int, int, int], micro_batch: int | None =
 def _sizes(plan: Plan, shape: tuple[int, int, int], micro_batch: int | None) -> list[int]:
     """Numbers of samples that go through a block at once in a run, or in what is run of it here."""
     works = [work for work in (*plan.pipeline.phases, plan.pipeline.finish) if isinstance(work, Train | ScaleTraining)]
-    train, held = map(len, split_validation(plan.recipe.samples or 1))
-    batches = {size for work in works for count in (train, held) for size in _cut(count, work.batch_size)}
+    train, validation = map(len, split_validation(plan.recipe.samples or 1))
+    batches = {size for work in works for count in (train, validation) for size in _cut(count, work.batch_size)}
     batches |= {work.batch_size for work in works}
-    portions = {size for batch in batches for size in _cut(batch, micro_batch or batch)}
+    cut = {size for batch in batches for size in _cut(batch, micro_batch or batch)}
     forward = max(1, FORWARD_BYTES // (shape[1] * shape[2] * BYTES))
-    return sorted({1, *portions, *_cut(shape[0], forward)})
+    return sorted({1, *cut, *_cut(shape[0], forward)})
 
 
 def _cut(count: int, size: int) -> set[int]:

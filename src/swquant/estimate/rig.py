@@ -11,7 +11,7 @@ from torch import Tensor
 from swquant.distributed.ranks import Alone
 from swquant.engine.block import Cached, Job, pose, stored_dtypes
 from swquant.engine.bound import BoundBlock
-from swquant.engine.streams import batches
+from swquant.engine.hidden_states import batches
 from swquant.model.calls import Calls, Front
 from swquant.phases.base import Phase, Problem
 from swquant.plan import Plan

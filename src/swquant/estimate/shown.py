@@ -31,8 +31,11 @@ def _facts(found: Estimate, recipe: str | None) -> Iterator[tuple[str, str]]:
     tensors = found.parts["tensors"]
     work = ", ".join(f"{name} {size(value)}" for name, value in tensors.items())
     yield "memory of a block at work", f"{size(found.device)} at most: {work}"
-    streams = f"{size(found.parts['streams'])} of mapped streams, which may be dropped from memory"
-    yield "memory of the process", f"{size(found.host)}: interpreter {size(found.parts['interpreter'])}, {streams}"
+    hidden_states = f"{size(found.parts['hidden_states'])} of mapped hidden states, which may be dropped from memory"
+    yield (
+        "memory of the process",
+        f"{size(found.host)}: interpreter {size(found.parts['interpreter'])}, {hidden_states}",
+    )
     if found.parts["drawing"]:
         yield "drawing samples from the model", f"{size(found.parts['drawing'])} of memory before the first block"
     disk = found.disk

@@ -64,7 +64,7 @@ def time_of(plan: Plan, shape: tuple[int, int, int]) -> Time:
 
     Args:
         plan: The run; no weight of it is read.
-        shape: Of its streams, ``(samples, tokens, dim)``.
+        shape: Of its cached hidden states, ``(samples, tokens, dim)``.
     """
     calibration = plan.recipe.samples or 1
     augmented = any(phase.augmented for phase in plan.pipeline.phases)

@@ -26,7 +26,7 @@ class Problem:
             samples they are decides what else the block is called with.
         facts: Structure of the block.
         inputs: What the quantized model so far puts into the block, ``[samples, tokens, dim]``, maybe memory-mapped.
-        target: What the full-precision block makes of the full-precision model's stream.
+        target: What the full-precision block makes of the full-precision model's hidden states.
         augmented: What the full-precision block makes of ``inputs``; present if a phase asks for it.
         loss: Distance between the block's outputs and a target; ``None`` leaves it to the phase.
         watch: ``watch(parameters, linears, visit)`` runs the block with full-precision ``parameters`` over the inputs

@@ -39,8 +39,8 @@ class Train:
         learnables: What is trained.
         epochs: Rounds.
         batch_size: Samples per step.
-        augmented: Add the loss against the full-precision block's output on the quantized stream (OmniQuant's
-            augmented loss).
+        augmented: Add the loss against the full-precision block's output on the quantized model's hidden states
+            (OmniQuant's augmented loss).
         loss: The method's own loss; the problem's, where it names one, takes its place.
         optimizer: How steps are taken.
         steps: Steps per round, each on a batch drawn anew; ``None`` is one pass over the samples in random order.
