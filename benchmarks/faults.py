@@ -32,7 +32,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import swquant.run
 from swquant import Recipe
 from swquant.demo import ASSETS
-from swquant.engine.journal import Journal
+from swquant.engine.run_state import RunState
 from swquant.phases.gptq import Gptq
 from swquant.phases.train import Train
 from swquant.plan import versions
@@ -45,17 +45,17 @@ TIMED = ("blocks", "finish", "seconds", "advice")
 ELSEWHERE = "between"
 STAGES: dict[str, tuple[Any, str]] = {
     "sampling": (swquant.run, "_samples"),
-    "first streams": (Journal, "begin"),
+    "first hidden states": (RunState, "begin"),
     "block: GPTQ": (Gptq, "run"),
     "block: training": (Train, "run"),
-    "block: commit": (Journal, "finish_block"),
+    "block: commit": (RunState, "finish_block"),
     "end to end: training": (swquant.run, "train_scales"),
-    "end to end: save of an epoch": (Journal, "save_training"),
-    "end to end: commit": (Journal, "finish_training"),
+    "end to end: save of an epoch": (RunState, "save_training"),
+    "end to end: commit": (RunState, "finish_training"),
     "measuring": (swquant.run, "_quality"),
     "writing the output": (swquant.run, "write_output"),
     "publishing": (swquant.run, "publish"),
-    "clearing up": (Journal, "clear"),
+    "clearing up": (RunState, "clear"),
 }
 """Where kills are aimed at: functions by what they do; the innermost counts."""
 

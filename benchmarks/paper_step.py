@@ -22,6 +22,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from swquant.engine.capture import capture
+from swquant.engine.skeleton import build_skeleton
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -29,8 +31,6 @@ import swquant.run as run
 from memory import make
 from step_cost import Clock
 from swquant.checkpoint.reader import open_checkpoint
-from swquant.engine.capture import capture
-from swquant.engine.skeleton import build_skeleton
 from swquant.recipe import Recipe
 
 GROUP, LEVELS, SLICES, SHARE = 64, 3, 128, 0.2

@@ -25,12 +25,12 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from swquant.engine.skeleton import build_skeleton
 from torch import Tensor
 
 from swquant import Recipe, SwquantError, __version__, evaluate, quantize
 from swquant.calibration import load_tokenizer, read_text, sample_windows, tokenize
 from swquant.checkpoint.reader import open_checkpoint
-from swquant.engine.skeleton import build_skeleton
 from swquant.quant.grid import group
 from swquant.quant.spec import QuantSpec
 

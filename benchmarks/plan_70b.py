@@ -4,7 +4,7 @@
 
 The model is the configuration and headers of bfloat16 weights alone, holes in sparse files; no weight is read. 2 bits
 in groups of 128, 128 samples of 2048 tokens, on a CPU, whose interpreter takes half a GB of the budget. A batch is cut
-into portions only where the whole of it does not fit.
+into micro-batches only where the whole of it does not fit.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def main() -> None:
                 {
                     "method": method,
                     "device_gb": round(found.device / 1e9, 1),
-                    "samples_at_once": found.portion,
+                    "samples_at_once": found.micro_batch,
                     "fits": not memory,
                     "problems": memory,
                 }

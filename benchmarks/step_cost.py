@@ -18,13 +18,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from swquant.engine.capture import capture
+from swquant.engine.skeleton import build_skeleton
 
 import swquant.run as run
 from memory import WIDTH, make
 from swquant.checkpoint.reader import open_checkpoint
-from swquant.engine.capture import capture
 from swquant.engine.observer import Silent
-from swquant.engine.skeleton import build_skeleton
 from swquant.recipe import Recipe
 
 TOKENS, SAMPLES = 2048, 4

@@ -4,7 +4,7 @@
 
 ``products``: a linear's three matrix products and causal attention in bfloat16 against float32. ``compiled``:
 quantizing and dequantizing with its gradients, the same formula by torch.compile against ours; needs a C++ compiler.
-``ahead``: a pass over a stream that a thread reads ahead against one on the file's pages, by the clock too, with the
+``ahead``: a pass over cached hidden states that a thread reads ahead against one on the file's pages, by the clock too, with the
 file in the page cache and dropped from it. ``kept``: a step of SignRound with glibc told to keep what is freed against
 one without, in turns.
 """
@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from peer_steps import OURS, Side, Size, prepare
-from swquant.engine.streams import batches, create_stream, on_device, open_stream, read_ahead
+from swquant.engine.hidden_states import batches, create_hidden, on_device, open_hidden, read_ahead
 from swquant.quant.draft import Slot, snap
 from swquant.quant.grid import MAX_SCALE, MIN_SCALE, Extent, extent_of, group
 from swquant.quant.rounding import Rounding
@@ -38,7 +38,7 @@ SPEC = QuantSpec(2, 64, symmetric=False)
 POINTS, REPEATS, TURNS, WARM = 2048, 9, 8, 3
 LINEARS = ((256, 256), (640, 256), (1024, 1024), (2816, 1024))
 ATTENTION = ((8, 4, 256, 64), (1, 16, 2048, 64))
-STREAM = (16, 512, 2048)
+CACHE = (16, 512, 2048)
 KEPT = {"MALLOC_TRIM_THRESHOLD_": str(1 << 32), "MALLOC_MMAP_THRESHOLD_": str(1 << 25)}
 
 
@@ -151,10 +151,10 @@ def kept() -> dict[str, object]:
 
 def ahead() -> dict[str, object]:
     """Read ahead / on the file's pages, each part times one matrix; and how the file was."""
-    weight, found = torch.randn(STREAM[-1], 512), dict[str, object]()
+    weight, found = torch.randn(CACHE[-1], 512), dict[str, object]()
     with tempfile.TemporaryDirectory(dir=".") as folder:
-        path = Path(folder) / "stream"
-        create_stream(path, STREAM).fill_(1.0)
+        path = Path(folder) / "cache"
+        create_hidden(path, CACHE).fill_(1.0)
         with path.open("rb+") as file:
             os.fsync(file.fileno())
             for cold in (False, True):
@@ -174,10 +174,10 @@ def ahead() -> dict[str, object]:
 
 
 def _pass(path: Path, weight: Tensor, threaded: bool) -> tuple[float, float]:
-    stream = open_stream(path, STREAM)
+    cache = open_hidden(path, CACHE)
     began = time.perf_counter(), time.process_time()
-    parts = list(batches(stream))
-    read = read_ahead(stream, parts, Tensor.clone) if threaded else on_device(stream, parts, torch.device("cpu"))
+    parts = list(batches(cache))
+    read = read_ahead(cache, parts, Tensor.clone) if threaded else on_device(cache, parts, torch.device("cpu"))
     for _, rows in read:
         torch.mm(rows.flatten(0, 1), weight)
     return time.perf_counter() - began[0], time.process_time() - began[1]

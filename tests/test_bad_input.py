@@ -18,7 +18,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from swquant.cli import main
-from swquant.engine.journal import lock_directory
+from swquant.engine.run_state import lock_directory
 
 MakeModel = Callable[..., Path]
 Damage = Callable[[Path], None]

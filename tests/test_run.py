@@ -164,7 +164,7 @@ def test_a_run_killed_between_publishing_and_clearing_is_cleared(
     llama: Path, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("swquant.engine.journal.Journal.clear", lambda self: None)
+        patch.setattr("swquant.engine.run_state.RunState.clear", lambda self: None)
         first = quantize(recipe, llama, tmp_path / "out")
     assert (tmp_path / "out.swquant-work").exists()
     assert quantize(recipe, llama, tmp_path / "out").to_json() == first.to_json()
@@ -351,7 +351,7 @@ def test_grids_that_cannot_be_are_refused_before_the_work(
 @pytest.mark.parametrize(
     ("runtime", "grids", "said"),
     [
-        ("transformers", finer(False), r"cannot load compressed_tensors on several grids \(w2g32, w4g32\)"),
+        ("transformers", finer(False), r"cannot load compressed_tensors on several grids \(w2g32, w4g32 asymmetric\)"),
         ("vllm", finer(False, 3), "vllm cannot load w3g32 as compressed_tensors: its .* --format gptq works"),
         ("sglang", finer(bits=3), r"sglang cannot load .*--bits 3.* no kernel of it is known to compute 3-bit"),
     ],

@@ -1,4 +1,4 @@
-"""Ultra-low-bit quantization of large language models with distribution-aligning losses."""
+"""Training-based post-training quantization of large language models to 2, 3 and 4 bits."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from swquant.errors import SwquantError
     from swquant.evaluation import Evaluation, evaluate
     from swquant.losses import SlicedWasserstein, SlicedWassersteinLoss, parse_loss, sliced_wasserstein_loss
+    from swquant.quant.spec import QuantSpec
     from swquant.recipe import Recipe
     from swquant.report import Report
     from swquant.run import quantize
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Evaluation",
+    "QuantSpec",
     "Recipe",
     "Report",
     "SlicedWasserstein",
@@ -31,6 +33,7 @@ __all__ = [
 
 _HOMES = {
     "Evaluation": "evaluation",
+    "QuantSpec": "quant.spec",
     "Recipe": "recipe",
     "Report": "report",
     "SlicedWasserstein": "losses",

@@ -16,7 +16,7 @@ MUCH, SOME, LITTLE = 1.5, 1.05, 1.01
 """Perplexity over the original's: much, some, and next to nothing lost."""
 
 RISEN, FALLING = 1.02, 0.98
-"""Held-out loss of the last round over the least one; of the last over the one before it."""
+"""Validation loss of the last round over the least one; of the last over the one before it."""
 
 LEARNED = 0.9
 """Training loss of the last round over the first one's where training has learned something since."""
@@ -114,37 +114,37 @@ def fewer_bits(report: Report) -> str | None:
 
 
 def more_samples(report: Report) -> str | None:
-    """A held-out loss that rises while training goes on is overfitting."""
+    """A validation loss that rises while training goes on is overfitting."""
     phases = _phases(report)
     risen = [phase for phase in phases if _last(phase) > RISEN * min(filter(None, phase.curve), default=0.0)]
     if not phases or 2 * len(risen) < len(phases):
         return None
     return (
-        f"The held-out loss rose again in {len(risen)} of {len(phases)} trainings: they fit their samples more than "
+        f"The validation loss rose again in {len(risen)} of {len(phases)} trainings: they fit their samples more than "
         f"the model. Try --samples {2 * int(report.recipe['samples'])}."
     )
 
 
 def samples_learned_by_heart(report: Report) -> str | None:
-    """A training loss that falls without the held-out one is overfitting before it shows as a rise."""
+    """A training loss that falls without the validation loss is overfitting before it shows as a rise."""
     phases = [phase for phase in _phases(report) if phase.training]
     alone = [phase for phase in phases if _fell_alone(phase)]
     if not phases or 2 * len(alone) < len(phases) or more_samples(report) is not None:
         return None
     return (
         f"In {len(alone)} of {len(phases)} trainings the loss on the samples that train went on falling while that on "
-        f"held-out samples did not. Try --samples {2 * int(report.recipe['samples'])}."
+        f"validation samples did not. Try --samples {2 * int(report.recipe['samples'])}."
     )
 
 
 def more_epochs(report: Report) -> str | None:
-    """A held-out loss that still falls in the last round promises more."""
+    """A validation loss that still falls in the last round promises more."""
     phases = [phase for phase in _phases(report) if len(phase.curve) > 1]
     falling = [phase for phase in phases if 0 < _last(phase) < FALLING * (phase.curve[-2] or 0.0)]
     if not phases or 2 * len(falling) < len(phases):
         return None
     return (
-        f"The held-out loss was still falling in {len(falling)} of {len(phases)} trainings. "
+        f"The validation loss was still falling in {len(falling)} of {len(phases)} trainings. "
         f"Try {'--preset default' if report.recipe['preset'] == 'fast' else 'more --epochs'}."
     )
 
@@ -231,12 +231,12 @@ def _trained(report: Report) -> bool:
 
 
 def _fell_alone(phase: PhaseReport) -> bool:
-    held_first, held_last, first, last = phase.curve[0], phase.curve[-1], phase.training[0], phase.training[-1]
-    if held_first is None or held_last is None or first is None or last is None:
+    before, after, first, last = phase.curve[0], phase.curve[-1], phase.training[0], phase.training[-1]
+    if before is None or after is None or first is None or last is None:
         return False
-    return last < LEARNED * first and held_last > FALLING * held_first
+    return last < LEARNED * first and after > FALLING * before
 
 
 def _last(phase: PhaseReport) -> float:
-    """The last round's held-out loss; where it was not finite, 0, which neither rises nor falls."""
+    """The last round's validation loss; where it was not finite, 0, which neither rises nor falls."""
     return phase.curve[-1] or 0.0

@@ -16,7 +16,7 @@ from swquant.checkpoint.reader import read_config
 from swquant.errors import SwquantError, reason_of
 from swquant.model.empty import model_class
 from swquant.model.empty import read_config as parse_config
-from swquant.phases.portion import ran_out
+from swquant.phases.micro_batch import ran_out
 from swquant.seeds import generator
 
 LEAST_SHARE = 4

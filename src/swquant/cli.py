@@ -420,7 +420,7 @@ def main(arguments: list[str] | None = None) -> None:
     except OSError as error:
         _fail(f"{error}; what is finished is kept, and the same command goes on from there", FAILURE)
     except (MemoryError, RuntimeError) as error:
-        from swquant.phases.portion import ran_out
+        from swquant.phases.micro_batch import ran_out
 
         if not ran_out(error):
             raise

@@ -19,7 +19,7 @@ from swquant.checkpoint.names import Names
 from swquant.checkpoint.quantized import Part, QuantizedModel
 from swquant.checkpoint.source import stored
 from swquant.engine.head import predictions
-from swquant.engine.journal import Journal
+from swquant.engine.run_state import RunState
 from swquant.formats.base import Format
 from swquant.html.page import report_page
 from swquant.model.calls import Front
@@ -44,30 +44,32 @@ model = swquant.load(path)"""
 REPORT, PAGE, RECIPE = "report.json", "report.html", "swquant.yaml"
 
 
-def write_output(plan: Plan, journal: Journal, quality: Quality | None, key: Mapping[str, Any], source: str) -> Report:
+def write_output(
+    plan: Plan, run_state: RunState, quality: Quality | None, key: Mapping[str, Any], source: str
+) -> Report:
     """Write every format and the report into the working directory's ``output``."""
-    staging = journal.root / "output"
+    staging = run_state.root / "output"
     shutil.rmtree(staging, ignore_errors=True)
     extra = {RECIPE: plan.recipe.to_yaml()}
-    model = QuantizedModel(plan.outline, lambda: _parts(plan, journal), plan.checkpoint.sidecars(), extra)
-    sample = _sample(plan, journal)
+    model = QuantizedModel(plan.outline, lambda: _parts(plan, run_state), plan.checkpoint.sidecars(), extra)
+    sample = _sample(plan, run_state)
     outputs = [
         _write_format(plan, form, notes, staging, model, sample)
         for form, notes in zip(plan.formats, plan.notes, strict=True)
     ]
-    finish = None if journal.final is None else journal.final["report"]
+    finish = None if run_state.final is None else run_state.final["report"]
     report = Report(
         source=source,
         recipe=plan.recipe.to_mapping(),
         recipe_hash=plan.recipe.digest(),
         versions=versions(),
-        blocks=journal.reports,
+        blocks=run_state.reports,
         finish=finish,
         quality=quality,
         bits_per_weight=_bits_per_weight(plan),
         bytes_source=plan.bytes_source,
         outputs=outputs,
-        seconds=round(sum(float(part["seconds"]) for part in (*journal.reports, *([finish] if finish else []))), 3),
+        seconds=round(sum(float(part["seconds"]) for part in (*run_state.reports, *([finish] if finish else []))), 3),
         key=key,
     )
     report = replace(report, advice=advise(report))
@@ -153,13 +155,13 @@ def output_of(
     )
 
 
-def _sample(plan: Plan, journal: Journal) -> tuple[Tensor, Tensor] | None:
+def _sample(plan: Plan, run_state: RunState) -> tuple[Tensor, Tensor] | None:
     """Tokens and the quantized model's logits for them; ``None`` where a runtime's whole model might not fit."""
     if plan.target is None or not _fits_in_memory(plan):
         return None
-    _, quantized = journal.open_streams()
+    _, quantized = run_state.open_hidden_states()
     front = Front.load(plan.skeleton, plan.checkpoint, plan.device)
-    return journal.tokens()["tokens"][-1:], predictions(front, plan.checkpoint, quantized[-1:])
+    return run_state.tokens()["tokens"][-1:], predictions(front, plan.checkpoint, quantized[-1:])
 
 
 def _fits_in_memory(plan: Plan) -> bool:
@@ -168,7 +170,7 @@ def _fits_in_memory(plan: Plan) -> bool:
     return 2 * 4 * values < psutil.virtual_memory().available
 
 
-def _parts(plan: Plan, journal: Journal) -> Iterator[Part]:
+def _parts(plan: Plan, run_state: RunState) -> Iterator[Part]:
     """The output's tensors under their names on disk: what lies outside the blocks as it is, then block by block."""
     names, skeleton = plan.skeleton.names, plan.skeleton
     inside = names.keys_of(f"{block.prefix}.{name}" for block in skeleton.blocks for name in block.names())
@@ -182,7 +184,7 @@ def _parts(plan: Plan, journal: Journal) -> Iterator[Part]:
         if name not in inside and name not in changed and name not in skeleton.names.dropped:
             yield {name: plan.disk.read(name)}
     for index, block in enumerate(skeleton.blocks):
-        committed = journal.block(index, plan.layout.grids(index))
+        committed = run_state.block(index, plan.layout.grids(index))
         values: dict[str, Tensor | QTensor | KTensor] = {**committed.params, **committed.quantized}
         yield _on_disk(names, {f"{block.prefix}.{name}": value for name, value in values.items()})
 

@@ -20,7 +20,7 @@ from swquant.checkpoint.quantized import Outline
 from swquant.checkpoint.rotation import rotate
 from swquant.checkpoint.source import Source
 from swquant.device import resolve_device
-from swquant.engine.block import Job, split_held
+from swquant.engine.block import Job, split_validation
 from swquant.engine.pace import tail_of
 from swquant.engine.precision import PRECISIONS
 from swquant.errors import SwquantError
@@ -131,11 +131,11 @@ class Plan:
         if finish is None:
             return 0.0
         assert samples is not None
-        train, held = map(len, split_held(samples))
+        train, validation = map(len, split_validation(samples))
         whole = sum(parameter.numel() for block in self.skeleton.blocks for parameter in block.module.parameters())
         block = whole / len(self.skeleton.blocks)
         head = math.prod(self.checkpoint.tensors[self.skeleton.head_weight].shape) / block
-        return tail_of(finish.epochs, train, held, len(self.skeleton.blocks), head)
+        return tail_of(finish.epochs, train, validation, len(self.skeleton.blocks), head)
 
 
 def _label(spec: QuantSpec | None) -> str:

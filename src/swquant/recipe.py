@@ -69,7 +69,7 @@ class Recipe:
         preset: ``fast``, ``default`` or ``best``.
         seed: Of everything that is random.
         precision: Of the blocks' matrix products in training: ``float32`` or ``bfloat16``. Losses, what is learned,
-            streams and all else stay in float32.
+            cached hidden states and all else stay in float32.
         device: ``cpu``, an accelerator's name such as ``mps``, or ``auto``.
         format: Format of the output, see ``swquant list formats``; several with commas between them, which are then
             written into a directory each from the same codes; ``None`` is what the runtime reads best, or

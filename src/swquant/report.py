@@ -157,7 +157,7 @@ class BlockReport:
 
     Attributes:
         phases: What was done.
-        drift: ``sum (q - r)**2 / sum r**2`` between both streams after it, over all samples.
+        drift: ``sum (q - r)**2 / sum r**2`` between both models' hidden states after it, over all samples.
         seconds: How long it took.
         measured: Before and after; ``None`` in reports of older versions.
         peak_bytes: Most memory that the process had held until then; ``None`` in reports of older versions.
@@ -235,7 +235,7 @@ class Report:
         recipe_hash: Its hash.
         versions: Of swquant and the libraries that compute.
         blocks: A :class:`BlockReport` for each, as plain values.
-        quality: Measured by running both streams on through the model's head; ``None`` if no windows were asked for.
+        quality: Measured from both models' hidden states by the model's head; ``None`` if no windows were asked for.
         bits_per_weight: Of the quantized weights, scales and zero points included.
         bytes_source: Of the source's tensors.
         seconds: Of the blocks and the training after the last, over all the runs that it took.

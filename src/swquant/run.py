@@ -21,17 +21,17 @@ from swquant.engine.block import Job, load_block, quantize_block
 from swquant.engine.bound import BoundBlock
 from swquant.engine.end_to_end import train_scales
 from swquant.engine.head import measure
-from swquant.engine.journal import MANIFEST, STREAMS, Journal, lock_directory, open_journal
+from swquant.engine.hidden_states import create_hidden
 from swquant.engine.memory import keep_little
 from swquant.engine.observer import Observer, Silent
-from swquant.engine.streams import create_stream
+from swquant.engine.run_state import HIDDEN_STATES, MANIFEST, RunState, lock_directory, open_run_state
 from swquant.errors import SwquantError, reason_of
-from swquant.estimate.budget import Budget, portion_within, shape_of
+from swquant.estimate.budget import Budget, micro_batch_within, shape_of
 from swquant.estimate.disk import disk_of
 from swquant.model.calls import Calls, Front, capture
 from swquant.model.whole import model_of
 from swquant.output import REPORT, load_report, write_output
-from swquant.phases.portion import named, ran_out
+from swquant.phases.micro_batch import named, ran_out
 from swquant.phases.train import Train
 from swquant.plan import Plan, make_plan
 from swquant.quant.deferred import in_float
@@ -65,9 +65,9 @@ def quantize(
         out: A directory that does not exist yet or is empty. If it holds the finished result of the same call, that is
             returned.
         observer: Hears of the progress.
-        budget: Memory that the run may take. A batch then goes through a block in portions that fit, which changes the
-            result by rounding alone; where one sample does not fit, the run is refused before it starts. From then on
-            glibc gives freed memory back at once in this process, see :func:`swquant.engine.memory.keep_little`.
+        budget: Memory that the run may take. A batch then goes through a block in micro-batches that fit, which changes
+            the result by rounding alone; where one sample does not fit, the run is refused before it starts. From then
+            on glibc gives freed memory back at once in this process, see :func:`swquant.engine.memory.keep_little`.
         grids: Other grids than the recipe's, or ``None`` to keep a matrix as it is, by shell patterns of names in
             memory, e.g. ``{"*.v_proj": QuantSpec(4, 64, True)}``; the last pattern that matches counts.
         source_options: Which of the source's files, and whether it may be quantized already.
@@ -131,19 +131,19 @@ def quantize_together(
             for report in before:
                 watching.done(report)
             return before[0] if before else None
-        portion = ranks.lead(partial(_make_ready, plan, budget, ranks.size, key, out, held, watching))
-        job = replace(plan.job(), ranks=ranks, micro_batch=portion)
-        journal = _train(plan, job, work, key, watching)
+        micro_batch = ranks.lead(partial(_make_ready, plan, budget, ranks.size, key, out, held, watching))
+        job = replace(plan.job(), ranks=ranks, micro_batch=micro_batch)
+        run_state = _train(plan, job, work, key, watching)
         ranks.leave()
         if ranks.rank > 0:
             return None
         with named("in measuring the quantized model"):
-            quality = _quality(plan, journal, watching)
+            quality = _quality(plan, run_state, watching)
         watching.stage(f"Writing {out}")
         with named("in writing the output"):
-            report = write_output(plan, journal, quality, key, _named(source, source_options))
+            report = write_output(plan, run_state, quality, key, _named(source, source_options))
         publish(work / "output", out)
-        journal.clear()
+        run_state.clear()
     watching.done(report)
     return report
 
@@ -160,7 +160,7 @@ def _before(out: Path, work: Path, key: Mapping[str, Any]) -> list[Report]:
         return []
     if (work / MANIFEST).exists():
         with lock_directory(work):
-            open_journal(work, key).clear()
+            open_run_state(work, key).clear()
     return [finished]
 
 
@@ -173,52 +173,54 @@ def _make_ready(
     held: ExitStack,
     watching: Observer,
 ) -> int | None:
-    """Hold the working directory and make it ready for the next block; returns the portion that keeps to the budget."""
+    """Lock the working directory and make it ready for the next block; returns the micro-batch of the budget."""
     work = _work_of(out)
     require_unused(out)
     held.enter_context(lock_directory(work))
-    journal = open_journal(work, key)
-    begun = journal.shape is not None
-    with nullcontext() if begun else _leaving_nothing(journal):
-        portion = portion_within(plan, budget, ranks, begun=begun) if budget is not None and budget.given else None
-        if portion is not None:
+    run_state = open_run_state(work, key)
+    begun = run_state.shape is not None
+    with nullcontext() if begun else _leaving_nothing(run_state):
+        micro_batch = (
+            micro_batch_within(plan, budget, ranks, begun=begun) if budget is not None and budget.given else None
+        )
+        if micro_batch is not None:
             watching.stage(
-                f"Samples of a batch go through a block {portion} at a time, to keep to the budget of memory"
+                f"Samples of a batch go through a block {micro_batch} at a time, to keep to the budget of memory"
             )
         if begun:
-            journal.verify()
+            run_state.verify()
         else:
             with named("in making the samples and their way to the first block"):
-                _start(plan, journal, out, watching, ranks)
-    return portion
+                _start(plan, run_state, out, watching, ranks)
+    return micro_batch
 
 
 @contextmanager
-def _leaving_nothing(journal: Journal) -> Generator[None]:
+def _leaving_nothing(run_state: RunState) -> Generator[None]:
     """A start that fails leaves no working directory."""
     try:
         yield
     except BaseException:
-        journal.clear()
+        run_state.clear()
         raise
 
 
-def _train(plan: Plan, job: Job, work: Path, key: Mapping[str, Any], watching: Observer) -> Journal:
-    """All that is left of the blocks and of the end-to-end stage; rank 0 writes it to the journal that is returned."""
-    journal, ranks = open_journal(work, key), job.ranks
+def _train(plan: Plan, job: Job, work: Path, key: Mapping[str, Any], watching: Observer) -> RunState:
+    """All that is left of the blocks and of the end-to-end stage; rank 0 writes the run state that is returned."""
+    run_state, ranks = open_run_state(work, key), job.ranks
     _say_who_rests(job, watching)
-    watching.begin(len(plan.skeleton.blocks), journal.done, plan.tail())
+    watching.begin(len(plan.skeleton.blocks), run_state.done, plan.tail())
     front = Front.load(plan.skeleton, plan.checkpoint, plan.device)
-    calls = Calls.prepare(front, plan.checkpoint, journal.tokens()["tokens"])
-    for _ in range(journal.done, len(plan.skeleton.blocks)):
-        left = quantize_block(job, journal, calls, watching)
+    calls = Calls.prepare(front, plan.checkpoint, run_state.tokens()["tokens"])
+    for _ in range(run_state.done, len(plan.skeleton.blocks)):
+        left = quantize_block(job, run_state, calls, watching)
         job = replace(job, micro_batch=left)
-        journal = journal if ranks.rank == 0 else open_journal(work, key)
+        run_state = run_state if ranks.rank == 0 else open_run_state(work, key)
     finish = plan.pipeline.finish
-    if finish is not None and journal.final is None:
+    if finish is not None and run_state.final is None:
         with named("in the end-to-end training"):
-            train_scales(job, finish, journal, calls, watching)
-    return journal
+            train_scales(job, finish, run_state, calls, watching)
+    return run_state
 
 
 def _say_who_rests(job: Job, watching: Observer) -> None:
@@ -249,8 +251,8 @@ def _finished(out: Path, key: Mapping[str, Any]) -> Report | None:
     return report if report.key == key else None
 
 
-def _start(plan: Plan, journal: Journal, out: Path, watching: Observer, ranks: int) -> None:
-    """Make the samples and both streams before block 0, if the disk and the weights allow for a run."""
+def _start(plan: Plan, run_state: RunState, out: Path, watching: Observer, ranks: int) -> None:
+    """Make the samples and both models' hidden states before block 0, if the disk and the weights allow for a run."""
     require_disk(out, disk_of(plan, shape_of(plan), ranks).asked)
     plan.checkpoint.sidecars()
     plan.checkpoint.require_finite(site.weight for site in plan.layout.sites)
@@ -258,12 +260,12 @@ def _start(plan: Plan, journal: Journal, out: Path, watching: Observer, ranks: i
     tokens = torch.cat((calibration, evaluation))
     shape = (tokens.shape[0], tokens.shape[1], plan.hidden_size)
     front = Front.load(plan.skeleton, plan.checkpoint, plan.device)
-    streams = [create_stream(journal.stream_path(name, 0), shape) for name in STREAMS]
-    for stream, stored in zip(streams, (False, True), strict=True):
+    cached = [create_hidden(run_state.hidden_path(name, 0), shape) for name in HIDDEN_STATES]
+    for cache, stored in zip(cached, (False, True), strict=True):
         for index, hidden in enumerate(capture(front, plan.checkpoint, tokens, stored=stored)):
-            stream[index] = hidden
-    try_block(plan, Calls.prepare(front, plan.checkpoint, tokens), streams[0][:1])
-    journal.begin({"tokens": tokens}, shape, {"evaluation_samples": evaluation.shape[0]})
+            cache[index] = hidden
+    try_block(plan, Calls.prepare(front, plan.checkpoint, tokens), cached[0][:1])
+    run_state.begin({"tokens": tokens}, shape, {"evaluation_samples": evaluation.shape[0]})
 
 
 def _samples(plan: Plan, watching: Observer) -> tuple[Tensor, Tensor]:
@@ -293,13 +295,13 @@ def _drawn_from(plan: Plan) -> Path | Callable[[], Any]:
     return partial(model_of, plan.disk) if isinstance(plan.disk, Widened) else plan.disk.directory
 
 
-def _quality(plan: Plan, journal: Journal, watching: Observer) -> Quality | None:
-    count = int(journal.notes["evaluation_samples"])
+def _quality(plan: Plan, run_state: RunState, watching: Observer) -> Quality | None:
+    count = int(run_state.notes["evaluation_samples"])
     if not count:
         return None
     watching.stage("Measuring perplexity and divergence")
-    reference, quantized = journal.open_streams()
-    tokens = journal.tokens()["tokens"][-count:]
+    reference, quantized = run_state.open_hidden_states()
+    tokens = run_state.tokens()["tokens"][-count:]
     front = Front.load(plan.skeleton, plan.checkpoint, plan.device)
     return measure(front, plan.checkpoint, (reference[-count:], quantized[-count:]), tokens)
 

@@ -263,7 +263,7 @@ def _facts(report: Report, recipe: str | None) -> Iterator[tuple[str, str]]:
     if report.finish is not None:
         finish = report.finish
         kept = f"epoch {finish['kept_epoch']} of {len(finish['curve'])}, {span(finish['seconds'])}"
-        yield "end to end, held-out KL", f"{finish['before']:.4g} -> {finish['after']:.4g} ({kept})"
+        yield "end to end, validation KL", f"{finish['before']:.4g} -> {finish['after']:.4g} ({kept})"
     yield "time", span(report.seconds)
     named = f"{recipe}: " if recipe else ""
     yield "recipe", f"{named}{report.recipe['method']}; all of it in swquant.yaml ({report.recipe_hash})"

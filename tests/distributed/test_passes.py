@@ -1,4 +1,4 @@
-"""A batch cut into portions and over ranks: the loss, its gradient and the training are the whole batch's."""
+"""A batch cut into micro-batches and over ranks: the loss, its gradient and the training are the whole batch's."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from swquant.learnables.base import BlockFacts, Theta
 from swquant.losses.base import LossContext
 from swquant.phases.base import Problem
 from swquant.phases.hessian import input_moments
+from swquant.phases.micro_batch import MicroBatch, ran_out
 from swquant.phases.optimizers import Optimizer
 from swquant.phases.passes import outputs_by_batch, pull
-from swquant.phases.portion import Portion, ran_out
 from swquant.phases.train import Train
 from swquant.quant.draft import Draft, open_draft, realize
 from swquant.quant.spec import QuantSpec
@@ -60,7 +60,7 @@ def problem_of(loss: Any, samples: int = SAMPLES) -> Problem:
         loss=loss,
         watch=lambda params, linears, visit: None,
         train=list(range(samples - 4)) if samples > 4 else list(range(samples)),
-        held=list(range(samples - 4, samples)) if samples > 4 else [0],
+        validation=list(range(samples - 4, samples)) if samples > 4 else [0],
         rng=partial(generator, 0),
         device=torch.device("cpu"),
         step=lambda done, total: None,
@@ -121,12 +121,12 @@ def whole(problem: Problem, samples: Tensor, loss: Any) -> tuple[Tensor, Tensor]
 def test_the_gradient_is_the_whole_batchs(crew: RunCrew, name: str, data: st.DataObject) -> None:
     size = data.draw(st.integers(1, 4), label="ranks")
     batch = data.draw(st.integers(1, 9), label="batch")
-    portion = data.draw(st.none() | st.integers(1, 9), label="portion")
+    micro_batch = data.draw(st.none() | st.integers(1, 9), label="micro_batch")
     samples = torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(batch))[:batch]
     loss = parse_loss(name)
     problem = problem_of(loss)
     value, gradient = whole(problem, samples, loss)
-    run = lambda ranks: pulled(replace(problem, ranks=ranks, portion=Portion(portion)), samples, loss)  # noqa: E731
+    run = lambda ranks: pulled(replace(problem, ranks=ranks, micro_batch=MicroBatch(micro_batch)), samples, loss)  # noqa: E731
     found = crew(size, run) if size > 1 else [run(Alone())]
     for found_value, found_gradient in found:
         torch.testing.assert_close(found_value, value, rtol=1e-9, atol=1e-12)
@@ -135,26 +135,26 @@ def test_the_gradient_is_the_whole_batchs(crew: RunCrew, name: str, data: st.Dat
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_one_portion_of_one_rank_is_the_single_pass_to_the_bit(name: str) -> None:
+def test_one_micro_batch_of_one_rank_is_the_single_pass_to_the_bit(name: str) -> None:
     loss, samples = parse_loss(name), torch.tensor([4, 1, 7])
     problem = problem_of(loss)
-    for portion in (None, 3, 8):
+    for micro_batch in (None, 3, 8):
         for found, expected in zip(
-            pulled(replace(problem, portion=Portion(portion)), samples, loss),
+            pulled(replace(problem, micro_batch=MicroBatch(micro_batch)), samples, loss),
             whole(problem, samples, loss),
             strict=True,
         ):
             assert torch.equal(found, expected)
 
 
-def test_a_portion_is_run_once_where_nothing_has_to_be_gathered() -> None:
+def test_a_micro_batch_is_run_once_where_nothing_has_to_be_gathered() -> None:
     runs: list[tuple[int, bool]] = []
 
     def forward(params: Any, x: Tensor, samples: Tensor) -> Tensor:
         runs.append((len(x), torch.is_grad_enabled()))
         return x @ params["w"].T
 
-    for name, portion, expected in (
+    for name, micro_batch, expected in (
         ("mse", None, [(6, True)]),
         ("sliced_wasserstein", None, [(6, True)]),
         ("mse", 4, [(4, True), (2, True)]),
@@ -162,7 +162,7 @@ def test_a_portion_is_run_once_where_nothing_has_to_be_gathered() -> None:
     ):
         loss = parse_loss(name)
         runs.clear()
-        pulled(replace(problem_of(loss), forward=forward, portion=Portion(portion)), torch.arange(6), loss)
+        pulled(replace(problem_of(loss), forward=forward, micro_batch=MicroBatch(micro_batch)), torch.arange(6), loss)
         assert runs == expected
 
 
@@ -192,15 +192,15 @@ def phase_of(keep_best: bool, batch_size: int) -> Train:
         "0.7*mse + 0.3*l1",
     ],
 )
-@pytest.mark.parametrize(("size", "portion"), [(1, 1), (1, 2), (2, None), (4, 1)])
+@pytest.mark.parametrize(("size", "micro_batch"), [(1, 1), (1, 2), (2, None), (4, 1)])
 def test_a_phase_is_the_same_however_its_batches_are_cut(
-    crew: RunCrew, keep_best: bool, batch_size: int, loss: str, size: int, portion: int | None
+    crew: RunCrew, keep_best: bool, batch_size: int, loss: str, size: int, micro_batch: int | None
 ) -> None:
     phase, problem = phase_of(keep_best, batch_size), problem_of(parse_loss(loss))
     expected, report = phase.run(draft_of(), problem)
 
     def run(ranks: Ranks) -> Any:
-        return phase.run(draft_of(), replace(problem, ranks=ranks, portion=Portion(portion)))
+        return phase.run(draft_of(), replace(problem, ranks=ranks, micro_batch=MicroBatch(micro_batch)))
 
     reports = crew(size, run)
     for draft, found in reports:
@@ -217,7 +217,7 @@ def test_outputs_come_in_their_batches_order(crew: RunCrew) -> None:
     expected = [problem.forward({"w": TRUTH}, problem.inputs[samples], samples) for samples in batches]
 
     def run(ranks: Ranks) -> Any:
-        own = replace(problem, ranks=ranks, portion=Portion(1))
+        own = replace(problem, ranks=ranks, micro_batch=MicroBatch(1))
         return list(outputs_by_batch(own, {"w": TRUTH}, batches, pytest.fail))
 
     for size in (1, 2, 3, 4):
@@ -263,15 +263,17 @@ class Small:
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: str(error)[-20:])
 @pytest.mark.parametrize("loss", ["mse", "0.7*mse + 0.3*sliced_wasserstein(slices=16)"])
-def test_where_memory_runs_out_the_portion_halves_once_and_nothing_else_changes(error: Exception, loss: str) -> None:
+def test_where_memory_runs_out_the_micro_batch_halves_once_and_nothing_else_changes(
+    error: Exception, loss: str
+) -> None:
     for keep_best, at_once in itertools.product((True, False), (5, 4)):
         phase, small = phase_of(keep_best, 5), Small(2, error)
         problem = problem_of(parse_loss(loss))
         expected, plain = phase.run(draft_of(), problem)
-        portion = Portion(at_once)
-        draft, report = phase.run(draft_of(), replace(problem, forward=small, portion=portion))
+        micro_batch = MicroBatch(at_once)
+        draft, report = phase.run(draft_of(), replace(problem, forward=small, micro_batch=micro_batch))
         assert small.failures == [at_once]
-        assert portion.samples == 2
+        assert micro_batch.samples == 2
         assert report.events == (
             f"step 1: memory ran out with {at_once} samples at once; went on with 2, "
             "which changes the result by rounding alone",
@@ -285,12 +287,12 @@ def test_all_ranks_halve_where_memory_runs_out_on_one(crew: RunCrew) -> None:
     expected, plain = phase.run(draft_of(), problem)
 
     def run(ranks: Ranks) -> Any:
-        small, portion = Small(1, ERRORS[0], frozenset({1}), ranks.rank), Portion()
-        ran = phase.run(draft_of(), replace(problem, forward=small, ranks=ranks, portion=portion))
-        return *ran, small.failures, portion.samples
+        small, micro_batch = Small(1, ERRORS[0], frozenset({1}), ranks.rank), MicroBatch()
+        ran = phase.run(draft_of(), replace(problem, forward=small, ranks=ranks, micro_batch=micro_batch))
+        return *ran, small.failures, micro_batch.samples
 
-    for rank, (draft, report, failures, portion) in enumerate(crew(2, run)):
-        assert (failures, portion) == ([4, 2] if rank == 1 else [], 1)
+    for rank, (draft, report, failures, micro_batch) in enumerate(crew(2, run)):
+        assert (failures, micro_batch) == ([4, 2] if rank == 1 else [], 1)
         assert len(report.events) == 2
         assert report.curve == pytest.approx(plain.curve, rel=1e-9)
         torch.testing.assert_close(realize(draft)["w"], realize(expected)["w"], rtol=1e-7, atol=1e-9)

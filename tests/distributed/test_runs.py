@@ -22,8 +22,8 @@ from swquant.distributed.group import joined
 from swquant.distributed.ranks import Ranks
 from swquant.engine import block, durable
 from swquant.engine.end_to_end import TrainedModel
-from swquant.engine.journal import Journal
 from swquant.engine.observer import Silent
+from swquant.engine.run_state import RunState
 from swquant.formats.compressed_tensors import CompressedTensors
 from swquant.model.skeleton import Block, Call
 from swquant.phases import passes
@@ -138,7 +138,7 @@ def test_one_rank_writes_and_nothing_twice(
         return write
 
     for name in ("save_tensors", "replace_file"):
-        monkeypatch.setattr(f"swquant.engine.journal.{name}", noted(name))
+        monkeypatch.setattr(f"swquant.engine.run_state.{name}", noted(name))
 
     def noted_run(ranks: Ranks) -> Report | None:
         if ranks.rank == 0:
@@ -158,7 +158,7 @@ def test_no_stream_is_made_while_a_rank_holds_removed_ones(
     crew: RunCrew, llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     after, seen = Counter[str](), list[tuple[str, int]]()
-    through, create = run.quantize_block, block.create_stream
+    through, create = run.quantize_block, block.create_hidden
 
     def late(job: block.Job, *arguments: Any) -> Any:
         left = through(job, *arguments)
@@ -171,7 +171,7 @@ def test_no_stream_is_made_while_a_rank_holds_removed_ones(
         return create(path, shape)
 
     monkeypatch.setattr(run, "quantize_block", late)
-    monkeypatch.setattr(block, "create_stream", noted)
+    monkeypatch.setattr(block, "create_hidden", noted)
     recipe = recipe_of(text, "rtn + end_to_end(epochs=1)")
     crew(3, lambda ranks: quantize_together(recipe, llama, tmp_path / "out", ranks, Silent()))
     assert [(name.partition(".")[0], done) for name, done in seen] == [
@@ -188,19 +188,19 @@ def test_a_run_goes_on_with_another_number_of_ranks(
 ) -> None:
     recipe = recipe_of(text, "signround(steps=4, batch_size=4)", loss=SW)
     quantize(recipe, llama, tmp_path / "one")
-    finish = Journal.finish_block
+    finish = RunState.finish_block
 
-    def stop(self: Journal, *arguments: Any) -> None:
+    def stop(self: RunState, *arguments: Any) -> None:
         finish(self, *arguments)
         raise KeyboardInterrupt
 
     out = tmp_path / "out"
-    monkeypatch.setattr(Journal, "finish_block", stop)
+    monkeypatch.setattr(RunState, "finish_block", stop)
     with pytest.raises(KeyboardInterrupt):
         crew(3, lambda ranks: quantize_together(recipe, llama, out, ranks, Silent()))
     with pytest.raises(KeyboardInterrupt):
         quantize(recipe, llama, out)
-    monkeypatch.setattr(Journal, "finish_block", finish)
+    monkeypatch.setattr(RunState, "finish_block", finish)
     crew(2, lambda ranks: quantize_together(recipe, llama, out, ranks, Silent()))
     require_alike(out, tmp_path / "one")
 
@@ -224,7 +224,7 @@ def test_a_run_out_of_memory_goes_on_with_less_at_once_and_says_so(
     assert failures == [8, 4]
     done = report.blocks[0]["phases"] if report.finish is None else [report.finish]
     assert [event.split(";")[-1] for phase in done for event in phase["events"]] == [
-        f" went on with {portion}, which changes the result by rounding alone" for portion in (4, 2)
+        f" went on with {micro_batch}, which changes the result by rounding alone" for micro_batch in (4, 2)
     ]
     require_alike(tmp_path / "out", tmp_path / "one")
 

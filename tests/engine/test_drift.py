@@ -101,16 +101,16 @@ def test_outputs_that_are_not_finite_have_no_distributions() -> None:
 
 
 @given(
-    held=st.lists(st.integers(0, 99), max_size=9, unique=True),
+    validation=st.lists(st.integers(0, 99), max_size=9, unique=True),
     evaluation=st.lists(st.integers(100, 199), max_size=9, unique=True),
     tokens=st.integers(1, 4000),
 )
-def test_samples_are_bounded_and_of_both_kinds(held: list[int], evaluation: list[int], tokens: int) -> None:
-    chosen = measured_samples(held, evaluation, tokens)
-    assert len(chosen) == min(len(held) + len(evaluation), max(1, TOKENS // tokens))
+def test_samples_are_bounded_and_of_both_kinds(validation: list[int], evaluation: list[int], tokens: int) -> None:
+    chosen = measured_samples(validation, evaluation, tokens)
+    assert len(chosen) == min(len(validation) + len(evaluation), max(1, TOKENS // tokens))
     assert chosen == sorted(set(chosen))
-    assert set(chosen) <= {*held, *evaluation}
-    if held and evaluation and chosen:
+    assert set(chosen) <= {*validation, *evaluation}
+    if validation and evaluation and chosen:
         assert chosen[-1] >= 100
         assert len(chosen) < 2 or chosen[0] < 100
 
@@ -119,7 +119,7 @@ def test_training_brings_outputs_nearer_and_the_report_says_so(report: Report) -
     blocks = measured(report)
     assert len(blocks) == 2
     for block in blocks:
-        assert block.tokens == 5 * 32, "one held-out sample and four to evaluate"
+        assert block.tokens == 5 * 32, "one validation sample and four to evaluate"
         assert block.after.relative_error < block.before.relative_error
         assert -1 <= block.after.cosine <= 1
         assert len(block.codes) == 7

@@ -24,7 +24,7 @@ from swquant import Recipe, SwquantError, evaluate, quantize
 from swquant.engine.block import Job
 from swquant.engine.end_to_end import TrainedModel
 from swquant.engine.head import Heads
-from swquant.engine.journal import Journal
+from swquant.engine.run_state import RunState
 from swquant.methods.end_to_end import LEARNING_RATE
 from swquant.model.calls import Front, capture
 from swquant.phases.scale_training import ScaleTraining
@@ -51,12 +51,12 @@ def recipe(text: Path) -> Recipe:
     )
 
 
-def whole_model(job: Job, journal: Journal) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def whole_model(job: Job, run_state: RunState) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Scales and norms as leaves, and the parameters of the model that transformers builds, made of them."""
     leaves: dict[str, Tensor] = {}
     params: dict[str, Tensor] = {}
     for index, block in enumerate(job.skeleton.blocks):
-        committed = journal.block(index, job.layout.grids(index))
+        committed = run_state.block(index, job.layout.grids(index))
         for name, old in committed.quantized.items():
             leaf = leaves[f"{block.prefix}.{name}"] = old.scale.clone().requires_grad_()
             params[f"{block.prefix}.{name}"] = QTensor(old.codes, leaf, old.zero, old.spec).dequantize()
@@ -75,18 +75,18 @@ def test_the_streamed_gradient_is_that_of_autograd_through_the_whole_model(
 ) -> None:
     source = make_model(family, 3, torch.float32, tie_word_embeddings=tied)
     recipe = replace(recipe, symmetric=symmetric, bits=bits)
-    model, job, journal = behind_the_last_block(
+    model, job, run_state = behind_the_last_block(
         recipe, source, tmp_path / "work", ScaleTraining(1, 1, 0.01, norms=True)
     )
-    tokens = journal.tokens()["tokens"][:2]
-    front, samples = calls_of(job, journal).front, torch.arange(2)
+    tokens = run_state.tokens()["tokens"][:2]
+    front, samples = calls_of(job, run_state).front, torch.arange(2)
     states = model.forward(torch.stack(list(capture(front, job.checkpoint, tokens, stored=True))), samples)
     heads = Heads.load(front, job.checkpoint)
-    loss, slope = heads.gradient(journal.open_streams()[0][:2], states.pop())
+    loss, slope = heads.gradient(run_state.open_hidden_states()[0][:2], states.pop())
     model.backward(states, samples, slope)
 
     whole: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    leaves, params = whole_model(job, journal)
+    leaves, params = whole_model(job, run_state)
     expected = whole(input_ids=tokens).logits.log_softmax(-1).detach()
     found = functional_call(whole, params, kwargs={"input_ids": tokens}).logits.log_softmax(-1)
     divergence = (expected.exp() * (expected - found)).sum(-1).mean()
@@ -203,7 +203,7 @@ def test_stopped_at_a_commit_it_goes_on_to_the_same_bits(
         recipe = replace(recipe, options={"weights": True, "weight_rate": 0.03})
     expected = quantize(recipe, llama, tmp_path / "whole")
     calls: list[int] = []
-    owner = TrainedModel if moment == "advance" else Journal
+    owner = TrainedModel if moment == "advance" else RunState
     original = getattr(owner, moment)
 
     def stopping(self: Any, *arguments: Any) -> None:
@@ -231,7 +231,7 @@ def test_no_more_than_one_weight_is_dequantized_at_a_time(
     make_model: MakeModel, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = make_model("llama", 5)
-    model, _, journal = behind_the_last_block(recipe, source, tmp_path / "work")
+    model, _, run_state = behind_the_last_block(recipe, source, tmp_path / "work")
     alive: list[weakref.ref[Any]] = []
     most = 0
     original = QTensor.dequantize
@@ -246,7 +246,7 @@ def test_no_more_than_one_weight_is_dequantized_at_a_time(
     monkeypatch.setattr(QTensor, "dequantize", counted)
     monkeypatch.setattr(deferred, "SMALL", 0)
     samples = torch.arange(2)
-    states = model.forward(torch.randn(2, *journal.shape[1:]), samples)
+    states = model.forward(torch.randn(2, *run_state.shape[1:]), samples)
     model.backward(states[:-1], samples, torch.randn_like(states[-1]))
     assert len(alive) == 3 * 5 * 7
     assert most == 1

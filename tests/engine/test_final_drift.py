@@ -26,7 +26,7 @@ from .stage import behind_the_last_block, calls_of
 
 MakeModel = Callable[..., Path]
 SHOWN = [7, 8, 9, 10, 11]
-"""The sample that is held out of eight, and four to evaluate on."""
+"""The validation sample of eight, and four to evaluate on."""
 
 
 @pytest.fixture
@@ -64,13 +64,13 @@ def test_it_compares_what_the_blocks_of_whole_models_put_out(
 ) -> None:
     source = make_model("llama", 3, torch.float32)
     work = ScaleTraining(1, 1, 0.01, norms=True, weights=True, weight_rate=0.01)
-    model, job, journal = behind_the_last_block(recipe, source, tmp_path / "work", work)
+    model, job, run_state = behind_the_last_block(recipe, source, tmp_path / "work", work)
     rng = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for value in (value for theta in model.thetas for value in theta.values()):
             value += 0.3 * torch.randn(value.shape, generator=rng)
-    tokens = journal.tokens()["tokens"]
-    found = final_blocks(job, journal, model, calls_of(job, journal))
+    tokens = run_state.tokens()["tokens"]
+    found = final_blocks(job, run_state, model, calls_of(job, run_state))
 
     whole = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     params = {

@@ -12,7 +12,7 @@ from swquant.engine.observer import Observer
 from swquant.engine.pace import Pace, tail_of
 from swquant.ui import Lines
 
-BLOCKS, SAMPLES, HELD, EPOCHS, HEAD = 12, 112, 16, 3, 2.5
+BLOCKS, SAMPLES, VALIDATED, EPOCHS, HEAD = 12, 112, 16, 3, 2.5
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Script:
             self.told.append((self.clock.time, left))
 
     def run(self, pace: Pace, block: float, forward: float, finish: bool, done: int = 0) -> None:
-        tail = tail_of(EPOCHS, SAMPLES, HELD, BLOCKS, HEAD) if finish else 0.0
+        tail = tail_of(EPOCHS, SAMPLES, VALIDATED, BLOCKS, HEAD) if finish else 0.0
         self.watcher.begin(BLOCKS, done, tail)
         for index in range(done, BLOCKS):
             for step in range(20):
@@ -58,7 +58,7 @@ class Script:
                 self.take(4 * (BLOCKS * (2 + 2) + 3 * HEAD) * forward)
                 self.watcher.step(epoch * 28 + step + 1, EPOCHS * 28)
                 self.note(pace)
-            self.take(HELD * (BLOCKS + 2 * HEAD) * forward)
+            self.take(VALIDATED * (BLOCKS + 2 * HEAD) * forward)
 
 
 @pytest.mark.parametrize("done", [0, 5])
@@ -110,6 +110,6 @@ def test_lines_tell_it_behind_blocks_and_epochs() -> None:
         for step in range(2):
             clock.time += 10
             lines.step(step + 1, 6)
-        lines.stage("End to end, epoch 1/3: held-out KL 0.2")
+        lines.stage("End to end, epoch 1/3: validation KL 0.2")
     ends = [line.rpartition("about ")[2] for line in captured.get().splitlines()]
     assert ends == ["4 min left", "2 min left", "50 s left", "40 s left"]

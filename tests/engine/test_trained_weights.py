@@ -74,19 +74,19 @@ def test_the_streamed_gradient_is_that_of_autograd_through_the_whole_model(
 ) -> None:
     source = make_model("llama", 3, torch.float32)
     recipe = replace(recipe, symmetric=symmetric, bits=bits)
-    model, job, journal = behind_the_last_block(recipe, source, tmp_path / "work")
+    model, job, run_state = behind_the_last_block(recipe, source, tmp_path / "work")
     nudged(model, 0)
-    tokens = journal.tokens()["tokens"][:2]
-    front, samples = calls_of(job, journal).front, torch.arange(2)
+    tokens = run_state.tokens()["tokens"][:2]
+    front, samples = calls_of(job, run_state).front, torch.arange(2)
     states = model.forward(torch.stack(list(capture(front, job.checkpoint, tokens, stored=True))), samples)
-    loss, slope = Heads.load(front, job.checkpoint).gradient(journal.open_streams()[0][:2], states.pop())
+    loss, slope = Heads.load(front, job.checkpoint).gradient(run_state.open_hidden_states()[0][:2], states.pop())
     model.backward(states, samples, slope)
 
     whole: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     leaves: dict[str, Tensor] = {}
     params: dict[str, Tensor] = {}
     for full, (index, name, position) in by_weight(model, job).items():
-        old = journal.block(index, job.layout.grids(index)).quantized[name]
+        old = run_state.block(index, job.layout.grids(index)).quantized[name]
         scale = old.rescaled({"scale": model.thetas[index][name].detach().exp()}).scale
         leaves[full] = position.detach().clone().requires_grad_()
         params[full] = straight_through(leaves[full], scale, old.zero.float(), bits)
@@ -102,19 +102,19 @@ def test_the_streamed_gradient_is_that_of_autograd_through_the_whole_model(
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_what_is_trained_is_what_is_written(llama: Path, recipe: Recipe, tmp_path: Path, symmetric: bool) -> None:
-    model, job, journal = behind_the_last_block(replace(recipe, symmetric=symmetric), llama, tmp_path / "work")
-    before = [journal.block(index, job.layout.grids(index)) for index in range(journal.done)]
+    model, job, run_state = behind_the_last_block(replace(recipe, symmetric=symmetric), llama, tmp_path / "work")
+    before = [run_state.block(index, job.layout.grids(index)) for index in range(run_state.done)]
     for index, block in enumerate(before):
         for name, weight in block.floats().items():
             assert torch.equal(model.floats(index)[name] * 1, weight * 1)
     nudged(model, 1)
-    shape = journal.shape
+    shape = run_state.shape
     assert shape is not None
-    stream = journal.stream_path("trained", journal.done)
-    stream.write_bytes(bytes(4 * shape[0] * shape[1] * shape[2]))
-    journal.finish_training(model.final(), {})
-    for index in range(journal.done):
-        after = journal.block(index, job.layout.grids(index))
+    cache = run_state.hidden_path("trained", run_state.done)
+    cache.write_bytes(bytes(4 * shape[0] * shape[1] * shape[2]))
+    run_state.finish_training(model.final(), {})
+    for index in range(run_state.done):
+        after = run_state.block(index, job.layout.grids(index))
         assert any(
             not torch.equal(value.codes, before[index].quantized[name].codes) for name, value in after.quantized.items()
         )
@@ -128,9 +128,9 @@ def test_positions_begin_within_the_cells_of_their_codes(
 ) -> None:
     """As near to the original as that allows; in the middle where a method has moved the weights elsewhere."""
     method = f"{start} + end_to_end(weights=True)"
-    model, job, journal = behind_the_last_block(replace(recipe, method=method), llama, tmp_path / "work")
+    model, job, run_state = behind_the_last_block(replace(recipe, method=method), llama, tmp_path / "work")
     for full, (index, name, position) in by_weight(model, job).items():
-        old = journal.block(index, job.layout.grids(index)).quantized[name]
+        old = run_state.block(index, job.layout.grids(index)).quantized[name]
         middle = straight_through(old.codes.float() - old.zero.float().repeat_interleave(32, 1), old.scale, old.zero, 2)
         cells = middle / old.scale.repeat_interleave(32, 1)
         if start == "rtn":

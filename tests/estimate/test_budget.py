@@ -14,7 +14,7 @@ from swquant.cli import app
 from swquant.engine import kept
 from swquant.errors import SwquantError
 from swquant.estimate import estimate
-from swquant.estimate.budget import Budget, portion_within, shape_of
+from swquant.estimate.budget import Budget, micro_batch_within, shape_of
 from swquant.estimate.memory import memory_of
 from swquant.plan import Plan, make_plan
 from swquant.recipe import Recipe
@@ -32,25 +32,25 @@ def plan(llama: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
     return make_plan(replace(RECIPE, calibration=str(text)), llama)
 
 
-def needed(plan: Plan, portion: int) -> int:
-    return memory_of(plan, shape_of(plan), portion).peak
+def needed(plan: Plan, micro_batch: int) -> int:
+    return memory_of(plan, shape_of(plan), micro_batch).peak
 
 
-def test_the_largest_portion_that_fits_is_taken(plan: Plan) -> None:
-    whole, half, least = (needed(plan, portion) for portion in (6, 3, 1))
+def test_the_largest_micro_batch_that_fits_is_taken(plan: Plan) -> None:
+    whole, half, least = (needed(plan, micro_batch) for micro_batch in (6, 3, 1))
     assert whole > half > least
-    assert portion_within(plan, Budget(device=whole), 1) is None
-    assert portion_within(plan, Budget(host=whole - 1), 1) == 3
-    assert portion_within(plan, Budget(device=half - 1, host=whole), 1) == 1
+    assert micro_batch_within(plan, Budget(device=whole), 1) is None
+    assert micro_batch_within(plan, Budget(host=whole - 1), 1) == 3
+    assert micro_batch_within(plan, Budget(device=half - 1, host=whole), 1) == 1
 
 
 def test_ranks_share_the_batch_before_it_is_cut(plan: Plan) -> None:
-    assert portion_within(plan, Budget(host=needed(plan, 3)), 2) == 3
+    assert micro_batch_within(plan, Budget(host=needed(plan, 3)), 2) == 3
 
 
-def test_a_budget_that_no_portion_keeps_is_refused_with_flags_that_help(plan: Plan) -> None:
+def test_a_budget_that_no_micro_batch_keeps_is_refused_with_flags_that_help(plan: Plan) -> None:
     with pytest.raises(SwquantError, match=r"one sample at a time.*--samples 3, --seq-len 16"):
-        portion_within(plan, Budget(host=needed(plan, 1) - 1), 1)
+        micro_batch_within(plan, Budget(host=needed(plan, 1) - 1), 1)
 
 
 @pytest.mark.parametrize(("mapped_from", "each"), [(kept.MAPPED_FROM, 20), (1 << 15, 16)])
@@ -67,13 +67,13 @@ def test_weights_end_to_end_that_do_not_fit_are_to_be_left_out(
     assert 4 * groups < mapped_from <= kept.MAPPED_FROM
     assert needed(large, 1) == needed(scales, 1) + each * weights - (20 - each) * groups
     with pytest.raises(SwquantError, match=r"holds the whole model.*leave weights out"):
-        portion_within(large, Budget(host=needed(large, 1) - 1), 1)
+        micro_batch_within(large, Budget(host=needed(large, 1) - 1), 1)
 
 
 def test_drawing_samples_needs_room_for_the_whole_model(plan: Plan, llama: Path) -> None:
     drawing = make_plan(RECIPE, llama)
     with pytest.raises(SwquantError, match=r"give --calibration TEXT"):
-        portion_within(drawing, Budget(host=1000), 1)
+        micro_batch_within(drawing, Budget(host=1000), 1)
 
 
 def test_a_run_within_a_budget_has_the_result_of_one_without(
@@ -87,7 +87,7 @@ def test_a_run_within_a_budget_has_the_result_of_one_without(
         assert budget == Budget(host=1 << 40)
         return 2
 
-    monkeypatch.setattr("swquant.run.portion_within", two)
+    monkeypatch.setattr("swquant.run.micro_batch_within", two)
     kept = quantize(recipe, llama, tmp_path / "kept", budget=Budget(host=1 << 40))
     assert kept.key == free.key
     for ours, theirs in zip(kept.blocks, free.blocks, strict=True):
@@ -108,7 +108,7 @@ def test_the_command_refuses_a_budget_before_the_run(llama: Path, text: Path, tm
 def test_the_plan_cuts_batches_as_the_run_does(plan: Plan, llama: Path, text: Path, tmp_path: Path) -> None:
     recipe, half = replace(RECIPE, calibration=str(text)), needed(plan, 3)
     found = estimate(recipe, llama, tmp_path, Budget(host=half), measure=False)
-    assert (found.portion, found.device, found.problems) == (3, half, ())
+    assert (found.micro_batch, found.device, found.problems) == (3, half, ())
 
 
 def test_without_a_budget_the_plan_names_the_flag_that_cuts(
@@ -117,7 +117,7 @@ def test_without_a_budget_the_plan_names_the_flag_that_cuts(
     there = SimpleNamespace(available=needed(plan, 3))
     monkeypatch.setattr(psutil, "virtual_memory", lambda: there)
     found = estimate(replace(RECIPE, calibration=str(text)), llama, tmp_path, measure=False)
-    assert found.portion == 6
+    assert found.micro_batch == 6
     assert any("--host-memory" in problem for problem in found.problems)
 
 
@@ -134,6 +134,6 @@ def test_what_was_finished_or_begun_needs_no_room_for_its_start(
         return ["no room"]
 
     monkeypatch.setattr("swquant.estimate.budget.drawing_problems", none)
-    assert portion_within(drawing, Budget(host=1 << 40), 1, begun=True) is None
+    assert micro_batch_within(drawing, Budget(host=1 << 40), 1, begun=True) is None
     with pytest.raises(SwquantError, match="no room"):
-        portion_within(drawing, Budget(host=1 << 40), 1)
+        micro_batch_within(drawing, Budget(host=1 << 40), 1)

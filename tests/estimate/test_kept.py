@@ -60,8 +60,8 @@ def test_a_run_holds_no_more_than_its_budget_and_the_streams(make_model: MakeMod
     sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "num_key_value_heads": 16}
     source = make_model("llama", 1, torch.bfloat16, head_dim=64, max_position_embeddings=512, **sizes)
     whole, cut = planned(source, text), planned(source, text, f"--host-memory={BUDGET}")
-    assert (whole["portion"], cut["portion"]) == (8, 4)
-    assert whole["host"] - whole["parts"]["streams"] > BUDGET
+    assert (whole["micro_batch"], cut["micro_batch"]) == (8, 4)
+    assert whole["host"] - whole["parts"]["hidden_states"] > BUDGET
     kept = peak_of(command("quantize", source, text, f"--out={tmp_path / 'kept'}", f"--host-memory={BUDGET}"))
-    assert 0.8 * BUDGET < kept - cut["parts"]["streams"] <= BUDGET
+    assert 0.8 * BUDGET < kept - cut["parts"]["hidden_states"] <= BUDGET
     assert peak_of(command("quantize", source, text, f"--out={tmp_path / 'free'}")) > kept + whole["device"] / 4

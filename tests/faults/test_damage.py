@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from swquant import SwquantError, quantize
-from swquant.engine.journal import open_journal
+from swquant.engine.run_state import open_run_state
 
 BEHIND_BLOCK_0 = ("manifest.json", "tokens.safetensors", "block-00000.safetensors", "reference-00001.stream")
 FLIPS = 12
@@ -74,9 +74,9 @@ def test_no_bit_flips_unseen(run, tmp_path: Path, name: str) -> None:
     for _ in range(FLIPS):
         flip(work / name, moment)
         with pytest.raises(SwquantError, match=f"{name}|differs in"):
-            open_journal(work, key).verify()
+            open_run_state(work, key).verify()
         (work / name).write_bytes(whole)
-    open_journal(work, key).verify()
+    open_run_state(work, key).verify()
 
 
 def open_key(work: Path) -> Mapping[str, Any]:

@@ -77,9 +77,9 @@ def test_in_the_activations_behind_the_training(
 ) -> None:
     advance = TrainedModel.advance
 
-    def spoiled(model: TrainedModel, stream: Tensor) -> bool:
-        stream[0, 0, 0] = torch.nan
-        return advance(model, stream)
+    def spoiled(model: TrainedModel, cache: Tensor, first: int) -> bool:
+        cache[0, 0, 0] = torch.nan
+        return advance(model, cache, first)
 
     with monkeypatch.context() as patch:
         patch.setattr(TrainedModel, "advance", spoiled)

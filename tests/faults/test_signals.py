@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from swquant.engine.journal import Journal
+from swquant.engine.run_state import RunState
 from swquant.observers.stopping import Stop, handled
 from swquant.phases import rounds
 
@@ -22,15 +22,15 @@ SIGNALS = [signal.SIGINT, signal.SIGTERM]
 def test_a_signal_while_a_block_is_saved(
     run, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    finish = Journal.finish_block
+    finish = RunState.finish_block
 
-    def signalled(journal: Journal, *arguments: object) -> None:
+    def signalled(run_state: RunState, *arguments: object) -> None:
         os.kill(os.getpid(), number)
-        finish(journal, *arguments)
+        finish(run_state, *arguments)
 
     handler = signal.getsignal(number)
     with monkeypatch.context() as patch:
-        patch.setattr(Journal, "finish_block", signalled)
+        patch.setattr(RunState, "finish_block", signalled)
         said = run.fails(capsys, tmp_path / "out", 130)
     assert said == "swquant: stopped; the same command goes on from the last finished block"
     assert (tmp_path / "out.swquant-work" / "block-00000.safetensors").exists()

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from swquant import Recipe, SwquantError, quantize, registry
-from swquant.engine.journal import Journal
+from swquant.engine.run_state import RunState
 from swquant.quant.ktensor import KTensor
 
 MakeModel = Callable[..., Path]
@@ -86,9 +86,9 @@ def recipe(text: Path) -> Recipe:
 def sound(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Checks every block as it is committed; names of the weights seen."""
     seen: list[str] = []
-    finish = Journal.finish_block
+    finish = RunState.finish_block
 
-    def checked(journal: Journal, committed, report) -> None:
+    def checked(run_state: RunState, committed, report) -> None:
         for name, quantized in committed.quantized.items():
             seen.append(name)
             assert int(quantized.codes.max()) <= quantized.spec.max_code
@@ -99,9 +99,9 @@ def sound(monkeypatch: pytest.MonkeyPatch) -> list[str]:
                 assert torch.equal(quantized.scale, quantized.scale.half().float()), name
         for name, value in committed.params.items():
             assert bool(value.isfinite().all()), name
-        finish(journal, committed, report)
+        finish(run_state, committed, report)
 
-    monkeypatch.setattr(Journal, "finish_block", checked)
+    monkeypatch.setattr(RunState, "finish_block", checked)
     return seen
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from swquant import Recipe, SwquantError, quantize
-from swquant.engine.journal import Journal
+from swquant.engine.run_state import RunState
 from swquant.formats.kquant_blocks import encode_blocks
 from swquant.learnables.base import BlockFacts
 from swquant.learnables.k_grid_params import KGridParams
@@ -67,16 +67,16 @@ def recipe(text: Path) -> Recipe:
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[KTensor]:
-    """The quantized weights that were last read from the journal: those that are written."""
+    """The quantized weights that were last read from the run state: those that are written."""
     weights: list[KTensor] = []
-    block = Journal.block
+    block = RunState.block
 
-    def watched(self: Journal, index: int, grids: Mapping[str, QuantSpec]):
+    def watched(self: RunState, index: int, grids: Mapping[str, QuantSpec]):
         committed = block(self, index, grids)
         weights[:] = [value for value in committed.quantized.values() if isinstance(value, KTensor)]
         return committed
 
-    monkeypatch.setattr(Journal, "block", watched)
+    monkeypatch.setattr(RunState, "block", watched)
     return weights
 
 

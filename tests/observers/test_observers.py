@@ -179,7 +179,7 @@ def test_tensorboard_reads_the_curves(command: Callable[..., list[str]], tmp_pat
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     drifts = [point.value for point in found.Scalars("blocks/drift")]
     assert drifts == pytest.approx([block["drift"] for block in report["blocks"]])
-    curve = [point.value for point in found.Scalars("end to end/held-out KL")]
+    curve = [point.value for point in found.Scalars("end to end/validation KL")]
     assert curve == pytest.approx([report["finish"]["before"], *report["finish"]["curve"]])
     assert found.Scalars("quality/kl")[0].value == pytest.approx(report["quality"]["kl"])
 

@@ -65,7 +65,7 @@ class TinyBlock:
             loss=None,
             watch=watch,
             train=list(range(SAMPLES - 1)),
-            held=[SAMPLES - 1],
+            validation=[SAMPLES - 1],
             rng=partial(generator, 0),
             device=torch.device("cpu"),
             step=lambda done, total: None,

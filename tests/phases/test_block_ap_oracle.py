@@ -61,7 +61,7 @@ def toy_problem(p: dict[str, Tensor]) -> Problem:
         loss=None,
         watch=lambda params, linears, visit: None,
         train=list(range(SAMPLES - 1)),
-        held=[SAMPLES - 1],
+        validation=[SAMPLES - 1],
         rng=partial(generator, 0),
         device=torch.device("cpu"),
         step=lambda done, total: None,

@@ -55,7 +55,7 @@ def toy() -> tuple[dict[str, Tensor], Problem]:
         loss=None,
         watch=lambda params, linears, visit: None,
         train=list(range(SAMPLES - 2)),
-        held=[SAMPLES - 2, SAMPLES - 1],
+        validation=[SAMPLES - 2, SAMPLES - 1],
         rng=partial(generator, 0),
         device=torch.device("cpu"),
         step=lambda done, total: None,
@@ -88,16 +88,16 @@ def test_training_follows_the_papers_equations_step_by_step(bits: int, symmetric
         params = {**p, **{name: value.double() for name, value in frozen.items()}, **norms}
         return oracle_loss(block(params, problem.inputs[index]), problem.target[index])
 
-    def held() -> float:
-        return sum(loss_of(index).item() for index in problem.held) / len(problem.held)
+    def validation() -> float:
+        return sum(loss_of(index).item() for index in problem.validation) / len(problem.validation)
 
-    curve, states = [held()], [{name: value.detach().clone() for name, value in norms.items()}]
+    curve, states = [validation()], [{name: value.detach().clone() for name, value in norms.items()}]
     for epoch in range(1, EPOCHS + 1):
         for index in torch.randperm(SAMPLES - 2, generator=generator(0, "order", epoch)).tolist():
             optimizer.zero_grad()
             loss_of(index).backward()
             optimizer.step()
-        curve.append(held())
+        curve.append(validation())
         states.append({name: value.detach().clone() for name, value in norms.items()})
 
     method = f"norm_tweaking(start=none, epochs={EPOCHS}, learning_rate={RATE})"

@@ -174,7 +174,7 @@ def problem_of(p: dict[str, Tensor], x_fp: Tensor, x_q: Tensor, loss: str) -> Pr
         loss=parse_loss(loss),
         watch=lambda params, linears, visit: None,
         train=list(range(SAMPLES - 1)),
-        held=[SAMPLES - 1],
+        validation=[SAMPLES - 1],
         rng=partial(generator, 0),
         device=torch.device("cpu"),
         step=lambda done, total: None,
@@ -200,12 +200,12 @@ def test_training_follows_the_papers_equations_step_by_step(bits: int, symmetric
     draft = open_draft(p, tuple(f"{linear}.weight" for linear in OPT.linears), QuantSpec(bits, 32, symmetric))
     phase = Train((EquivalentTransform(), WeightClipping()), epochs=epochs, batch_size=1, augmented=True)
 
-    def held_loss() -> float:
+    def validation_loss() -> float:
         with torch.no_grad():
             out = opt_block(oracle.quantized(), x_q[-1:])
             return float(F.mse_loss(out, problem.target[-1:]) + F.mse_loss(out, problem.augmented[-1:]))
 
-    curve = [held_loss()]
+    curve = [validation_loss()]
     for epoch in range(1, epochs + 1):
         for index in torch.randperm(SAMPLES - 1, generator=generator(0, "order", epoch)).tolist():
             out = opt_block(oracle.quantized(), x_q[index : index + 1])
@@ -214,7 +214,7 @@ def test_training_follows_the_papers_equations_step_by_step(bits: int, symmetric
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        curve.append(held_loss())
+        curve.append(validation_loss())
 
     final, report = phase.run(draft, problem)
     assert report.before == pytest.approx(curve[0], rel=1e-7)

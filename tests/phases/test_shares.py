@@ -67,7 +67,7 @@ def problem_of(loss=LOSS) -> Problem:
         loss=loss,
         watch=lambda params, linears, visit: None,
         train=list(range(SAMPLES - 3)),
-        held=list(range(SAMPLES - 3, SAMPLES)),
+        validation=list(range(SAMPLES - 3, SAMPLES)),
         rng=partial(generator, 0),
         device=torch.device("cpu"),
         step=lambda done, total: None,
@@ -90,7 +90,7 @@ def test_shares_are_those_of_the_weighted_gradients_at_both_ends() -> None:
     assert set(report.shares) == {"start", "end"}
     for place, weight in (("start", START), ("end", trained.params["w"])):
         rng, norms = problem.rng("held"), [0.0, 0.0]
-        for samples in torch.tensor(problem.held).split(BATCH):
+        for samples in torch.tensor(problem.validation).split(BATCH):
             out = (problem.inputs[samples] @ weight.T).requires_grad_()
             both = [part[samples] for part in (problem.target, problem.augmented)]
             found = [[term.loss(out, target, LossContext(rng)) for term in LOSS.parts] for target in both]

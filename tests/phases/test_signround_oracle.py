@@ -54,7 +54,7 @@ def problem_of(p: dict[str, Tensor]) -> Problem:
         loss=None,
         watch=lambda params, linears, visit: None,
         train=list(range(SAMPLES - 2)),
-        held=[SAMPLES - 2, SAMPLES - 1],
+        validation=[SAMPLES - 2, SAMPLES - 1],
         rng=partial(generator, 0),
         device=torch.device("cpu"),
         step=lambda done, total: None,
@@ -137,8 +137,8 @@ def test_training_follows_the_equations_step_by_step(bits: int, symmetric: bool)
             oracle.step(loss, (1 - (3 * done + index) / 30) / 30)
         with torch.no_grad():
             weights.append(oracle.quantized())
-            out = block(weights[-1], problem.inputs[problem.held])
-            curve.append(float(F.mse_loss(out, problem.target[problem.held])))
+            out = block(weights[-1], problem.inputs[problem.validation])
+            curve.append(float(F.mse_loss(out, problem.target[problem.validation])))
 
     final, report = part.work.run(draft, problem)
     assert list(report.curve) == pytest.approx(curve, rel=1e-7)

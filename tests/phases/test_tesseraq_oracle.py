@@ -61,7 +61,7 @@ def problem_of(p: dict[str, Tensor], forward=block) -> Problem:
         loss=None,
         watch=lambda params, linears, visit: None,
         train=list(range(SAMPLES - 2)),
-        held=[SAMPLES - 2, SAMPLES - 1],
+        validation=[SAMPLES - 2, SAMPLES - 1],
         rng=partial(generator, 0),
         device=torch.device("cpu"),
         step=lambda done, total: None,
@@ -177,7 +177,7 @@ def test_training_follows_the_equations_round_by_round(bits: int, symmetric: boo
             value.requires_grad_(False)
         if done == rounds - 1:
             oracle.finish()
-        curve.append(float(loss_on(problem.held)))
+        curve.append(float(loss_on(problem.validation)))
 
     final, report = phase_of(rounds, steps).run(draft, problem)
     assert list(report.curve) == pytest.approx(curve, rel=1e-7)

@@ -84,7 +84,7 @@ def problem_of(loss) -> Problem:
         loss=loss,
         watch=lambda params, linears, visit: None,
         train=list(range(6)),
-        held=[6, 7],
+        validation=[6, 7],
         rng=partial(generator, 0),
         device=torch.device("cpu"),
         step=lambda done, total: None,

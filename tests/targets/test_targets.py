@@ -78,11 +78,23 @@ def test_what_a_runtime_refuses_comes_with_the_nearest_that_works() -> None:
 
 def test_a_format_that_the_runtime_does_not_read_is_refused() -> None:
     with pytest.raises(SwquantError, match="vllm does not read the format gguf, expected compressed_tensors, gptq"):
-        choose_formats(("gguf",), load_target("vllm"), QuantSpec(2, 64, True))
+        choose_formats(("gguf",), load_target("vllm"), (QuantSpec(2, 64, True),))
     with pytest.raises(SwquantError, match=r"cannot load w2g64 as compressed_tensors.*--format gptq works"):
-        choose_formats(("compressed_tensors",), load_target("vllm"), QuantSpec(2, 64, False))
+        choose_formats(("compressed_tensors",), load_target("vllm"), (QuantSpec(2, 64, False),))
     both = ("gguf", "compressed_tensors")
-    assert choose_formats(both, load_target("vllm"), QuantSpec(2, 64, True)) == both
+    assert choose_formats(both, load_target("vllm"), (QuantSpec(2, 64, True),)) == both
+
+
+def test_every_grid_of_a_model_must_be_one_that_the_runtime_loads() -> None:
+    two, fine, odd = QuantSpec(2, 64, True), QuantSpec(4, 64, True), QuantSpec(4, 64, False)
+    assert choose_formats((), load_target("vllm"), (fine, odd)) == ("compressed_tensors",)
+    assert choose_formats((), load_target("transformers"), (two, fine)) == ("compressed_tensors",)
+    with pytest.raises(SwquantError, match=r"sglang cannot load .*--bits 2"):
+        choose_formats((), load_target("sglang"), (fine, two))
+    for names in ((), ("compressed_tensors",)):
+        with pytest.raises(SwquantError, match=r"several grids \(w4g64, w4g64 asymmetric\) of which one"):
+            choose_formats(names, load_target("transformers"), (fine, odd))
+    assert choose_formats(("dequantized",), load_target("transformers"), (fine, odd)) == ("dequantized",)
 
 
 def test_an_unknown_runtime_has_a_nearest_name() -> None:

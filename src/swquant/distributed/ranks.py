@@ -23,7 +23,7 @@ class Ranks(Protocol):
     rank, and all raise :class:`RankLostError` where another rank has ended.
 
     Attributes:
-        rank: This process's number; 0 leads: it writes the journal and the output, and it alone speaks.
+        rank: This process's number; 0 leads: it writes the run state and the output, and it alone speaks.
         size: How many there are.
     """
 

@@ -1,1 +1,1 @@
-"""The block engine: streams, journal, blocks, and how they move."""
+"""The block engine: cached hidden states, run state, blocks, and how they move."""

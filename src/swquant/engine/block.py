@@ -1,4 +1,4 @@
-"""One block: its targets, the phases, the codes, and both streams moved after it."""
+"""One block: its targets, the phases, the codes, and both models' hidden states moved after it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from swquant.checkpoint.source import Source
 from swquant.distributed.ranks import Alone, Ranks, on_any, require_same
 from swquant.engine.bound import BoundBlock, own_batches
 from swquant.engine.drift import measure_block, measured_samples
-from swquant.engine.journal import STREAMS, Journal
+from swquant.engine.hidden_states import create_hidden, open_hidden
 from swquant.engine.kept import kept_copy
 from swquant.engine.memory import device_peak_bytes, peak_bytes, release
 from swquant.engine.observer import Observer
 from swquant.engine.precision import at_precision
-from swquant.engine.streams import create_stream, open_stream
+from swquant.engine.run_state import HIDDEN_STATES, RunState
 from swquant.errors import SwquantError
 from swquant.learnables.base import Theta
 from swquant.losses import Loss
@@ -28,13 +28,13 @@ from swquant.model.calls import Calls
 from swquant.model.layout import Layout
 from swquant.model.skeleton import Skeleton
 from swquant.phases.base import Phase, PhaseReport, Problem
-from swquant.phases.portion import Portion, named
+from swquant.phases.micro_batch import MicroBatch, named
 from swquant.phases.rounds import snapshot
 from swquant.quant.draft import Committed, Draft, commit, open_draft
 from swquant.report import BlockReport, Measured
 from swquant.seeds import generator
 
-HELD_SHARE = 8
+VALIDATION_SHARE = 8
 AUGMENTED = "augmented.stream"
 
 
@@ -48,13 +48,13 @@ class Job:
         layout: What is quantized, and each matrix's grid.
         phases: The method.
         loss: The training loss; ``None`` leaves each phase its own.
-        samples: Calibration samples; the streams' further samples are for evaluation and train nothing.
+        samples: Calibration samples; further samples among the hidden states are for evaluation and train nothing.
         seed: Of everything random.
         device: Where to compute.
         ranks: The processes that do the job together.
         micro_batch: Samples of a batch that each rank takes through a block at once; ``None`` is all that are its own.
             It changes no result but for rounding.
-        precision: Of the matrix products in training; targets and both streams are always float32.
+        precision: Of the matrix products in training; targets and both models' hidden states are always float32.
     """
 
     checkpoint: Source
@@ -70,12 +70,12 @@ class Job:
     precision: torch.dtype = torch.float32
 
 
-def quantize_block(job: Job, journal: Journal, calls: Calls, observer: Observer) -> int | None:
-    """Quantize the journal's next block and commit it together with both streams after it.
+def quantize_block(job: Job, run_state: RunState, calls: Calls, observer: Observer) -> int | None:
+    """Quantize the run's next block and commit it together with both models' hidden states after it.
 
     Args:
         job: The run.
-        journal: Where the run stands; it is one block further on return, on rank 0's disk and there alone.
+        run_state: Where the run stands; it is one block further on return, on rank 0's disk and there alone.
         calls: What each block is called with.
         observer: Hears of the steps.
 
@@ -86,27 +86,27 @@ def quantize_block(job: Job, journal: Journal, calls: Calls, observer: Observer)
         SwquantError: The block puts out NaN or infinite values, as it is or quantized; nothing is committed.
     """
     started = time.monotonic()
-    index, ranks, streams = journal.done, job.ranks, _open_streams(job, journal)
+    index, ranks, cached = run_state.done, job.ranks, _open_hidden_states(job, run_state)
     bound = BoundBlock(index, job.skeleton.block(index), calls, job.layout, job.device, ranks)
     params = load_block(job, index)
     forward = time.monotonic()
     with named(f"in the original model's block {index}"):
-        finite = bound.advance(params, streams.reference, streams.next_reference)
-    forward = (time.monotonic() - forward) / len(streams.reference)
+        finite = bound.advance(params, cached.reference, cached.next_reference)
+    forward = (time.monotonic() - forward) / len(cached.reference)
     require_finite(finite, ranks, f"the original model's block {index} puts out")
-    if streams.augmented is not None:
+    if cached.augmented is not None:
         with named(f"in the original model's block {index}"):
-            bound.advance(params, streams.quantized[: job.samples], streams.augmented[: job.samples])
+            bound.advance(params, cached.quantized[: job.samples], cached.augmented[: job.samples])
     ranks.barrier()
 
     problem = pose(
         job,
         bound,
         params,
-        streams,
+        cached,
         observer.step,
-        split_held(job.samples),
-        partial(kept_copy, journal.kept_path(ranks.rank)),
+        split_validation(job.samples),
+        partial(kept_copy, run_state.kept_path(ranks.rank)),
     )
     grids = job.layout.grids(index)
     with named(f"in rounding block {index} to the nearest"):
@@ -115,9 +115,9 @@ def quantize_block(job: Job, journal: Journal, calls: Calls, observer: Observer)
     committed, reports = _fold(draft, job.phases, problem, index)
     require_same(ranks, _tensors(committed), f"block {index}")
     with named(f"in the quantized block {index}"):
-        finite = bound.advance(committed.floats(), streams.quantized, streams.next_quantized)
+        finite = bound.advance(committed.floats(), cached.quantized, cached.next_quantized)
     require_finite(finite, ranks, f"block {index} puts out, quantized by this recipe,")
-    drifted = drift(streams.next_reference, streams.next_quantized, ranks)
+    drifted = drift(cached.next_reference, cached.next_quantized, ranks)
     release()
 
     def finish() -> None:
@@ -125,20 +125,20 @@ def quantize_block(job: Job, journal: Journal, calls: Calls, observer: Observer)
             phases=tuple(reports),
             drift=drifted,
             seconds=round(time.monotonic() - started, 3),
-            measured=_measured(job, bound, streams, commit(draft), committed),
+            measured=_measured(job, bound, cached, commit(draft), committed),
             peak_bytes=peak_bytes(),
             device_peak_bytes=device_peak_bytes(job.device),
             forward_seconds=forward,
         )
         values = report.to_mapping()
-        journal.finish_block(committed, values)
-        (journal.root / AUGMENTED).unlink(missing_ok=True)
+        run_state.finish_block(committed, values)
+        (run_state.root / AUGMENTED).unlink(missing_ok=True)
         observer.block(index, values)
 
     with named(f"in measuring and saving block {index}"):
         ranks.lead(finish)
     release()
-    return problem.portion.samples
+    return problem.micro_batch.samples
 
 
 def load_block(job: Job, index: int) -> dict[str, Tensor]:
@@ -172,11 +172,11 @@ class Cached:
     augmented: Tensor | None
 
 
-def _open_streams(job: Job, journal: Journal) -> Cached:
-    before = journal.open_streams()
-    paths = [journal.stream_path(name, journal.done + 1) for name in STREAMS]
+def _open_hidden_states(job: Job, run_state: RunState) -> Cached:
+    before = run_state.open_hidden_states()
+    paths = [run_state.hidden_path(name, run_state.done + 1) for name in HIDDEN_STATES]
     if any(phase.augmented for phase in job.phases):
-        paths.append(journal.root / AUGMENTED)
+        paths.append(run_state.root / AUGMENTED)
     samples, tokens, dim = before[0].shape
     next_reference, next_quantized, *others = create_together(job.ranks, paths, (samples, tokens, dim))
     return Cached(*before, next_reference, next_quantized, others[0] if others else None)
@@ -206,7 +206,7 @@ def pose(
         proven: Equivalences are proven by running the block; the estimate, which has no values, takes the guesses.
     """
     inputs = cached.quantized[: job.samples]
-    train, held = samples
+    train, validation = samples
     return Problem(
         forward=at_precision(bound.forward, job.precision),
         facts=bound.facts(params, inputs, proven=proven),
@@ -216,37 +216,37 @@ def pose(
         loss=job.loss,
         watch=partial(bound.watch, inputs),
         train=train,
-        held=held,
+        validation=validation,
         rng=partial(generator, job.seed, "block", bound.index),
         device=job.device,
         step=step,
         ranks=job.ranks,
-        portion=Portion(job.micro_batch),
+        micro_batch=MicroBatch(job.micro_batch),
         keep=keep,
     )
 
 
-def _measured(job: Job, bound: BoundBlock, streams: Cached, rounded: Committed, committed: Committed) -> Measured:
+def _measured(job: Job, bound: BoundBlock, cached: Cached, rounded: Committed, committed: Committed) -> Measured:
     """What the block lost, on this rank alone."""
-    samples, tokens, _ = streams.quantized.shape
-    shown = measured_samples(split_held(job.samples)[1], range(job.samples, samples), tokens)
-    inputs = streams.quantized[shown]
+    samples, tokens, _ = cached.quantized.shape
+    shown = measured_samples(split_validation(job.samples)[1], range(job.samples, samples), tokens)
+    inputs = cached.quantized[shown]
     plain = torch.empty_like(inputs)
     replace(bound, ranks=Alone()).advance(rounded.floats(), inputs, plain, torch.tensor(shown))
-    outputs = (streams.next_reference[shown], plain, streams.next_quantized[shown])
+    outputs = (cached.next_reference[shown], plain, cached.next_quantized[shown])
     return measure_block(outputs, (rounded.quantized, committed.quantized))
 
 
 def create_together(ranks: Ranks, paths: Sequence[Path], shape: tuple[int, int, int]) -> list[Tensor]:
-    """New streams at ``paths``, made by rank 0 and open on every rank; each then writes samples of its own.
+    """New files of hidden states at ``paths``, made by rank 0 and open on every rank; each then writes its own samples.
 
-    None is made before every rank has let go of the streams that it had: one that is removed and still mapped takes
-    room on the disk.
+    None is made before every rank has let go of the files that it had: one that is removed and still mapped takes room
+    on the disk.
     """
     made: list[Tensor] = []
     ranks.barrier()
-    ranks.lead(lambda: made.extend(create_stream(path, shape) for path in paths))
-    return made or [open_stream(path, shape) for path in paths]
+    ranks.lead(lambda: made.extend(create_hidden(path, shape) for path in paths))
+    return made or [open_hidden(path, shape) for path in paths]
 
 
 def require_finite(finite: bool, ranks: Ranks, whose: str) -> None:
@@ -258,18 +258,18 @@ def require_finite(finite: bool, ranks: Ranks, whose: str) -> None:
         )
 
 
-def split_held(samples: int) -> tuple[list[int], list[int]]:
+def split_validation(samples: int) -> tuple[list[int], list[int]]:
     """Samples to train on, and the last eighth of them, at least one, to compare states on; a lone sample does both."""
     if samples == 1:
         return [0], [0]
-    held = max(1, samples // HELD_SHARE)
-    return list(range(samples - held)), list(range(samples - held, samples))
+    validation = max(1, samples // VALIDATION_SHARE)
+    return list(range(samples - validation)), list(range(samples - validation, samples))
 
 
 def drift(reference: Tensor, quantized: Tensor, ranks: Ranks) -> float:
-    """How far the quantized stream is off: ``sum (q - r)**2 / sum r**2`` over all samples, tokens and channels.
+    """How far the quantized model's hidden states are off: ``sum (q - r)**2 / sum r**2`` over all tokens.
 
-    Each rank adds up the samples that it has put into the streams itself; after it, all are there.
+    Each rank adds up the samples that it has written itself; after it, all are there.
     """
     sums = torch.zeros(2, dtype=torch.float64)
     for batch in own_batches(ranks, reference):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from swquant.distributed.ranks import Alone, Ranks, own_rows
-from swquant.engine.streams import batches, on_device
+from swquant.engine.hidden_states import batches, on_device
 from swquant.families.base import Equivalence, QueryKey
 from swquant.learnables.base import BlockFacts, ChannelRange
 from swquant.learnables.moves import move, source_of
@@ -136,10 +136,10 @@ def _ends(found: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(seen, low, 0.0), torch.where(seen, -high, 0.0)
 
 
-def own_batches(ranks: Ranks, stream: Tensor) -> Iterator[slice]:
+def own_batches(ranks: Ranks, cache: Tensor) -> Iterator[slice]:
     """This rank's samples of cached hidden states, in ranges that go through a block at once."""
-    own = own_rows(ranks, len(stream))
-    for batch in batches(stream[own]):
+    own = own_rows(ranks, len(cache))
+    for batch in batches(cache[own]):
         yield slice(own.start + batch.start, own.start + batch.stop)
 
 
@@ -169,15 +169,20 @@ class Equivalences:
         with torch.no_grad():
             return prove(self.guesses, partial(self._moved, hidden), hidden)
 
-    def _moved(self, hidden: Tensor, pair: Equivalence | None) -> Tensor | None:
-        """The block's output with random scales moved between a pair's modules."""
+    def _moved(self, hidden: Tensor, pair: Equivalence | None, one_sided: bool) -> Tensor | None:
+        """The block's output with random scales moved between a pair's modules, or put on its source alone."""
         params = in_float(self.params)
         if pair is not None:
             heads, key_value_heads = self.heads
             bare = BlockFacts((), tuple, heads, key_value_heads, lambda _: {})
             try:
                 scales = {source_of(pair): self._scale(pair)}
-                params = dict(move(Draft(params, {}, {}), [pair], scales, {}, bare).params)
+                moved = dict(move(Draft(params, {}, {}), [pair], scales, {}, bare).params)
+                source = source_of(pair)
+                params = {
+                    **params,
+                    **{key: moved[key] for key in moved if key.startswith(f"{source}.") or not one_sided},
+                }
             except (RuntimeError, KeyError):  # shapes or heads are not what the guess takes them for
                 return None
         bound = replace(self.bound, ranks=Alone(), calls=self.bound.calls.shortened(hidden.shape[1]))

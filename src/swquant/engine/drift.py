@@ -31,17 +31,17 @@ TAIL = 0.002
 DIGITS = 6
 
 
-def measured_samples(held: Sequence[int], evaluation: Sequence[int], tokens: int) -> list[int]:
-    """Samples to measure on: evaluation samples and held-out ones by turns, as many as :data:`TOKENS` allows.
+def measured_samples(validation: Sequence[int], evaluation: Sequence[int], tokens: int) -> list[int]:
+    """Samples to measure on: evaluation and validation samples by turns, as many as :data:`TOKENS` allows.
 
     Args:
-        held: Calibration samples that were held out; a lone sample trained a block all the same.
+        validation: Calibration samples for validation; a lone sample trained a block all the same.
         evaluation: Samples that trained nothing.
         tokens: Of a sample.
     """
-    turns = [sample for pair in zip(evaluation, held, strict=False) for sample in pair]
-    shorter = min(len(held), len(evaluation))
-    return sorted([*turns, *held[shorter:], *evaluation[shorter:]][: max(1, TOKENS // tokens)])
+    turns = [sample for pair in zip(evaluation, validation, strict=False) for sample in pair]
+    shorter = min(len(validation), len(evaluation))
+    return sorted([*turns, *validation[shorter:], *evaluation[shorter:]][: max(1, TOKENS // tokens)])
 
 
 def outputs_of(target: Tensor, before: Tensor, after: Tensor) -> tuple[float, Shift, Shift, tuple[Slice, ...]]:

@@ -20,7 +20,7 @@ Codes stay packed on the disk. A step goes forward block by block and keeps the 
 ``[blocks, samples, tokens, dim]``; then backward block by block, running each again with a graph. So one block's
 weights exist at a time, and memory grows with the number of blocks by hidden states, by what is learned, its gradient
 and AdamW's moments alone: 16 bytes for a scale, and for a weight with ``weights``. A large best state is on a mapped
-file. The blocks' matrix products are in the job's precision; heads and the held-out loss are in float32.
+file. The blocks' matrix products are in the job's precision; heads and the validation loss are in float32.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ import torch
 from torch import Tensor
 
 from swquant.distributed.ranks import own_rows, own_turns, require_same
-from swquant.engine.block import Job, create_together, require_finite, split_held
+from swquant.engine.block import Job, create_together, require_finite, split_validation
 from swquant.engine.final_drift import final_blocks
 from swquant.engine.head import Heads
-from swquant.engine.journal import TRAINED, Journal
 from swquant.engine.kept import kept_copy
 from swquant.engine.observer import Observer
+from swquant.engine.run_state import TRAINED, RunState
 from swquant.engine.trained_model import POSITION, TrainedModel
 from swquant.errors import SwquantError
 from swquant.learnables.base import Theta
 from swquant.model.calls import Calls, Front, capture
 from swquant.phases.base import PhaseReport
+from swquant.phases.micro_batch import MicroBatch, together
 from swquant.phases.optimizers import Optimizer, trainable
-from swquant.phases.portion import Portion, together
 from swquant.phases.rounds import Trail, keep_best
 from swquant.phases.scale_training import ScaleTraining
 from swquant.seeds import generator
@@ -60,30 +60,30 @@ COSINE = Optimizer(schedule="cosine")
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
-def train_scales(job: Job, work: ScaleTraining, journal: Journal, calls: Calls, observer: Observer) -> None:
+def train_scales(job: Job, work: ScaleTraining, run_state: RunState, calls: Calls, observer: Observer) -> None:
     """Train all finished blocks together, run the evaluation samples through the result, and commit both.
 
     Args:
         job: The run.
         work: What to train and how.
-        journal: Where the run stands; all blocks are finished. Every epoch is saved to it.
+        run_state: Where the run stands; all blocks are finished. Every epoch is saved to it.
         calls: What each block is called with.
         observer: Hears of the steps.
     """
     learned = "scales and weights" if work.weights else "scales"
     observer.stage(f"Training the {learned} of all blocks end to end")
-    assert journal.shape is not None
-    stream = create_together(job.ranks, [journal.stream_path(TRAINED, journal.done)], journal.shape)[0]
+    assert run_state.shape is not None
+    cache = create_together(job.ranks, [run_state.hidden_path(TRAINED, run_state.done)], run_state.shape)[0]
 
     def begin() -> None:
-        for index, hidden in enumerate(capture(calls.front, job.checkpoint, journal.tokens()["tokens"], stored=True)):
-            stream[index] = hidden
+        for index, hidden in enumerate(capture(calls.front, job.checkpoint, run_state.tokens()["tokens"], stored=True)):
+            cache[index] = hidden
 
     job.ranks.lead(begin)
-    stage = _Stage(job, work, TrainedModel(job, journal, calls, work), journal, stream, observer, calls.front)
+    stage = _Stage(job, work, TrainedModel(job, run_state, calls, work), run_state, cache, observer, calls.front)
     report = stage.run()
     require_finite(
-        stage.model.advance(stream[job.samples :], job.samples), job.ranks, "the model trained end to end puts out"
+        stage.model.advance(cache[job.samples :], job.samples), job.ranks, "the model trained end to end puts out"
     )
     job.ranks.barrier()
     require_same(
@@ -91,9 +91,9 @@ def train_scales(job: Job, work: ScaleTraining, journal: Journal, calls: Calls, 
     )
 
     def finish() -> None:
-        observer.stage(f"End to end: held-out KL {report['before']:.4g} -> {report['after']:.4g}")
-        blocks = final_blocks(job, journal, stage.model, calls)
-        journal.finish_training(stage.model.final(), {**report, "blocks": [asdict(block) for block in blocks]})
+        observer.stage(f"End to end: validation KL {report['before']:.4g} -> {report['after']:.4g}")
+        blocks = final_blocks(job, run_state, stage.model, calls)
+        run_state.finish_training(stage.model.final(), {**report, "blocks": [asdict(block) for block in blocks]})
 
     job.ranks.lead(finish)
 
@@ -105,33 +105,33 @@ class _Stage:
     job: Job
     work: ScaleTraining
     model: TrainedModel
-    journal: Journal
+    run_state: RunState
     inputs: Tensor
     observer: Observer
     front: Front
 
     def __post_init__(self) -> None:
         self.thetas = self.model.thetas
-        self.reference = self.journal.open_streams()[0]
+        self.reference = self.run_state.open_hidden_states()[0]
         self.heads = Heads.load(self.front, self.job.checkpoint)
-        self.train, self.held = split_held(self.job.samples)
-        self.portion = Portion(self.job.micro_batch)
+        self.train, self.validation = split_validation(self.job.samples)
+        self.micro_batch = MicroBatch(self.job.micro_batch)
         self.notes = list[str]()
 
     def run(self) -> dict[str, Any]:
-        """Train from where the journal stands, to the best state; returns the report."""
+        """Train from where the run stands, to the best state; returns the report."""
         began, spent = time.monotonic(), 0.0
-        if self.journal.training is None:
-            before = self.held_loss()
+        if self.run_state.training is None:
+            before = self.validation_loss()
             if not math.isfinite(before):
                 raise SwquantError(
-                    "the quantized model's predictions, or the original's, are NaN or infinite on the held-out "
+                    "the quantized model's predictions, or the original's, are NaN or infinite on the validation "
                     "samples, so that nothing can be trained end to end; choose a method without end_to_end"
                 )
             trail, optimizer = Trail.begin(before), self.open(1.0)
         else:
-            before, spent = self.journal.training["before"], self.journal.training["seconds"]
-            trail, optimizer = self._resume(self.journal.training)
+            before, spent = self.run_state.training["before"], self.run_state.training["seconds"]
+            trail, optimizer = self._resume(self.run_state.training)
 
         def after(optimizer: torch.optim.Optimizer) -> None:
             facts = {"before": before, "seconds": spent + time.monotonic() - began}
@@ -139,7 +139,7 @@ class _Stage:
 
         keep_best(self, trail, optimizer, COSINE, self.work.epochs, before, self.observer.step, after)
         if trail.curve and trail.best_epoch == 0 and not trail.ended:
-            trail.events.append("no epoch had a smaller held-out KL than the start, which was kept")
+            trail.events.append("no epoch had a smaller validation KL than the start, which was kept")
         events = (*trail.events, *self.notes)
         curve, training = tuple(trail.curve), tuple(trail.training)
         report = PhaseReport(NAME, before, trail.best_loss, curve, trail.best_epoch, events, training)
@@ -149,7 +149,7 @@ class _Stage:
         return self.model.begun()
 
     def copied(self) -> list[Theta]:
-        return kept_copy(self.journal.kept_path(self.job.ranks.rank), self.thetas)
+        return kept_copy(self.run_state.kept_path(self.job.ranks.rank), self.thetas)
 
     def open(self, rate: float) -> torch.optim.Optimizer:
         """Groups of the values in the order of :meth:`_named`, which saving relies on: runs of one kind."""
@@ -186,12 +186,12 @@ class _Stage:
         def note(event: str) -> None:
             self.notes.append(f"step {step + 1}: {event}")
 
-        return self.portion.fit(attempt, len(samples), ranks, note)
+        return self.micro_batch.fit(attempt, len(samples), ranks, note)
 
     def _pull(self, samples: Tensor) -> Tensor:
-        """Add this rank's share of the gradient, a portion at a time; returns its share of the loss."""
+        """Add this rank's share of the gradient, a micro-batch at a time; returns its share of the loss."""
         total = torch.zeros(())
-        for part in self.portion.cut(samples[own_rows(self.job.ranks, len(samples))]):
+        for part in self.micro_batch.cut(samples[own_rows(self.job.ranks, len(samples))]):
             share = len(part) / len(samples)
             states = self.model.forward(self.inputs[part].to(self.job.device), part)
             loss, slope = self.heads.gradient(self.reference[part].to(self.job.device), states.pop())
@@ -202,18 +202,18 @@ class _Stage:
     def settle(self) -> None:
         """Every state is in the domain."""
 
-    def held_loss(self) -> float:
+    def validation_loss(self) -> float:
         ranks, size = self.job.ranks, self.work.batch_size
-        own = own_turns(ranks, torch.tensor(self.held).split(size))
+        own = own_turns(ranks, torch.tensor(self.validation).split(size))
         attempt = partial(together, ranks, partial(self._divergence, own))
-        total = self.portion.fit(attempt, size * ranks.size, ranks, self.notes.append)
+        total = self.micro_batch.fit(attempt, size * ranks.size, ranks, self.notes.append)
         ranks.sum([total])
-        return float(total) / len(self.held)
+        return float(total) / len(self.validation)
 
     def _divergence(self, batches: Sequence[Tensor]) -> Tensor:
-        """Sum over the samples of ``batches``, a portion at a time, float64."""
+        """Sum over the samples of ``batches``, a micro-batch at a time, float64."""
         total = torch.zeros((), dtype=torch.float64)
-        for part in (part for samples in batches for part in self.portion.cut(samples)):
+        for part in (part for samples in batches for part in self.micro_batch.cut(samples)):
             hidden = self.model.forward(self.inputs[part].to(self.job.device), part, keep=False)[-1]
             reference = self.reference[part].to(self.job.device)
             total += float(self.heads.divergence(reference, hidden)) * len(part)
@@ -231,15 +231,15 @@ class _Stage:
         tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
         stand = {"curve": trail.curve, "training": trail.training, "events": trail.events, "notes": self.notes}
         best = {"best_loss": trail.best_loss, "best_epoch": trail.best_epoch, "rate": trail.rate}
-        self.journal.save_training(len(trail.curve), tensors, {**stand, **best, **facts})
-        held = trail.curve[-1]
-        shown = "a loss that was not finite" if held is None else f"held-out KL {held:.4g}"
+        self.run_state.save_training(len(trail.curve), tensors, {**stand, **best, **facts})
+        validation = trail.curve[-1]
+        shown = "a loss that was not finite" if validation is None else f"validation KL {validation:.4g}"
         self.observer.stage(f"End to end, epoch {len(trail.curve)}/{self.work.epochs}: {shown}")
 
     @torch.no_grad()
     def _resume(self, stand: Mapping[str, Any]) -> tuple[Trail, torch.optim.Optimizer]:
         """The trail and the optimizer that :meth:`_save` saved."""
-        tensors, optimizer = self.journal.training_state(), self.open(stand["rate"])
+        tensors, optimizer = self.run_state.training_state(), self.open(stand["rate"])
         self.notes = list(stand["notes"])
         best = self.copied() if stand["best_epoch"] else None
         state = optimizer.state_dict()

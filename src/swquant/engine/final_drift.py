@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from swquant.engine.block import Job, load_block, split_held
+from swquant.engine.block import Job, load_block, split_validation
 from swquant.engine.bound import BoundBlock
 from swquant.engine.drift import final_codes, measured_samples, shift_of
-from swquant.engine.journal import Journal
+from swquant.engine.run_state import RunState
 from swquant.engine.trained_model import TrainedModel
 from swquant.model.calls import Calls, capture
 from swquant.quant.deferred import in_float
@@ -15,18 +15,18 @@ from swquant.report import FinalBlock
 
 
 @torch.no_grad()
-def final_blocks(job: Job, journal: Journal, model: TrainedModel, calls: Calls) -> list[FinalBlock]:
+def final_blocks(job: Job, run_state: RunState, model: TrainedModel, calls: Calls) -> list[FinalBlock]:
     """Run the original and the trained model block by block, on the samples on which each block was measured.
 
     Args:
         job: The run.
-        journal: Its samples.
+        run_state: Its samples.
         model: What was trained.
         calls: What each block is called with.
     """
-    tokens = journal.tokens()["tokens"]
+    tokens = run_state.tokens()["tokens"]
     samples, length = tokens.shape
-    shown = measured_samples(split_held(job.samples)[1], range(job.samples, samples), length)
+    shown = measured_samples(split_validation(job.samples)[1], range(job.samples, samples), length)
     known = torch.tensor(shown)
     reference, quantized = (
         torch.stack(list(capture(calls.front, job.checkpoint, tokens[shown], stored=stored)))

@@ -19,7 +19,7 @@ LOGITS = 1 << 24
 
 
 @torch.no_grad()
-def measure(front: Front, checkpoint: Source, streams: tuple[Tensor, Tensor], tokens: Tensor) -> Quality:
+def measure(front: Front, checkpoint: Source, cached: tuple[Tensor, Tensor], tokens: Tensor) -> Quality:
     """Compare the quantized model's predictions with the original's and with the text.
 
     ``KL = sum_v softmax(r)_v (log softmax(r)_v - log softmax(q)_v)`` for logits ``r`` of the original and ``q`` of the
@@ -28,7 +28,7 @@ def measure(front: Front, checkpoint: Source, streams: tuple[Tensor, Tensor], to
     Args:
         front: The model without its blocks.
         checkpoint: The original's weights; the head as it is stored is that of the quantized model.
-        streams: Hidden states of the original and of the quantized model after the last block,
+        cached: Hidden states of the original and of the quantized model after the last block,
             ``[samples, tokens, dim]``.
         tokens: ``int64 [samples, tokens]``, the text.
     """
@@ -36,7 +36,7 @@ def measure(front: Front, checkpoint: Source, streams: tuple[Tensor, Tensor], to
     sums = torch.zeros(4, dtype=torch.float64)
     count = 0
     for sample, text in enumerate(tokens):
-        labels, states = text[1:], [stream[sample, :-1].to(front.device) for stream in streams]
+        labels, states = text[1:], [cache[sample, :-1].to(front.device) for cache in cached]
         for rows in heads.chunks(len(labels)):
             original, quantized = heads.log_probabilities(states[0][rows], states[1][rows])
             wanted = labels[rows].to(front.device)

@@ -24,7 +24,7 @@ def kept_copy(path: Path, thetas: list[Theta]) -> list[Theta]:
     The file has no name by the time this returns, so nothing is left of it when the process ends, however it ends.
 
     Args:
-        path: Where the file is for a moment; on the disk of the run's streams.
+        path: Where the file is for a moment; on the disk of the run's cached hidden states.
         thetas: The state.
 
     Raises:

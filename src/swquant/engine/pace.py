@@ -7,29 +7,31 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-TRAINED, HELD = 4, 2
+TRAINED, VALIDATED = 4, 2
 """Forward passes that a sample's way through a block costs in the end-to-end stage: trained on, with its backward pass
-and the second forward pass that this needs; held out, which is measured about as often."""
+and the second forward pass that this needs; for a validation sample, which is measured about as often."""
 
-HEADS_TRAINED, HEADS_HELD = 3, 2
+HEADS_TRAINED, HEADS_VALIDATED = 3, 2
 """Products with the head per token: both models' logits, and after a step the gradient's."""
 
 
-def tail_of(epochs: int, train: int, held: int, blocks: int, head: float) -> float:
+def tail_of(epochs: int, train: int, validation: int, blocks: int, head: float) -> float:
     """Work after the last block where the scales are trained end to end.
 
     Args:
         epochs: Of that training.
         train: Samples that are trained on.
-        held: Samples that states are compared on.
+        validation: Samples that states are compared on.
         blocks: Of the model.
         head: What the head costs a token, in units of what a block costs it.
 
     Returns:
         In forward passes of one sample through one block.
     """
-    visits = epochs * (TRAINED * train + held) * blocks + held * blocks
-    return visits + head * (epochs * (HEADS_TRAINED * train + HEADS_HELD * held) + HEADS_HELD * held)
+    visits = epochs * (TRAINED * train + validation) * blocks + validation * blocks
+    return visits + head * (
+        epochs * (HEADS_TRAINED * train + HEADS_VALIDATED * validation) + HEADS_VALIDATED * validation
+    )
 
 
 @dataclass

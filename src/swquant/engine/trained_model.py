@@ -9,8 +9,8 @@ from torch import Tensor
 
 from swquant.engine.block import Job
 from swquant.engine.bound import BoundBlock, own_batches
-from swquant.engine.journal import Journal, stored_part
 from swquant.engine.precision import at_precision
+from swquant.engine.run_state import RunState, stored_part
 from swquant.learnables.base import Theta
 from swquant.model.calls import Calls
 from swquant.phases.scale_training import ScaleTraining
@@ -32,7 +32,7 @@ EDGE = 0.49
 
 
 class TrainedModel:
-    """The quantized model's blocks: packed codes in the journal, what is learned in memory.
+    """The quantized model's blocks: packed codes in the run state, what is learned in memory.
 
     Attributes:
         thetas: For each block what is learned, float32 leaves. Logarithms of factors: by a weight's name on its scales
@@ -42,9 +42,9 @@ class TrainedModel:
             plus the nearest integer.
     """
 
-    def __init__(self, job: Job, journal: Journal, calls: Calls, work: ScaleTraining) -> None:
-        self._job, self._journal, self._calls, self._work = job, journal, calls, work
-        self.thetas = [self._gains(index) | self._positions(index) for index in range(journal.done)]
+    def __init__(self, job: Job, run_state: RunState, calls: Calls, work: ScaleTraining) -> None:
+        self._job, self._run_state, self._calls, self._work = job, run_state, calls, work
+        self.thetas = [self._gains(index) | self._positions(index) for index in range(run_state.done)]
         for theta in self.thetas:
             for value in theta.values():
                 value.requires_grad_()
@@ -56,7 +56,7 @@ class TrainedModel:
             yield gains | self._positions(index)
 
     def _gains(self, index: int) -> Theta:
-        block = self._journal.block(index, self._job.layout.grids(index))
+        block = self._run_state.block(index, self._job.layout.grids(index))
         shapes = {
             _key(name, part): value.shape
             for name, quantized in block.quantized.items()
@@ -72,7 +72,7 @@ class TrainedModel:
             return {}
         return {
             name + POSITION: self._position(index, name, quantized).to(self._job.device)
-            for name, quantized in self._journal.block(index, self._job.layout.grids(index)).quantized.items()
+            for name, quantized in self._run_state.block(index, self._job.layout.grids(index)).quantized.items()
             if isinstance(quantized, QTensor)
         }
 
@@ -100,7 +100,7 @@ class TrainedModel:
         return Committed(quantized, params)
 
     def _read(self, index: int) -> Committed:
-        return self._journal.read_block(index, self._job.layout.grids(index), self._job.device)
+        return self._run_state.read_block(index, self._job.layout.grids(index), self._job.device)
 
     def floats(self, index: int) -> dict[str, Tensor]:
         """The block's parameters as it is now, differentiable in what is learned."""
@@ -149,20 +149,20 @@ class TrainedModel:
             slope = hidden.grad
 
     @torch.no_grad()
-    def advance(self, stream: Tensor, first: int) -> bool:
+    def advance(self, cache: Tensor, first: int) -> bool:
         """Replace the hidden states before the first block by those after the last, in place.
 
         The samples are those from number ``first`` on. Each rank takes samples of its own; returns whether all of these
         end in finite values.
         """
-        own = list(own_batches(self._job.ranks, stream))
+        own = list(own_batches(self._job.ranks, cache))
         for index in range(len(self.thetas)):
             floats = self.floats(index)
             bound = self._bound(index)
             for part in own:
                 samples = torch.arange(first + part.start, first + part.stop)
-                stream[part] = bound.forward(floats, stream[part].to(self._job.device), samples).cpu()
-        return all(is_finite(stream[part]) for part in own)
+                cache[part] = bound.forward(floats, cache[part].to(self._job.device), samples).cpu()
+        return all(is_finite(cache[part]) for part in own)
 
     @torch.no_grad()
     def codes(self, index: int) -> dict[str, Tensor]:
@@ -173,7 +173,7 @@ class TrainedModel:
 
     @torch.no_grad()
     def final(self) -> dict[str, Tensor]:
-        """What has been learned, as :meth:`Journal.finish_training` takes it."""
+        """What has been learned, as :meth:`RunState.finish_training` takes it."""
         out: dict[str, Tensor] = {}
         for index, theta in enumerate(self.thetas):
             block = self._rescaled(index)

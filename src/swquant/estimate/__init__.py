@@ -41,9 +41,9 @@ class Estimate:
         parameters: In all.
         quantized: Those that get codes.
         bits_per_weight: Of these, scales and zero points included.
-        portion: Samples of a batch that go through a block at once.
+        micro_batch: Samples of a batch that go through a block at once.
         device: The most on the device, and what is at work then.
-        host: The most resident on the host: interpreter, mapped streams, and on a CPU what ``device`` says.
+        host: The most resident on the host: interpreter, mapped hidden states, and on a CPU what ``device`` says.
         parts: What ``host`` and ``device`` are made of.
         disk: At its largest; ``free`` is what the disk has.
         time: Seconds, by part; ``None`` if nothing was measured.
@@ -55,7 +55,7 @@ class Estimate:
     parameters: int
     quantized: int
     bits_per_weight: float
-    portion: int
+    micro_batch: int
     device: int
     host: int
     parts: Mapping[str, Any]
@@ -94,15 +94,15 @@ def estimate(
     shape = shape_of(plan)
     disk, kept, whole = disk_of(plan, shape), budget or Budget(), batch_of(plan, 1)
     limit = kept.tensor_limit(plan.device, interpreter)
-    portion, memory = fit(plan, limit, whole) if kept.given else (whole, memory_of(plan, shape))
+    micro_batch, memory = fit(plan, limit, whole) if kept.given else (whole, memory_of(plan, shape))
     on_host = plan.device.type == "cpu"
-    host = interpreter + disk.streams + (memory.peak if on_host else VALUES * learned_bytes(plan))
+    host = interpreter + disk.hidden_states + (memory.peak if on_host else VALUES * learned_bytes(plan))
     free = free_disk(Path(out))
     grids = [(site.shape, site.spec) for site in plan.layout.sites if site.spec is not None]
     quantized = sum(rows * columns for (rows, columns), _ in grids)
     problems = [
         *process_problems(interpreter, kept),
-        *memory_problems(plan, memory, limit, portion),
+        *memory_problems(plan, memory, limit, micro_batch),
         *_cut(plan, memory.peak, limit, whole if not kept.given else 1),
         *_disk_problems(disk.asked, free, out),
         *drawing_problems(plan, interpreter, kept),
@@ -114,18 +114,18 @@ def estimate(
         parameters=parameters_of(plan),
         quantized=quantized,
         bits_per_weight=sum(rows * row_bits(spec, columns) for (rows, columns), spec in grids) / quantized,
-        portion=portion,
+        micro_batch=micro_batch,
         device=memory.peak,
         host=host,
         parts={
             "interpreter": interpreter,
-            "streams": disk.streams,
+            "hidden_states": disk.hidden_states,
             "tensors": {**memory.blocks, **({"end to end": memory.finish} if memory.finish else {})},
             "drawing": drawing_bytes(plan),
         },
         disk={
-            "streams": disk.streams,
-            "journal": disk.journal,
+            "hidden_states": disk.hidden_states,
+            "run_state": disk.run_state,
             "outputs": disk.outputs,
             "peak": disk.peak,
             "asked": disk.asked,
@@ -145,7 +145,7 @@ def _cut(plan: Plan, needed: int, limit: int, whole: int) -> list[str]:
     if needed <= limit or whole == 1 or fit(plan, limit, whole // 2)[1].peak > limit:
         return []
     flag = "--host-memory" if plan.device.type == "cpu" else "--device-memory"
-    return [f"batches of {whole} at once are too large: with {flag} quantize takes them in portions that fit"]
+    return [f"batches of {whole} at once are too large: with {flag} quantize takes them in micro-batches that fit"]
 
 
 def _disk_problems(needed: int, free: int, out: str | Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a run may take, and the portion of a batch that keeps to it."""
+"""What a run may take, and the micro-batch that keeps to it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Budget:
 
     Attributes:
         device: On the accelerator; on a CPU it is part of ``host``.
-        host: Resident memory of the process, mapped streams left out: the system drops these where it has to.
+        host: Resident memory of the process, mapped hidden states left out: the system drops these where it has to.
     """
 
     device: int | None = None
@@ -48,7 +48,7 @@ class Budget:
         return least - interpreter
 
 
-def portion_within(plan: Plan, budget: Budget, ranks: int, *, begun: bool = False) -> int | None:
+def micro_batch_within(plan: Plan, budget: Budget, ranks: int, *, begun: bool = False) -> int | None:
     """Samples of a batch that each rank may take through a block at once; ``None`` is all of them.
 
     Several ranks hear a number in any case: where states are compared, each takes whole batches in turn.
@@ -66,11 +66,11 @@ def portion_within(plan: Plan, budget: Budget, ranks: int, *, begun: bool = Fals
     problems = process_problems(interpreter, budget)
     problems += [] if begun else drawing_problems(plan, interpreter, budget)
     limit, whole = budget.tensor_limit(plan.device, interpreter), batch_of(plan, ranks)
-    portion, memory = fit(plan, limit, whole)
-    problems += memory_problems(plan, memory, limit, portion)
+    micro_batch, memory = fit(plan, limit, whole)
+    problems += memory_problems(plan, memory, limit, micro_batch)
     if problems:
         raise SwquantError(problems[0])
-    return None if portion == whole and ranks == 1 else portion
+    return None if micro_batch == whole and ranks == 1 else micro_batch
 
 
 def process_bytes() -> int:
@@ -86,22 +86,22 @@ def batch_of(plan: Plan, ranks: int) -> int:
 
 
 def fit(plan: Plan, limit: int, whole: int) -> tuple[int, Memory]:
-    """The largest portion, halved from ``whole``, whose memory is within ``limit``, and that memory; else of one."""
-    portion, shape = whole, shape_of(plan)
-    while (memory := memory_of(plan, shape, portion)).peak > limit and portion > 1:
-        portion //= 2
-    return portion, memory
+    """The largest micro-batch, halved from ``whole``, that keeps to ``limit``, and its memory; else those of one."""
+    micro_batch, shape = whole, shape_of(plan)
+    while (memory := memory_of(plan, shape, micro_batch)).peak > limit and micro_batch > 1:
+        micro_batch //= 2
+    return micro_batch, memory
 
 
-def memory_problems(plan: Plan, memory: Memory, limit: int, portion: int) -> list[str]:
-    """What does not fit; streams are files that the system drops from memory where it has to, and do not count."""
+def memory_problems(plan: Plan, memory: Memory, limit: int, micro_batch: int) -> list[str]:
+    """What does not fit; hidden states are files that the system drops from memory where it must: they do not count."""
     needed, finish = memory.peak, plan.pipeline.finish
     if needed <= limit:
         return []
     if memory.finish == needed and finish is not None and finish.weights:
         there = f"{size(needed)} of memory, and {size(max(limit, 0))} are there for it"
         return [f"end_to_end(weights=True) holds the whole model and needs {there}: leave weights out"]
-    samples = "one sample" if portion == 1 else f"{portion} samples"
+    samples = "one sample" if micro_batch == 1 else f"{micro_batch} samples"
     there = f"{size(needed)} of memory with {samples} at a time, and {size(max(limit, 0))} are there for it"
     return [f"a block at work needs {there}: {advice(plan)}"]
 
@@ -115,7 +115,7 @@ def process_problems(interpreter: int, budget: Budget) -> list[str]:
 
 
 def shape_of(plan: Plan) -> tuple[int, int, int]:
-    """Of the streams, if the text holds as many evaluation samples as the recipe asks for."""
+    """Of the cached hidden states, if the text holds as many evaluation samples as the recipe asks for."""
     recipe = plan.recipe
     assert recipe.samples is not None
     assert recipe.seq_len is not None

@@ -1,4 +1,4 @@
-"""Bytes on the disk, from shapes alone: streams, the journal, and what each format writes."""
+"""Bytes on the disk, from shapes alone: cached hidden states, the run state, and what each format writes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from swquant.engine.streams import stream_bytes
+from swquant.engine.hidden_states import hidden_bytes
 from swquant.formats.base import Format, packed_bytes
 from swquant.model.layout import Site
 from swquant.phases.train import Train
@@ -14,14 +14,14 @@ from swquant.plan import Plan
 from swquant.quant.kgrids import SUPER
 from swquant.quant.spec import QuantSpec
 
-STREAMS_IN_A_BLOCK = 4
-"""Both streams before a block and after it."""
+CACHES_IN_A_BLOCK = 4
+"""Both models' hidden states before a block and after it."""
 
 GROUP_VALUES = 4
 """For each group that trains: the present ratio and zero point, and where both began."""
 
 VALUES = 4
-"""The journal has of all that is trained end to end, after each epoch: the last value, the best, two moments."""
+"""The run state has of all that is trained end to end, after each epoch: the last value, the best, two moments."""
 
 
 @dataclass(frozen=True)
@@ -29,15 +29,15 @@ class Disk:
     """Bytes that a run takes, at its largest.
 
     Attributes:
-        streams: Files that are mapped: activations and the best state of what is trained, on a block or end to end.
-        journal: Finished blocks, packed.
+        hidden_states: Files that are mapped, the best state of what is trained too, on a block or end to end.
+        run_state: Finished blocks, packed.
         outputs: Weights of each format, by its name.
         peak: The most at any time, working directory and output together.
         asked: What a run asks to be free before it starts.
     """
 
-    streams: int
-    journal: int
+    hidden_states: int
+    run_state: int
     outputs: dict[str, int]
     peak: int
     asked: int
@@ -48,22 +48,22 @@ def disk_of(plan: Plan, shape: tuple[int, int, int], ranks: int = 1) -> Disk:
 
     Args:
         plan: The run.
-        shape: Of its streams, ``(samples, tokens, dim)``.
+        shape: Of its cached hidden states, ``(samples, tokens, dim)``.
         ranks: Processes that share it, each of which keeps a best state of its own.
     """
-    one = stream_bytes(shape)
+    one = hidden_bytes(shape)
     augmented = any(phase.augmented for phase in plan.pipeline.phases)
-    block = (STREAMS_IN_A_BLOCK + augmented) * one + ranks * kept_bytes(plan)
-    journal = journal_bytes(plan) + 8 * shape[0] * shape[1]
+    block = (CACHES_IN_A_BLOCK + augmented) * one + ranks * kept_bytes(plan)
+    run_state = run_state_bytes(plan) + 8 * shape[0] * shape[1]
     outputs = {form.name: output_bytes(form, plan) for form in plan.formats}
     learned = learned_bytes(plan)
     training = 3 * one + ranks * learned if learned else 0
-    peak = journal + max(block, training + 2 * VALUES * learned, 2 * one + sum(outputs.values()))
-    whole = (STREAMS_IN_A_BLOCK + 1) * one + (1 + len(outputs)) * plan.checkpoint.tensor_bytes
-    return Disk(max(block, training), journal, outputs, peak, max(peak, whole))
+    peak = run_state + max(block, training + 2 * VALUES * learned, 2 * one + sum(outputs.values()))
+    whole = (CACHES_IN_A_BLOCK + 1) * one + (1 + len(outputs)) * plan.checkpoint.tensor_bytes
+    return Disk(max(block, training), run_state, outputs, peak, max(peak, whole))
 
 
-def journal_bytes(plan: Plan) -> int:
+def run_state_bytes(plan: Plan) -> int:
     """All finished blocks: packed codes, scales and zero points, and plain parameters as they were."""
     total = sum(block_weight_bytes(site.spec, *site.shape) for site in plan.layout.sites if site.spec is not None)
     weights = {site.weight for site in plan.layout.sites}
@@ -72,7 +72,7 @@ def journal_bytes(plan: Plan) -> int:
 
 
 def block_weight_bytes(spec: QuantSpec, rows: int, columns: int) -> int:
-    """One weight in a journal."""
+    """One weight in a run state."""
     codes = packed_bytes(spec, rows, columns) + 2 * 8
     groups, kind = rows * spec.groups(columns), spec.k_grid
     if kind is None:

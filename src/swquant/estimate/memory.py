@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from swquant.checkpoint.rotation import RotatedCheckpoint
-from swquant.engine.block import Cached, split_held, stored_dtypes
+from swquant.engine.block import Cached, split_validation, stored_dtypes
 from swquant.engine.head import LOGITS
+from swquant.engine.hidden_states import BYTES, FORWARD_BYTES
 from swquant.engine.kept import is_large, is_mapped
-from swquant.engine.streams import BYTES, FORWARD_BYTES
 from swquant.estimate.disk import learned_bytes
 from swquant.estimate.live import Live, without_values
 from swquant.estimate.rig import Rig, bind
@@ -78,6 +78,7 @@ def memory_of(plan: Plan, shape: tuple[int, int, int], micro_batch: int | None =
         with without_values() as live:
             cached = Cached(*(torch.empty(shape) for _ in range(3)), torch.empty(0), torch.empty(shape))
             before = live.now
+            bound = replace(bound, calls=bound.calls.copied())
             state = bound.block.module.state_dict()
             params = {name: torch.empty(value.shape, dtype=dtypes[name]) for name, value in state.items()}
             rig = Rig(plan, bound, params, cached)
@@ -88,11 +89,19 @@ def memory_of(plan: Plan, shape: tuple[int, int, int], micro_batch: int | None =
 
 
 def _sizes(plan: Plan, shape: tuple[int, int, int], micro_batch: int | None) -> list[int]:
-    """Numbers of samples that go through a block at once."""
-    works = [*plan.pipeline.phases, plan.pipeline.finish]
-    most = max([work.batch_size for work in works if isinstance(work, Train | ScaleTraining)], default=1)
+    """Numbers of samples that go through a block at once in a run, or in what is run of it here."""
+    works = [work for work in (*plan.pipeline.phases, plan.pipeline.finish) if isinstance(work, Train | ScaleTraining)]
+    train, validation = map(len, split_validation(plan.recipe.samples or 1))
+    batches = {size for work in works for count in (train, validation) for size in _cut(count, work.batch_size)}
+    batches |= {work.batch_size for work in works}
+    cut = {size for batch in batches for size in _cut(batch, micro_batch or batch)}
     forward = max(1, FORWARD_BYTES // (shape[1] * shape[2] * BYTES))
-    return [*range(1, min(most, 64) + 1), min(forward, shape[0]), *([] if micro_batch is None else [micro_batch])]
+    return sorted({1, *cut, *_cut(shape[0], forward)})
+
+
+def _cut(count: int, size: int) -> set[int]:
+    """Sizes of the parts when ``count`` samples are taken ``size`` at a time."""
+    return {min(size, count), count % size} - {0}
 
 
 def _block(rig: Rig, live: Live, before: int, micro_batch: int | None) -> dict[str, int]:
@@ -128,11 +137,11 @@ def _step(rig: Rig, phase: Phase, draft: Draft, micro_batch: int | None) -> Draf
         phase = replace(phase, ratios=phase.ratios[:CANDIDATES])
     if isinstance(phase, AwqClip):
         phase = replace(phase, factors=phase.factors[:CANDIDATES])
-    train, held = split_held(rig.plan.recipe.samples or 1)
+    train, validation = split_validation(rig.plan.recipe.samples or 1)
     if not isinstance(phase, Train):
-        return phase.run(draft, rig.problem(phase, train[:1], held[:1], micro_batch=micro_batch))[0]
+        return phase.run(draft, rig.problem(phase, train[:1], validation[:1], micro_batch=micro_batch))[0]
     batch, step = phase.batch_size, replace(phase, epochs=min(1, phase.epochs), steps=phase.steps and 1)
-    problem = rig.problem(step, train[:batch], held[:batch], micro_batch=micro_batch)
+    problem = rig.problem(step, train[:batch], validation[:batch], micro_batch=micro_batch)
     best = [part.init(draft, problem.facts) for part in phase.learnables] if phase.keep_best else []
     if is_mapped(best):
         best = []

@@ -11,7 +11,7 @@ from torch import Tensor
 from swquant.distributed.ranks import Alone
 from swquant.engine.block import Cached, Job, pose, stored_dtypes
 from swquant.engine.bound import BoundBlock
-from swquant.engine.streams import batches
+from swquant.engine.hidden_states import batches
 from swquant.model.calls import Calls, Front
 from swquant.phases.base import Phase, Problem
 from swquant.plan import Plan
@@ -55,7 +55,7 @@ class Rig:
         self,
         phase: Phase,
         train: Sequence[int],
-        held: Sequence[int],
+        validation: Sequence[int],
         step: Callable[[int, int], None] = lambda done, total: None,
         micro_batch: int | None = None,
     ) -> Problem:
@@ -64,13 +64,13 @@ class Rig:
         Args:
             phase: The phase.
             train: Samples to train on.
-            held: Samples to compare on.
+            validation: Samples to compare on.
             step: Hears of the steps.
             micro_batch: Samples that go through the block at once.
         """
         cached = self.cached if phase.augmented else replace(self.cached, augmented=None)
         job = replace(self.job, micro_batch=micro_batch)
-        posed = pose(job, self.bound, self.params, cached, step, (train, held), proven=False)
+        posed = pose(job, self.bound, self.params, cached, step, (train, validation), proven=False)
         return replace(posed, watch=lambda *given: self.bound.watch(cached.quantized[:1], *given))
 
 

@@ -31,12 +31,15 @@ def _facts(found: Estimate, recipe: str | None) -> Iterator[tuple[str, str]]:
     tensors = found.parts["tensors"]
     work = ", ".join(f"{name} {size(value)}" for name, value in tensors.items())
     yield "memory of a block at work", f"{size(found.device)} at most: {work}"
-    streams = f"{size(found.parts['streams'])} of mapped streams, which may be dropped from memory"
-    yield "memory of the process", f"{size(found.host)}: interpreter {size(found.parts['interpreter'])}, {streams}"
+    hidden_states = f"{size(found.parts['hidden_states'])} of mapped hidden states, which may be dropped from memory"
+    yield (
+        "memory of the process",
+        f"{size(found.host)}: interpreter {size(found.parts['interpreter'])}, {hidden_states}",
+    )
     if found.parts["drawing"]:
         yield "drawing samples from the model", f"{size(found.parts['drawing'])} of memory before the first block"
     disk = found.disk
-    yield "disk", f"{size(disk['peak'])} at most, {size(disk['free'])} free; finished blocks {size(disk['journal'])}"
+    yield "disk", f"{size(disk['peak'])} at most, {size(disk['free'])} free; finished blocks {size(disk['run_state'])}"
     yield "output", ", ".join(f"{name} {size(value)}" for name, value in disk["outputs"].items())
     if found.time is not None:
         block = ", ".join(f"{name} {span(value)}" for name, value in found.time["block"].items())

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from swquant.calibration import DRAWN_AT_ONCE
-from swquant.engine.block import Cached, split_held, stored_dtypes
+from swquant.engine.block import Cached, split_validation, stored_dtypes
 from swquant.estimate.rig import Rig, bind
 from swquant.phases.base import Phase
 from swquant.phases.train import Train
@@ -64,7 +64,7 @@ def time_of(plan: Plan, shape: tuple[int, int, int]) -> Time:
 
     Args:
         plan: The run; no weight of it is read.
-        shape: Of its streams, ``(samples, tokens, dim)``.
+        shape: Of its cached hidden states, ``(samples, tokens, dim)``.
     """
     calibration = plan.recipe.samples or 1
     augmented = any(phase.augmented for phase in plan.pipeline.phases)
@@ -122,7 +122,7 @@ def _phase(rig: Rig, phase: Phase, draft: Draft, forward: float) -> tuple[Draft,
     if isinstance(phase, Train):
         if not phase.epochs:
             return draft, 0.0, None
-        train, held = (len(part) for part in split_held(samples))
+        train, validation = (len(part) for part in split_validation(samples))
         batch = min(phase.batch_size, train)
         short = replace(phase, epochs=1, steps=None if phase.steps is None else STEPS)
         rows = list(range(min(batch, last) or 1)) * STEPS
@@ -130,7 +130,7 @@ def _phase(rig: Rig, phase: Phase, draft: Draft, forward: float) -> tuple[Draft,
         after, _ = short.run(draft, problem)
         step = statistics.median(later - earlier for earlier, later in itertools.pairwise(ticks))
         count = phase.epochs * (phase.steps or -(-train // batch))
-        return after, count * step + (phase.epochs + 2) * held * forward, step
+        return after, count * step + (phase.epochs + 2) * validation * forward, step
     watched: list[float] = []
     problem = rig.problem(phase, [0], [last])
 

@@ -19,7 +19,7 @@ from swquant.formats import read_quantized
 from swquant.model.empty import model_class
 from swquant.model.empty import read_config as parse_config
 from swquant.model.whole import model_of, whole_model
-from swquant.phases.portion import ran_out
+from swquant.phases.micro_batch import ran_out
 from swquant.runtime import load
 
 

@@ -160,15 +160,17 @@ def _curve_figures(report: Report) -> Iterator[Figure]:
         lines = [_curve(f"block {index}", phase, index, len(blocks)) for index, phase in phases if phase.curve]
         if lines:
             name = phases[0][1].phase.replace("+", " + ")
-            chart = line_chart(lines, "epoch", "held-out loss, of its start", zero=False)
+            chart = line_chart(lines, "epoch", "validation loss, of its start", zero=False)
             yield Figure(chart, f"{name}. One line per block; the later the block, the darker.")
     finish = report.finish_report
     if finish is not None and finish.curve:
-        held = [(0.0, finish.before), *_by_epoch(finish.curve)]
-        lines = [Line("training", _by_epoch(finish.training), "before"), Line("held out", held, "after")]
+        validation = [(0.0, finish.before), *_by_epoch(finish.curve)]
+        lines = [Line("training", _by_epoch(finish.training), "before"), Line("validation", validation, "after")]
         chart = line_chart(lines, "epoch", "KL, nats per token", zero=False)
         dashed = " Dashed: mean over each epoch of the samples that train." if finish.training else ""
-        yield Figure(chart, f"End to end: all scales trained on the original's predictions; held out.{dashed}")
+        yield Figure(
+            chart, f"End to end: all scales trained on the original's predictions; on validation samples.{dashed}"
+        )
 
 
 def _curve(name: str, phase: PhaseReport, index: int, blocks: int) -> Line:

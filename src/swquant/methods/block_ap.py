@@ -41,7 +41,7 @@ class BlockAP:
         integer_rate: On K grids of the groups' scales and minima, in their codes; ``None`` is 1e-3.
         norm_rate: Of the norms' weights.
         norms: Train the norms' weights too.
-        augmented: Add the loss against the original block's output on the quantized stream.
+        augmented: Add the loss against the original block's output on the quantized model's hidden states.
     """
 
     epochs: Annotated[int, Field(ge=0)] | None = None

@@ -159,8 +159,7 @@ def _check_pair(earlier: Part, later: Part) -> None:
     if lost:
         swap = "" if later.decides & earlier.discards else f"put {later.name} before {earlier.name}, or "
         raise SwquantError(
-            f"{later.name} would discard the {_list(lost)} that {earlier.name} has found: "
-            f"{swap}remove one"
+            f"{later.name} would discard the {_list(lost)} that {earlier.name} has found: {swap}remove one"
         )
 
 

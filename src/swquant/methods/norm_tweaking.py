@@ -27,7 +27,7 @@ class NormTweaking:
         epochs: Passes over the calibration samples, 1 in the paper, which found more to hurt.
         batch_size: Samples per step, over which moments are taken.
         learning_rate: Of the norms; the paper searches it by grid, from 1e-5 on, which moves bfloat16 norms by nothing.
-        augmented: Add the loss against the original block's output on the quantized stream.
+        augmented: Add the loss against the original block's output on the quantized model's hidden states.
     """
 
     start: Literal["gptq", "none"] | None = None

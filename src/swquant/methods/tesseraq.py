@@ -37,7 +37,7 @@ class TesseraQ:
         learning_rate: Of the rounding logits.
         gain: Learn the gain too.
         gain_rate: Its learning rate.
-        augmented: Add the loss against the original block's output on the quantized stream.
+        augmented: Add the loss against the original block's output on the quantized model's hidden states.
     """
 
     start: Literal["awq", "none"] | None = None

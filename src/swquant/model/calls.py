@@ -254,6 +254,11 @@ class Calls:
         """The same for the first ``length`` tokens of each sample."""
         return replace(self, tokens=self.tokens[:, :length], _made={})
 
+    def copied(self) -> Calls:
+        """The same with copies of what has been made, which a count of memory then sees being made."""
+        made = {key: _cloned(call) for key, call in self._made.items()}
+        return replace(self, _made=made)
+
     def _all(self, ids: Tensor) -> list[Call]:
         front = self.front
         with torch.no_grad(), front.looking_up(self.used, self.rows):
@@ -282,6 +287,11 @@ def _differ(one: Call, other: Call) -> bool:
         and not (isinstance(same, Tensor) and value.shape == same.shape and torch.equal(value, same))
         for value, same in zip(mine, theirs, strict=True)
     )
+
+
+def _cloned(call: Call) -> Call:
+    args, kwargs = pytree.tree_map_only(Tensor, torch.clone, (call.args, dict(call.kwargs)))
+    return replace(call, args=args, kwargs=kwargs)
 
 
 def _leaves(call: Call) -> list[Any]:

@@ -72,26 +72,31 @@ def _sibling(block: nn.Module, name: str, words: tuple[str, ...]) -> str | None:
 
 def prove(
     guesses: Sequence[Equivalence],
-    run: Callable[[Equivalence | None], Tensor | None],
+    run: Callable[[Equivalence | None, bool], Tensor | None],
     hidden: Tensor,
 ) -> tuple[Equivalence, ...]:
     """Those of the guesses, or of their variants, that leave the block's output as it is.
 
     Args:
         guesses: Pairs.
-        run: The block's output with random scales moved between a pair's modules, as it is for ``None``; ``None`` where
-            the pair's shapes do not allow for it.
+        run: The block's output with random scales moved between a pair's modules, as it is for ``None``; with ``True``
+            on one side only, which has to change it: otherwise nothing was seen of the pair, as of an expert that no
+            token reaches. ``None`` where the pair's shapes do not allow for it.
         hidden: The block's input.
     """
-    plain = run(None)
+    plain = run(None, False)
     assert plain is not None
-    change = float((plain - hidden).square().mean().sqrt())
+    allowed = TOLERANCE * float((plain - hidden).square().mean().sqrt())
+
+    def equal(out: Tensor | None) -> bool:
+        return out is not None and float((out - plain).square().mean().sqrt()) <= allowed
+
     proven: list[Equivalence] = []
     for guess in guesses:
         for pair in _variants(guess):
-            out = run(pair)
-            if out is not None and float((out - plain).square().mean().sqrt()) <= TOLERANCE * change:
-                proven.append(pair)
+            if equal(run(pair, False)):
+                if not equal(run(pair, True)):
+                    proven.append(pair)
                 break
     return tuple(proven)
 

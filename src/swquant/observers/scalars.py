@@ -40,8 +40,8 @@ class Scalars:
     def done(self, report: Report) -> None:
         """Draw the end-to-end stage, and what was measured."""
         if report.finish is not None:
-            self.note("end to end/held-out KL", report.finish["before"], 0)
-            self._curve("end to end/held-out KL", report.finish["curve"])
+            self.note("end to end/validation KL", report.finish["before"], 0)
+            self._curve("end to end/validation KL", report.finish["curve"])
         for name, value in asdict(report.quality).items() if report.quality is not None else ():
             self.note(f"quality/{name}", value, 0)
 

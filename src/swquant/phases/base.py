@@ -12,7 +12,7 @@ from torch import Tensor
 from swquant.distributed.ranks import Alone, Ranks
 from swquant.learnables.base import BlockFacts, Theta
 from swquant.losses.base import Loss
-from swquant.phases.portion import Portion
+from swquant.phases.micro_batch import MicroBatch
 from swquant.phases.rounds import snapshot
 from swquant.quant.draft import Draft
 
@@ -26,19 +26,19 @@ class Problem:
             samples they are decides what else the block is called with.
         facts: Structure of the block.
         inputs: What the quantized model so far puts into the block, ``[samples, tokens, dim]``, maybe memory-mapped.
-        target: What the full-precision block makes of the full-precision model's stream.
+        target: What the full-precision block makes of the full-precision model's hidden states.
         augmented: What the full-precision block makes of ``inputs``; present if a phase asks for it.
         loss: Distance between the block's outputs and a target; ``None`` leaves it to the phase.
         watch: ``watch(parameters, linears, visit)`` runs the block with full-precision ``parameters`` over the inputs
             of this rank's calibration samples and calls ``visit(linear, x)`` with each batch's input
             ``[tokens, in_features]`` of each of the named linears.
         train: Samples to train on.
-        held: Samples on which states are compared, disjoint from ``train`` where there is more than one sample.
+        validation: Samples on which states are compared, disjoint from ``train`` where there is more than one sample.
         rng: Generator for a place in the block, e.g. ``rng("slices", 17)``.
         device: Where to compute.
         step: Called with (steps done, steps in all) of the phase.
         ranks: The processes that work on the block together; ``inputs`` and targets are the same for all of them.
-        portion: How much of a batch a rank takes at once.
+        micro_batch: How much of a batch a rank takes at once.
         keep: Copies a state that training may come back to, e.g. to where it takes no room on the device.
     """
 
@@ -50,12 +50,12 @@ class Problem:
     loss: Loss | None
     watch: Callable[[Mapping[str, Tensor], Sequence[str], Callable[[str, Tensor], None]], None]
     train: Sequence[int]
-    held: Sequence[int]
+    validation: Sequence[int]
     rng: Callable[..., torch.Generator]
     device: torch.device
     step: Callable[[int, int], None]
     ranks: Ranks = field(default_factory=Alone)
-    portion: Portion = field(default_factory=Portion)
+    micro_batch: MicroBatch = field(default_factory=MicroBatch)
     keep: Callable[[list[Theta]], list[Theta]] = snapshot
 
 
@@ -65,13 +65,13 @@ class PhaseReport:
 
     Attributes:
         phase: Its name.
-        before: Loss on the held-out samples at the start.
+        before: Loss on the validation samples at the start.
         after: The same at the end, of the state that was kept.
-        curve: Held-out loss after each round; ``None`` where it was not finite.
+        curve: Validation loss after each round; ``None`` where it was not finite.
         kept_epoch: The round whose state was kept, 0 for the start.
         events: What went wrong and what was done about it.
         training: Mean over the steps of each round of the training loss; empty in reports of older versions.
-        shares: Of the gradient with respect to the block's output, on the held-out samples, for each term of a loss
+        shares: Of the gradient with respect to the block's output, on the validation samples, for each term of a loss
             that has more than one: ``{"start": {label: share}, "end": {...}}``.
     """
 

@@ -51,12 +51,13 @@ class Objective:
         return loss.detach(), torch.autograd.grad(loss, leaf)[0]
 
     @torch.no_grad()
-    def held_loss(self, params: Mapping[str, Tensor]) -> float:
+    def validation_loss(self, params: Mapping[str, Tensor]) -> float:
         """Return the mean loss on the validation samples, with the same random numbers at every call."""
+        # The place's name is part of the seed, so a kinder one would change every result.
         rng, memory, total = self.problem.rng("held"), self.memory(), 0.0
-        for samples, out in self._held(params):
+        for samples, out in self._validation(params):
             total += float(self._value(out, samples, rng, memory)) * len(samples)
-        return total / len(self.problem.held)
+        return total / len(self.problem.validation)
 
     @torch.no_grad()
     def shares(self, params: Mapping[str, Tensor]) -> dict[str, float] | None:
@@ -67,7 +68,7 @@ class Objective:
         rng, memory = self.problem.rng("held"), self.memory()
         norms: dict[str, list[Tensor]] = {term.label: [] for term in loss.parts}
         counts: list[int] = []
-        for samples, out in self._held(params):
+        for samples, out in self._validation(params):
             gradients = term_gradients(loss, out, self._targets(samples), _contexts(rng, memory))
             counts.append(len(samples))
             for label, gradient in gradients.items():
@@ -82,8 +83,8 @@ class Objective:
         first, *others = (self.loss(out, target, context) for target, context in pairs)
         return sum(others, first)
 
-    def _held(self, params: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        batches = torch.tensor(self.problem.held).split(self.batch_size)
+    def _validation(self, params: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        batches = torch.tensor(self.problem.validation).split(self.batch_size)
         return outputs_by_batch(self.problem, params, batches, self.note)
 
     def _targets(self, samples: Tensor) -> list[Tensor]:

@@ -1,9 +1,10 @@
-"""Batches through a block, in portions and over ranks: outputs of all samples, and gradients of whole batches' losses.
+"""Batches through a block, in micro-batches and over ranks: outputs of all samples, and gradients of batches' losses.
 
-A loss that is no mean over tokens needs all outputs at once: a batch's portions are run without a graph, their outputs
-gathered in the batch's order, the loss and its gradient with respect to them computed on every rank, and each portion
-run again with a graph that its rows of this gradient go backward through. So the gradient is the whole batch's whatever
-the portion and the number of ranks, and only outputs ``[samples, tokens, dim]`` are held for the whole.
+A loss that is no mean over tokens needs all outputs at once: a batch's micro-batches are run without a graph, their
+outputs gathered in the batch's order, the loss and its gradient with respect to them computed on every rank, and each
+micro-batch run again with a graph that its rows of this gradient go backward through. So the gradient is the whole
+batch's whatever the micro-batch and the number of ranks, and only outputs ``[samples, tokens, dim]`` are kept for the
+whole.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 from swquant.device import moved
 from swquant.distributed.ranks import own_rows
 from swquant.phases.base import Problem
-from swquant.phases.portion import together
+from swquant.phases.micro_batch import together
 from swquant.quant.deferred import on_leaves
 
 Objective = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -28,10 +29,10 @@ Objective = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 def outputs_of(problem: Problem, params: Mapping[str, Tensor], samples: Tensor, note: Callable[[str], None]) -> Tensor:
     """The block's outputs for ``samples``, ``[samples, tokens, dim]``, on every rank.
 
-    ``note`` hears where memory ran out, and the portion has halved.
+    ``note`` hears where memory ran out, and the micro-batch has halved.
     """
     run = partial(_own_outputs, problem, params, _own(problem, samples))
-    outputs = problem.portion.fit(partial(together, problem.ranks, run), len(samples), problem.ranks, note)
+    outputs = problem.micro_batch.fit(partial(together, problem.ranks, run), len(samples), problem.ranks, note)
     return problem.ranks.gather(outputs, len(samples))
 
 
@@ -67,7 +68,7 @@ def pull(
         NoRoomError: Memory ran out on some rank; gradients are then undefined.
     """
     cut, pairs = on_leaves(params)
-    run = _mean_of_portions if separable else _whole
+    run = _mean_of_micro_batches if separable else _whole
     loss = run(problem, cut, samples, objective)
 
     def back() -> None:
@@ -82,12 +83,14 @@ def pull(
     return loss
 
 
-def _mean_of_portions(problem: Problem, params: Mapping[str, Tensor], samples: Tensor, objective: Objective) -> Tensor:
-    """Each portion's loss and gradient with its share of the samples as weight; nothing is gathered."""
+def _mean_of_micro_batches(
+    problem: Problem, params: Mapping[str, Tensor], samples: Tensor, objective: Objective
+) -> Tensor:
+    """Each micro-batch's loss and gradient with its share of the samples as weight; nothing is gathered."""
 
     def run() -> Tensor:
         total = torch.zeros((), dtype=torch.promote_types(problem.target.dtype, torch.float32), device=problem.device)
-        for part in problem.portion.cut(_own(problem, samples)):
+        for part in problem.micro_batch.cut(_own(problem, samples)):
             out = _forward(problem, params, part)
             loss, slope = objective(out.detach(), part)
             share = len(part) / len(samples)
@@ -101,9 +104,9 @@ def _mean_of_portions(problem: Problem, params: Mapping[str, Tensor], samples: T
 
 
 def _whole(problem: Problem, params: Mapping[str, Tensor], samples: Tensor, objective: Objective) -> Tensor:
-    """The loss of the gathered outputs; a portion that is all of a rank's share is run once, its graph kept."""
+    """The loss of the gathered outputs; a micro-batch that is all of a rank's share is run once, its graph kept."""
     own = _own(problem, samples)
-    parts = problem.portion.cut(own)
+    parts = problem.micro_batch.cut(own)
 
     def forward() -> tuple[list[Tensor], Tensor]:
         if len(parts) == 1:
@@ -131,7 +134,7 @@ def _own(problem: Problem, samples: Tensor) -> Tensor:
 
 
 def _own_outputs(problem: Problem, params: Mapping[str, Tensor], own: Tensor) -> Tensor:
-    parts = problem.portion.cut(own)
+    parts = problem.micro_batch.cut(own)
     if len(parts) == 1:
         return _forward(problem, params, own)
     return torch.cat([problem.target[:0].to(problem.device), *(_forward(problem, params, part) for part in parts)])

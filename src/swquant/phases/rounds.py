@@ -49,8 +49,8 @@ class Trainee(Protocol):
         """Bring the state back to its domain after a step."""
         ...
 
-    def held_loss(self) -> float:
-        """Loss of the state on the held-out samples."""
+    def validation_loss(self) -> float:
+        """Loss of the state on the validation samples."""
         ...
 
 
@@ -61,11 +61,11 @@ class Trail:
     A copy of a state is as large as what is trained, so there is one.
 
     Attributes:
-        best: The state with the least held-out loss; ``None`` is that of the beginning.
-        best_loss: Held-out loss of ``best``.
+        best: The state with the least validation loss; ``None`` is that of the beginning.
+        best_loss: Validation loss of ``best``.
         best_epoch: The round after which it was seen, 0 for the start.
         rate: Factor on the learning rates, halved when a loss is not finite.
-        curve: Held-out loss after each round; ``None`` where a loss was not finite.
+        curve: Validation loss after each round; ``None`` where a loss was not finite.
         training: Mean training loss of each round, likewise.
         events: A sentence for each ``None``.
     """
@@ -80,7 +80,7 @@ class Trail:
 
     @staticmethod
     def begin(loss: float) -> Trail:
-        """The trail of a state with this held-out loss."""
+        """The trail of a state with this validation loss."""
         return Trail(None, loss if math.isfinite(loss) else math.inf)
 
     @property
@@ -89,7 +89,7 @@ class Trail:
         return len(self.events) > RETRIES
 
     def note(self, epoch: int, trained: float, loss: float, trainee: Trainee) -> None:
-        """Take in the state after a round, with the round's training loss and its own on the held-out samples."""
+        """Take in the state after a round, with the round's training loss and its own on the validation samples."""
         self.curve.append(loss)
         self.training.append(trained)
         if loss < self.best_loss:
@@ -128,7 +128,7 @@ def keep_best(
         optimizer: The state's.
         schedule: The learning rate's course.
         epochs: Rounds in all.
-        before: Held-out loss of the start.
+        before: Validation loss of the start.
         report: Called with (steps done, steps in all).
         after: Called after each round with the optimizer.
     """
@@ -136,9 +136,9 @@ def keep_best(
         done = len(trail.curve)
         optimizer = trainee.enter(done, optimizer, trail.rate)
         trained = run_round(trainee, optimizer, schedule, done, epochs, report)
-        held = trainee.held_loss()
-        if math.isfinite(trained) and math.isfinite(held):
-            trail.note(done + 1, trained, held, trainee)
+        validation = trainee.validation_loss()
+        if math.isfinite(trained) and math.isfinite(validation):
+            trail.note(done + 1, trained, validation, trainee)
         else:
             trail.lost(done + 1, before)
             _go_back(trainee, trail.best)

@@ -15,10 +15,10 @@ from swquant.learnables.base import Learnable, Theta
 from swquant.losses.base import Loss
 from swquant.losses.mse import Mse
 from swquant.phases.base import PhaseReport, Problem
+from swquant.phases.micro_batch import together
 from swquant.phases.objective import Objective
 from swquant.phases.optimizers import Optimizer, trainable
 from swquant.phases.passes import pull
-from swquant.phases.portion import together
 from swquant.phases.rounds import RETRIES, Trail, keep_best, run_round
 from swquant.quant.draft import Draft, detach, realize
 
@@ -39,8 +39,8 @@ class Train:
         learnables: What is trained.
         epochs: Rounds.
         batch_size: Samples per step.
-        augmented: Add the loss against the full-precision block's output on the quantized stream (OmniQuant's
-            augmented loss).
+        augmented: Add the loss against the full-precision block's output on the quantized model's hidden states
+            (OmniQuant's augmented loss).
         loss: The method's own loss; the problem's, where it names one, takes its place.
         optimizer: How steps are taken.
         steps: Steps per round, each on a batch drawn anew; ``None`` is one pass over the samples in random order.
@@ -149,7 +149,7 @@ class Training:
         def note(event: str) -> None:
             self.notes.append(f"step {step + 1}: {event}")
 
-        return problem.portion.fit(attempt, len(samples), problem.ranks, note)
+        return problem.micro_batch.fit(attempt, len(samples), problem.ranks, note)
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -158,9 +158,9 @@ class Training:
             learnable.project(theta)
 
     @torch.no_grad()
-    def held_loss(self) -> float:
+    def validation_loss(self) -> float:
         """Loss of the state on the validation samples."""
-        return self.objective.held_loss(self.params())
+        return self.objective.validation_loss(self.params())
 
     @torch.no_grad()
     def shares(self) -> dict[str, float] | None:
@@ -192,7 +192,7 @@ def _constants(draft: Draft, applied: Draft) -> dict[str, Tensor]:
 def _kept_best(training: Training) -> tuple[Draft, PhaseReport]:
     """Train, and end in the best state; see :class:`Train`."""
     phase, step = training.phase, training.problem.step
-    before, shares = training.held_loss(), training.shares()
+    before, shares = training.validation_loss(), training.shares()
     trail = Trail.begin(before)
     keep_best(training, trail, training.open(1.0), phase.optimizer, phase.epochs, before, step)
     return detach(training.applied()), PhaseReport(
@@ -210,7 +210,7 @@ def _kept_best(training: Training) -> tuple[Draft, PhaseReport]:
 def _kept_last(training: Training) -> tuple[Draft, PhaseReport]:
     """Train, and end in the last state unless the draft that the phase was given is better; see :class:`Train`."""
     with torch.no_grad():
-        before = training.objective.held_loss(training.params(training.draft))
+        before = training.objective.validation_loss(training.params(training.draft))
     shares, events = training.shares(), list[str]()
     curve, trained = tuple[float | None, ...](), tuple[float | None, ...]()
     for failures in range(RETRIES + 1):
@@ -252,9 +252,9 @@ def _all_rounds(training: Training, rate: float) -> tuple[tuple[float | None, ..
         trained = run_round(training, optimizer, phase.optimizer, done, phase.epochs, step)
         if done + 1 == phase.epochs:
             training.advance(done + 1)
-        held = training.held_loss()
-        good = math.isfinite(trained) and math.isfinite(held)
-        curve.append(held if good else None)
+        validation = training.validation_loss()
+        good = math.isfinite(trained) and math.isfinite(validation)
+        curve.append(validation if good else None)
         losses.append(trained if good else None)
         if not good:
             break

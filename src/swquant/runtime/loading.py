@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,8 @@ def load(directory: str | Path, *, device: str = "auto", dtype: torch.dtype | No
             )
     tie(model)
     _require_filled(model, place)
-    setattr(model.config, QUANTIZATION_CONFIG, CompressedTensors().config(outline))
+    known = replace(outline, ignored=_plain_linears(model, names))
+    setattr(model.config, QUANTIZATION_CONFIG, CompressedTensors().config(known))
     if (place / GENERATION).is_file():
         model.generation_config = GenerationConfig.from_pretrained(place, local_files_only=True)
     return model.to(target).eval()
@@ -92,6 +94,18 @@ def _empty_model(quantized: QuantizedModel, dtype: torch.dtype, kernel: str) -> 
         name = places.get(module, module)
         model.set_submodule(name, _packed(model, name, shape, outline.grids[module], outline.directory, dtype, kernel))
     return model, names
+
+
+def _plain_linears(model: Any, names: Names) -> tuple[str, ...]:
+    """Linear modules that are not quantized, as the model and as the files call them."""
+    found: dict[str, None] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            found[name] = None
+            piece = names.pieces.get(f"{name}.weight")
+            if piece is not None and piece.whole and module is not model.get_output_embeddings():
+                found[piece.key.removesuffix(".weight")] = None
+    return tuple(found)
 
 
 def _packed(

@@ -68,7 +68,8 @@ def require_together(target: Target, form: str, specs: Collection[QuantSpec]) ->
     # transformers loads asymmetric weights with dequantize=True alone, which reads all on the grid of the first group.
     alone = target.name == "transformers" and form == "compressed_tensors" and not all(spec.symmetric for spec in specs)
     if alone and len(set(specs)) > 1:
-        labels = ", ".join(spec.label for spec in dict.fromkeys(specs))
+        kinds = dict.fromkeys(specs)
+        labels = ", ".join(spec.label if spec.symmetric else f"{spec.label} asymmetric" for spec in kinds)
         raise SwquantError(
             f"{target.name} cannot load {form} on several grids ({labels}) of which one is asymmetric; "
             "make all symmetric, or give --format dequantized"

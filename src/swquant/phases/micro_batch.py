@@ -28,7 +28,7 @@ class NoRoomForOneError(OutOfMemoryError):
 
 
 @dataclass
-class Portion:
+class MicroBatch:
     """The micro-batch: it changes how a step is computed, not what comes out but for rounding.
 
     Attributes:
@@ -39,11 +39,11 @@ class Portion:
     samples: int | None = None
 
     def cut(self, rows: Tensor) -> list[Tensor]:
-        """``rows`` in portions; none where there are no rows."""
+        """``rows`` in micro-batches; none where there are no rows."""
         return list(rows.split(self.samples or len(rows))) if len(rows) else []
 
     def fit(self, attempt: Callable[[], Result], batch: int, ranks: Ranks, note: Callable[[str], None]) -> Result:
-        """Call ``attempt`` until memory suffices, with half the portion each time.
+        """Call ``attempt`` until memory suffices, with half the micro-batch each time.
 
         Args:
             attempt: Computes a step from its beginning; raises :class:`NoRoomError` on all ranks together.

@@ -1,4 +1,4 @@
-"""The journal: what a run has finished, so that it can be killed at any moment and go on from there."""
+"""The run state: what a run has finished, so that it can be killed at any moment and go on from there."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from swquant.engine.durable import checksum_of, flush, replace_file, save_tensors
-from swquant.engine.streams import open_stream
+from swquant.engine.hidden_states import open_hidden
 from swquant.errors import SwquantError
 from swquant.quant.bits import pack, unpack
 from swquant.quant.draft import Committed
@@ -29,29 +29,30 @@ from swquant.quant.spec import QuantSpec
 
 MANIFEST, LOCK = "manifest.json", "lock"
 TOKENS = "tokens.safetensors"
-STREAMS = ("reference", "quantized")
+HIDDEN_STATES = ("reference", "quantized")
 TRAINED = "trained"
-"""The stream that takes the place of the quantized one when the whole model has been trained."""
+"""The hidden states that take the place of the quantized model's when the whole model has been trained."""
 FINAL = "final.safetensors"
 _OURS = re.compile(
     r"(?:manifest|tokens|final|block-\d+|training-\d+)\.(?:safetensors|part)"
-    rf"|kept-\d+\.state|augmented\.stream|(?:{'|'.join((*STREAMS, TRAINED))})-\d+\.stream|output"
+    rf"|kept-\d+\.state|augmented\.stream|(?:{'|'.join((*HIDDEN_STATES, TRAINED))})-\d+\.stream|output"
 )
 _PART_DTYPES = {"scale": torch.bfloat16, "d": torch.float16, "dmin": torch.float16}
 
 
 @dataclass
-class Journal:
+class RunState:
     """A run's working directory.
 
     ``manifest.json`` alone says what counts, with a checksum of each file and of itself. A block's tensors and the
-    streams after it are written beside the old ones and flushed; replacing the manifest commits them in one step; then
-    the old streams go. Whatever a killed run leaves that the manifest does not name is overwritten or ignored.
+    hidden states after it are written beside the old ones and flushed; replacing the manifest commits them in one step;
+    then the old hidden states go. Whatever a killed run leaves that the manifest does not name is overwritten or
+    ignored.
 
     Attributes:
         root: The working directory.
         key: Everything that the result depends on: recipe, source, versions.
-        shape: Of the streams, ``(samples, tokens, dim)``; ``None`` until the first streams are in.
+        shape: Of the hidden states, ``(samples, tokens, dim)``; ``None`` until the first are in.
         reports: A report per finished block.
         files: The checksum of each file that counts, by name.
         notes: What else the start has noted.
@@ -74,9 +75,9 @@ class Journal:
         """Blocks finished."""
         return len(self.reports)
 
-    def stream_path(self, name: str, blocks_behind: int) -> Path:
-        """File of the stream ``name`` before block number ``blocks_behind``."""
-        return self.root / f"{name}-{blocks_behind:05d}.stream"
+    def hidden_path(self, name: str, block: int) -> Path:
+        """File of the hidden states of the model ``name`` before block number ``block``."""
+        return self.root / f"{name}-{block:05d}.stream"
 
     def kept_path(self, rank: int) -> Path:
         """Where a rank has the copy of a state that it trains, for the moment in which that has a name."""
@@ -87,10 +88,10 @@ class Journal:
         return self.root / f"block-{index:05d}.safetensors"
 
     def begin(self, tokens: Mapping[str, Tensor], shape: tuple[int, int, int], notes: Mapping[str, Any]) -> None:
-        """Commit the start: the samples' tokens and the streams before block 0, which the caller has written."""
+        """Commit the start: the samples' tokens and the hidden states before block 0, which the caller has written."""
         self._keep(self.root / TOKENS, tokens)
-        for name in STREAMS:
-            self._keep_stream(self.stream_path(name, 0))
+        for name in HIDDEN_STATES:
+            self._keep_hidden(self.hidden_path(name, 0))
         self.shape = shape
         self.notes = dict(notes)
         self._commit()
@@ -113,27 +114,27 @@ class Journal:
             self.training = None
             self._commit(spare)
 
-    def open_streams(self) -> tuple[Tensor, Tensor]:
-        """The reference stream and the quantized stream before the next block.
+    def open_hidden_states(self) -> tuple[Tensor, Tensor]:
+        """The original's and the quantized model's hidden states before the next block.
 
         After a training of the whole model, only the evaluation samples of the latter are the trained model's.
         """
         assert self.shape is not None
-        names = STREAMS if self.final is None else (STREAMS[0], TRAINED)
+        names = HIDDEN_STATES if self.final is None else (HIDDEN_STATES[0], TRAINED)
         try:
-            reference, quantized = (open_stream(self.stream_path(name, self.done), self.shape) for name in names)
+            reference, quantized = (open_hidden(self.hidden_path(name, self.done), self.shape) for name in names)
         except OSError as error:
             raise self._damaged(str(error)) from error
         return reference, quantized
 
     def finish_block(self, committed: Committed, report: Mapping[str, Any]) -> None:
-        """Commit a block; the streams after it have been written by the caller."""
+        """Commit a block; the cached hidden states after it have been written by the caller."""
         index = self.done
         self._keep(self.block_path(index), _to_tensors(committed))
-        for name in STREAMS:
-            self._keep_stream(self.stream_path(name, index + 1))
+        for name in HIDDEN_STATES:
+            self._keep_hidden(self.hidden_path(name, index + 1))
         self.reports.append(report)
-        self._commit(*(self.stream_path(name, index).name for name in STREAMS))
+        self._commit(*(self.hidden_path(name, index).name for name in HIDDEN_STATES))
 
     def block(self, index: int, grids: Mapping[str, QuantSpec]) -> Committed:
         """A finished block, as the training of the whole model left it where there was one.
@@ -175,7 +176,7 @@ class Journal:
         return self._checked(self.training["file"])
 
     def finish_training(self, tensors: Mapping[str, Tensor], report: Mapping[str, Any]) -> None:
-        """Commit the trained model; the caller has written the stream :data:`TRAINED`.
+        """Commit the trained model; the caller has written the cached hidden states :data:`TRAINED`.
 
         Args:
             tensors: What takes the place of a block's tensors, by the block's number, a slash and its name there.
@@ -183,9 +184,9 @@ class Journal:
         """
         before = self.training
         self._keep(self.root / FINAL, tensors)
-        self._keep_stream(self.stream_path(TRAINED, self.done))
+        self._keep_hidden(self.hidden_path(TRAINED, self.done))
         self.final, self.training = {"report": report}, None
-        self._commit(self.stream_path(STREAMS[1], self.done).name, *([] if before is None else [before["file"]]))
+        self._commit(self.hidden_path(HIDDEN_STATES[1], self.done).name, *([] if before is None else [before["file"]]))
 
     def clear(self) -> None:
         """Remove the working directory: the manifest after all it tells of, and the lock last.
@@ -221,7 +222,7 @@ class Journal:
     def _keep(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
         self.files[path.name] = save_tensors(path, tensors)
 
-    def _keep_stream(self, path: Path) -> None:
+    def _keep_hidden(self, path: Path) -> None:
         flush(path)
         self.files[path.name] = checksum_of(path)
 
@@ -246,20 +247,20 @@ class Journal:
         return SwquantError(f"the working directory {self.root} is damaged: {what}; delete it to start over")
 
 
-def open_journal(root: Path, key: Mapping[str, Any]) -> Journal:
-    """The journal at ``root``: where the run with this ``key`` stopped, or a new one.
+def open_run_state(root: Path, key: Mapping[str, Any]) -> RunState:
+    """The run state at ``root``: where the run with this ``key`` stopped, or a new one.
 
     Raises:
-        SwquantError: If ``root`` belongs to a run with another key, or holds something that is no journal.
+        SwquantError: If ``root`` belongs to a run with another key, or holds something that is no run state.
     """
     manifest = root / MANIFEST
     key = json.loads(json.dumps(key))
     if not manifest.exists():
-        return Journal(root, key)
+        return RunState(root, key)
     try:
         state = _unsealed(manifest.read_bytes())
         theirs, shape = state["key"], tuple(state["shape"])
-        journal = Journal(
+        run_state = RunState(
             root,
             key,
             (shape[0], shape[1], shape[2]),
@@ -277,7 +278,7 @@ def open_journal(root: Path, key: Mapping[str, Any]) -> Journal:
             f"{root} holds an unfinished run that differs in {', '.join(changed)}; repeat that command to finish it, "
             "delete the directory to drop it, or choose another --out"
         )
-    return journal
+    return run_state
 
 
 def lock_directory(root: Path) -> AbstractContextManager[object]:
@@ -312,7 +313,7 @@ def _to_tensors(committed: Committed) -> dict[str, Tensor]:
 
 
 def stored_part(part: str, value: Tensor) -> Tensor:
-    """One of a quantized weight's ``parts`` in the dtype in which a journal holds it, without loss."""
+    """One of a quantized weight's ``parts`` in the dtype in which a run state holds it, without loss."""
     return value.to(_PART_DTYPES.get(part, value.dtype))
 
 

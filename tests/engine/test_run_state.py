@@ -1,4 +1,4 @@
-"""The journal's lock and its manifest."""
+"""The run state's lock and its manifest."""
 
 from __future__ import annotations
 
@@ -8,7 +8,16 @@ import pytest
 
 from swquant import SwquantError
 from swquant.engine.block import AUGMENTED
-from swquant.engine.journal import FINAL, MANIFEST, STREAMS, TOKENS, TRAINED, Journal, lock_directory, open_journal
+from swquant.engine.run_state import (
+    FINAL,
+    HIDDEN_STATES,
+    MANIFEST,
+    TOKENS,
+    TRAINED,
+    RunState,
+    lock_directory,
+    open_run_state,
+)
 
 
 def test_a_lock_is_free_behind_its_context(tmp_path: Path) -> None:
@@ -29,12 +38,12 @@ def test_a_directory_of_somebody_elses_is_not_ours(tmp_path: Path) -> None:
 
 
 def test_what_a_start_leaves_that_was_killed_is_ours(tmp_path: Path) -> None:
-    journal = Journal(tmp_path, {})
-    paths = [journal.block_path(3), tmp_path / TOKENS, tmp_path / FINAL, tmp_path / AUGMENTED]
-    names = [*STREAMS, TRAINED]
+    run_state = RunState(tmp_path, {})
+    paths = [run_state.block_path(3), tmp_path / TOKENS, tmp_path / FINAL, tmp_path / AUGMENTED]
+    names = [*HIDDEN_STATES, TRAINED]
     left = [
         *paths,
-        *(journal.stream_path(name, 7) for name in names),
+        *(run_state.hidden_path(name, 7) for name in names),
         *(path.with_suffix(".part") for path in paths[:3]),
     ]
     for path in (*left, (tmp_path / MANIFEST).with_suffix(".part")):
@@ -47,4 +56,4 @@ def test_what_a_start_leaves_that_was_killed_is_ours(tmp_path: Path) -> None:
 def test_a_manifest_that_is_none_is_said_to_be_damaged(tmp_path: Path, content: bytes) -> None:
     (tmp_path / MANIFEST).write_bytes(content)
     with pytest.raises(SwquantError, match=r"manifest.json is damaged .*; delete .* to start over"):
-        open_journal(tmp_path, {})
+        open_run_state(tmp_path, {})
