@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import struct
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from outlines import outline_of
-from swquant.checkpoint.quantized import Part, QuantizedModel
-from swquant.checkpoint.reader import open_checkpoint, read_config
+from outlines import outline_of, tensors_of
+from swquant.checkpoint.quantized import QuantizedModel
+from swquant.checkpoint.reader import read_config
 from swquant.errors import SwquantError
-from swquant.families import family_for
 from swquant.formats.gguf import Gguf
 from swquant.formats.gguf_architectures import ARCHITECTURES
 from swquant.formats.gguf_file import open_gguf
@@ -37,41 +35,6 @@ SPECS = [QuantSpec(2, 64, True), QuantSpec(4, 32, True), QuantSpec(4, None, Fals
 @pytest.fixture(autouse=True)
 def quiet() -> None:
     logging.getLogger("gguf").setLevel(logging.ERROR)
-
-
-@pytest.fixture(scope="session")
-def quantized(make_model: MakeModel, make_qtensor: Make) -> Callable[..., QuantizedModel]:
-    """A model of a family with random codes on a grid."""
-
-    def make(spec: QuantSpec, family: str = "llama", **config: Any) -> QuantizedModel:
-        checkpoint = open_checkpoint(make_model(family, 2, torch.bfloat16, **config))
-        known = family_for(checkpoint.config, "this test")
-        linears = {
-            name.removesuffix(".weight"): tensor.shape
-            for name, tensor in checkpoint.tensors.items()
-            if name.removesuffix(".weight").endswith(known.linears)
-        }
-
-        def parts() -> Iterator[Part]:
-            for seed, (name, stored) in enumerate(checkpoint.tensors.items()):
-                if name.removesuffix(".weight") in linears:
-                    rows, columns = stored.shape
-                    width = columns if spec.group_size is None else columns // spec.group_size
-                    yield {name: make_qtensor(spec, rows, width, seed)}
-                else:
-                    yield {name: checkpoint.read(name)}
-
-        outline = outline_of(checkpoint.directory, checkpoint.config, spec, torch.bfloat16, linears, (known.head,))
-        return QuantizedModel(outline, parts, checkpoint.sidecars(), {"swquant.yaml": "bits: 4\n"})
-
-    return make
-
-
-def tensors_of(model: QuantizedModel) -> dict[str, Tensor | QTensor]:
-    found: dict[str, Any] = {}
-    for part in model.parts():
-        found |= part
-    return found
 
 
 def same(a: object, b: object) -> bool:
@@ -164,59 +127,6 @@ def test_rows_of_queries_and_keys_take_turns(quantized: Callable[..., QuantizedM
         stored = tensors[f"blk.0.{name}.weight"]
         assert torch.equal(torch.from_numpy(gguf.dequantize(stored.data, stored.tensor_type)), expected)
     assert describe_model(model.outline.config).row_order("model.layers.0.self_attn.q_proj") is not None
-
-
-def test_gemmas_norms_are_stored_with_their_one(quantized: Callable[..., QuantizedModel], tmp_path: Path) -> None:
-    model = quantized(SPECS[1], "gemma3", tie_word_embeddings=True)
-    Gguf().write(tmp_path / "out", model)
-    reader = gguf.GGUFReader(tmp_path / "out" / "model.gguf")
-    tensors, ours = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}, tensors_of(model)
-    names = {
-        "blk.1.attn_norm": "model.layers.1.input_layernorm",
-        "blk.1.post_attention_norm": "model.layers.1.post_attention_layernorm",
-        "blk.1.ffn_norm": "model.layers.1.pre_feedforward_layernorm",
-        "blk.1.post_ffw_norm": "model.layers.1.post_feedforward_layernorm",
-        "blk.1.attn_q_norm": "model.layers.1.self_attn.q_norm",
-        "blk.1.attn_k_norm": "model.layers.1.self_attn.k_norm",
-        "output_norm": "model.norm",
-    }
-    for name, module in names.items():
-        norm = ours[f"{module}.weight"]
-        assert isinstance(norm, Tensor)
-        assert torch.equal(tensors[f"{name}.weight"], 1 + norm.float())
-    assert "output.weight" not in tensors
-    fields = {name: field.contents() for name, field in reader.fields.items()}
-    expected = {
-        "attention.sliding_window": 16,
-        "attention.sliding_window_pattern": 3,
-        "attention.key_length": 16,
-        "attention.value_length": 16,
-        "rope.freq_base": 1e6,
-        "rope.freq_base_swa": 1e4,
-    }
-    assert {name: fields[f"gemma3.{name}"] for name in expected} == expected
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_one_is_taken_off_again(
-    dtype: torch.dtype, quantized: Callable[..., QuantizedModel], tmp_path: Path
-) -> None:
-    """Weights too small to change 1 + w come back as ones that do not change it either."""
-    model = quantized(SPECS[1], "gemma3", tie_word_embeddings=True)
-    name = "model.layers.0.input_layernorm.weight"
-    given = torch.cat((torch.logspace(-9, 1, 32), -torch.logspace(-9, 1, 32))).to(dtype)
-    parts = [{key: given if key == name else value for key, value in part.items()} for part in model.parts()]
-    config = {**model.outline.config, "dtype": str(dtype).removeprefix("torch.")}
-    outline = replace(model.outline, config=config, dtype=dtype)
-    Gguf().write(tmp_path / "out", QuantizedModel(outline, lambda: iter(parts), model.sidecars))
-    back = Gguf().read(tmp_path / "out", read_config(tmp_path / "out"))
-    assert back is not None
-    found = tensors_of(back)[name]
-    assert isinstance(found, Tensor)
-    assert found.dtype == dtype
-    assert torch.equal(1 + found.float(), 1 + given.float())
-    if dtype != torch.float32:
-        assert torch.equal(found[given.abs() > 2e-4], given[given.abs() > 2e-4])
 
 
 def test_what_llama_cpp_does_not_compute_is_refused(quantized: Callable[..., QuantizedModel]) -> None:

@@ -18,7 +18,7 @@ from block_facts import facts_of
 from swquant import registry
 from swquant.checkpoint.reader import open_checkpoint
 from swquant.families import family_for
-from swquant.families.base import Equivalence, Family, QueryKey
+from swquant.families.base import Equivalence, Family, NormLinears, QueryKey, UpDown, ValueOutput
 from swquant.families.llama import LLAMA
 from swquant.learnables.base import BlockFacts, ChannelRange, Theta
 from swquant.learnables.equivalent_transform import EquivalentTransform
@@ -112,6 +112,19 @@ def every_case(test: Any) -> Any:
     return pytest.mark.parametrize("case", CASES, indirect=True)(test)
 
 
+def modules_of(pair: Equivalence) -> tuple[str, ...]:
+    """The modules between which a pair moves scales."""
+    match pair:
+        case NormLinears():
+            return (pair.norm, *pair.linears)
+        case QueryKey():
+            return (pair.query, pair.key)
+        case ValueOutput():
+            return (pair.value, pair.output)
+        case UpDown():
+            return (pair.up, pair.down)
+
+
 @torch.no_grad()
 def shaken(theta: Theta, seed: int) -> Theta:
     """Other values of either sign in the place of those that training changes."""
@@ -151,8 +164,10 @@ def test_every_parameter_between_which_something_moves_is_another(case: Case) ->
     learnable, draft = EquivalentTransform(), case.draft()
     moved = learnable.apply(shaken(learnable.init(draft, case.facts), 0), draft, case.facts)
     same = {name for name, value in moved.params.items() if torch.equal(value, case.params[name])}
-    untouched = {"mlp.down_proj.weight", "mlp.down_proj.bias", "fc2.weight", "fc2.bias"}
-    untouched |= {"self_attn.q_norm.weight", "self_attn.k_norm.weight"}
+    pairs = [pair for pair in case.family.equivalences if not isinstance(pair, UpDown)]
+    paired = {module for pair in pairs for module in modules_of(pair)}
+    untouched = {name for name in case.params if name.rpartition(".")[0] not in paired}
+    assert case.family.name in ("olmo2", "phi3") or {"self_attn.q_proj", "self_attn.v_proj"} <= paired
     unshifted = {f"{linear}.bias" for linear in case.family.linears} if case.family.name != "opt" else set()
     assert same <= untouched | unshifted
     assert not {f"{linear}.weight" for linear in case.family.linears} & same - untouched

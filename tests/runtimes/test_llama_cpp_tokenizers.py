@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,9 @@ LLAMA3, QWEN2 = (
 )
 
 
-def byte_level(words: str | None, *, digits: bool = False, ignore_merges: bool = False, nfc: bool = False) -> Tokenizer:
+def byte_level(
+    words: str | None, *, digits: bool = False, ignore_merges: bool = False, nfc: bool = False, without: str = ""
+) -> Tokenizer:
     bpe = Tokenizer(models.BPE(ignore_merges=ignore_merges))
     parts: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if digits else []
     if words is not None:
@@ -45,7 +47,7 @@ def byte_level(words: str | None, *, digits: bool = False, ignore_merges: bool =
     bpe.decoder = decoders.ByteLevel()
     if nfc:
         bpe.normalizer = normalizers.NFC()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    alphabet = [letter for letter in pre_tokenizers.ByteLevel.alphabet() if letter not in without]
     specials = ["<s>", "</s>"]
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY - 9, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
@@ -54,19 +56,26 @@ def byte_level(words: str | None, *, digits: bool = False, ignore_merges: bool =
     return bpe
 
 
-def sentencepiece(normalizer: Any, words: Any, *, listed: bool = True, training: list[str] | None = None) -> Tokenizer:
-    """A byte-fallback BPE; ``listed`` with all pairs that make a token in its merges, as SentencePiece's have."""
+def sentencepiece(normalizer: Any, words: Any, *, listed: bool = True, first: Sequence[str] = ()) -> Tokenizer:
+    """A byte-fallback BPE; ``listed`` with all pairs that make a token in its merges, as SentencePiece's have.
+
+    Tokens of ``first`` are merged before all others.
+    """
     bpe = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     fallback = [f"<0x{index:02X}>" for index in range(256)]
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY - 9, special_tokens=["<unk>", "<s>", "</s>", *fallback], show_progress=False
     )
-    bpe.train_from_iterator(training or TRAINING.splitlines(), trainer)
+    bpe.train_from_iterator(TRAINING.splitlines(), trainer)
     parts = json.loads(bpe.to_str())
     model = parts["model"]
     if listed:
-        made = ["".join(pair) for pair in model["merges"]]
+        made = list(dict.fromkeys([*first, *("".join(pair) for pair in model["merges"])]))
+        model["vocab"] |= {
+            token: len(model["vocab"]) + index
+            for index, token in enumerate(token for token in first if token not in model["vocab"])
+        }
         known = set(made)
         model["merges"] = [
             (token[:cut], token[cut:])
@@ -90,17 +99,19 @@ def metaspace(scheme: str) -> Any:
 
 def spaced() -> Tokenizer:
     """As Gemma's: text that has no spaces any more is cut at them, and runs of spaces and newlines are added tokens."""
-    words = pre_tokenizers.Split(" ", "merged_with_previous")
-    bpe = sentencepiece(SPACES, words, training=[TRAINING.replace(" ", "    "), *["\n" * 3] * 50, *["▁▁▁"] * 9999])
-    runs = [letter * count for letter in "▁\n" for count in range(2, 5)]
-    assert {run for run in runs if "▁" in run} <= bpe.get_vocab().keys()
-    bpe.add_tokens([AddedToken(run, normalized=False) for run in runs])
+    runs = ["▁" * count for count in (2, 3, 4)]
+    bpe = sentencepiece(SPACES, pre_tokenizers.Split(" ", "merged_with_previous"), first=runs)
+    bpe.add_tokens([AddedToken(run, normalized=False) for run in (*runs, "\n\n", "\n\n\n")])
     return bpe
 
+
+SMOLLM2_LACKS = "ÀÁñòõö÷øùúûüýþÿĄĆēĔĖĝ"
+"""Control characters and bytes that no text has, as the byte-level alphabet writes them."""
 
 KNOWN: dict[str, Callable[[], Tokenizer]] = {
     "gpt-2": lambda: byte_level(None),
     "smollm": lambda: byte_level(None, digits=True),
+    "smollm, without some bytes": lambda: byte_level(None, digits=True, without=SMOLLM2_LACKS),
     "llama-bpe": lambda: byte_level(LLAMA3, ignore_merges=True),
     "smaug-bpe": lambda: byte_level(LLAMA3),
     "qwen2": lambda: byte_level(QWEN2, nfc=True),
@@ -186,6 +197,20 @@ def test_tokens_kinds_and_special_ids(tmp_path: Path) -> None:
     assert "NFC" in vocabulary_of(tmp_path / "qwen", KNOWN["qwen2"]()).notes[0]
 
 
+def test_what_cannot_be_encoded_is_noted(tmp_path: Path) -> None:
+    (note,) = vocabulary_of(tmp_path / "few", KNOWN["smollm, without some bytes"]()).notes
+    assert "no tokens for 21 of the 256 bytes" in note
+    assert vocabulary_of(tmp_path / "all", KNOWN["smollm"]()).notes == ()
+
+
+def test_runs_of_spaces_are_pieces_though_they_are_added(tmp_path: Path) -> None:
+    found = vocabulary_of(tmp_path, spaced())
+    kinds = {token: found.kinds[found.tokens.index(token)] for token in ("▁▁", "▁▁▁▁", "\n\n", "<tool>")}
+    assert kinds == {"▁▁": NORMAL, "▁▁▁▁": NORMAL, "\n\n": USER_DEFINED, "<tool>": USER_DEFINED}
+    assert (found.add_space, found.notes) == (False, ())
+    assert found.scores[found.tokens.index("▁▁")] == 0
+
+
 @pytest.mark.parametrize("kind", KNOWN)
 def test_every_kind_is_recognised(kind: str, tmp_path: Path) -> None:
     found = vocabulary_of(tmp_path, KNOWN[kind]())
@@ -202,6 +227,12 @@ def lowered() -> Tokenizer:
 def stripped() -> Tokenizer:
     tokenizer = byte_level(None)
     tokenizer.add_tokens([AddedToken("<mask>", lstrip=True)])
+    return tokenizer
+
+
+def spaced_otherwise() -> Tokenizer:
+    tokenizer = sentencepiece(SPACES, None)
+    tokenizer.add_tokens([AddedToken("▁▁", normalized=True)])
     return tokenizer
 
 
@@ -223,6 +254,7 @@ UNKNOWNS: dict[str, tuple[Callable[[], Tokenizer], str]] = {
     "ignored merges": (lambda: byte_level(QWEN2, ignore_merges=True), "as qwen2 with another ignore_merges"),
     "lower case": (lowered, "normalizes text by"),
     "stripped": (stripped, "sets lstrip for the token '<mask>'"),
+    "spaces": (spaced_otherwise, "sets normalized for the token '▁▁'"),
     "two in front": (doubled, "more than one special token"),
     "text twice": (twice, "puts a text 2 times among special tokens"),
     "no end": (lambda: byte_level(None), "names no token that ends a text"),
