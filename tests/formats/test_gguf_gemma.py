@@ -16,6 +16,7 @@ from swquant.checkpoint.quantized import QuantizedModel
 from swquant.checkpoint.reader import read_config
 from swquant.formats.gguf import Gguf
 from swquant.quant.spec import QuantSpec
+from swquant.verification import verify
 
 SPEC = QuantSpec(4, 32, True)
 
@@ -63,6 +64,7 @@ def test_the_one_is_taken_off_again(
     config = {**model.outline.config, "dtype": str(dtype).removeprefix("torch.")}
     outline = replace(model.outline, config=config, dtype=dtype)
     Gguf().write(tmp_path / "out", QuantizedModel(outline, lambda: iter(parts), model.sidecars))
+    assert verify(Gguf(), tmp_path / "out", QuantizedModel(outline, lambda: iter(parts)), None).weights == 14
     back = Gguf().read(tmp_path / "out", read_config(tmp_path / "out"))
     assert back is not None
     found = tensors_of(back)[name]

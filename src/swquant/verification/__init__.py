@@ -118,10 +118,15 @@ def _digests(part: Part) -> Mapping[str, str]:
     return {name: _digest(value) for name, value in part.items()}
 
 
+def _plain(value: Tensor) -> Tensor:
+    """In float32; vectors plus 1, because a GGUF file holds Gemma's norms so, with the digits that this sum has."""
+    return 1 + value.float() if value.dim() == 1 else value.float()
+
+
 def _digest(value: Tensor | QTensor | KTensor | Stack | Blend) -> str:
     if isinstance(value, Stack | Blend):
         raise ValueError("formats that keep codes hold no weights that are put together")
-    tensors = (value.float(),) if isinstance(value, Tensor) else (value.codes, *value.parts.values())
+    tensors = (_plain(value),) if isinstance(value, Tensor) else (value.codes, *value.parts.values())
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(repr(tuple(tensor.shape)).encode())
