@@ -235,7 +235,7 @@ def test_moments_are_those_of_all_ranks_samples(crew: RunCrew) -> None:
             for sample in own_turns(ranks, list(inputs)):
                 visit(linears[0], sample)
 
-        return input_moments(replace(problem_of(None), ranks=ranks, watch=watch), {"w.weight": TRUTH}, "w")
+        return input_moments(replace(problem_of(None), ranks=ranks, watch=watch), {"w.weight": TRUTH}, ["w"])[0]
 
     tokens = inputs.flatten(0, 1)
     for size in (1, 2, 7):

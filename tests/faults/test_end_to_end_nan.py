@@ -41,8 +41,8 @@ def test_in_gradients(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when
 def test_in_a_steps_activations(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     forward, calls = TrainedModel.forward, list[int]()
 
-    def spoiled(model: TrainedModel, hidden: Tensor, keep: bool = True) -> list[Tensor]:
-        states = forward(model, hidden, keep)
+    def spoiled(model: TrainedModel, hidden: Tensor, samples: Tensor, keep: bool = True) -> list[Tensor]:
+        states = forward(model, hidden, samples, keep)
         calls.append(1)
         return [*states[:-1], states[-1] * torch.nan] if keep and len(calls) == 2 else states
 
@@ -61,8 +61,8 @@ def test_in_all_activations(
 ) -> None:
     forward = TrainedModel.forward
 
-    def spoiled(model: TrainedModel, hidden: Tensor, keep: bool = True) -> list[Tensor]:
-        return [state * torch.inf for state in forward(model, hidden, keep)]
+    def spoiled(model: TrainedModel, hidden: Tensor, samples: Tensor, keep: bool = True) -> list[Tensor]:
+        return [state * torch.inf for state in forward(model, hidden, samples, keep)]
 
     with monkeypatch.context() as patch:
         patch.setattr(TrainedModel, "forward", spoiled)

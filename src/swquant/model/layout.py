@@ -119,25 +119,10 @@ def lay_out(skeleton: Skeleton, spec: QuantSpec, grids: Mapping[str, QuantSpec |
     Raises:
         SwquantError: A grid's groups do not divide a matrix, a pattern matches nothing, or no matrix is left.
     """
-    blocks: list[tuple[Site, ...]] = []
-    kept: dict[str, str] = {}
     flows = [recorder.flow or Flow((), (), {}, None) for recorder in skeleton.recorders]
-    for block, flow in zip(skeleton.blocks, flows, strict=True):
-        sites: list[Site] = []
-        linears = {name: module for name, module in block.module.named_modules() if isinstance(module, nn.Linear)}
-        order = {name: place for place, name in enumerate(flow.linears)}
-        places = sorted((order.get(name, len(order)), place, name) for place, name in enumerate(linears))
-        for _, _, name in places:
-            reason = _reason(name, linears[name], block.module)
-            full = f"{block.prefix}.{name}"
-            if reason is not None:
-                kept[full] = reason
-                continue
-            sites.append(_site(full, name, linears[name], skeleton.names, flow, spec))
-        for name, value in block.module.named_parameters():
-            if value.dim() == 3 and min(value.shape[1:]) >= SMALLEST:
-                kept[f"{block.prefix}.{name}"] = "several matrices in one tensor that swquant does not take apart"
-        blocks.append(tuple(sites))
+    blocks, kept = _sorted_out(skeleton, flows, spec, SMALLEST)
+    if not any(blocks):  # a model of nothing but small matrices has them quantized
+        blocks, kept = _sorted_out(skeleton, flows, spec, 1)
     layout = Layout(tuple(blocks), tuple(flows), kept, skeleton.names.carried)
     layout = _with_grids(layout, grids or {})
     for site in layout.sites:
@@ -146,6 +131,31 @@ def lay_out(skeleton: Skeleton, spec: QuantSpec, grids: Mapping[str, QuantSpec |
     if not any(True for _ in layout.sites):
         raise SwquantError(f"{type(skeleton.model).__name__} has no matrix in its blocks that could be quantized")
     return layout
+
+
+def _sorted_out(
+    skeleton: Skeleton, flows: list[Flow], spec: QuantSpec, smallest: int
+) -> tuple[list[tuple[Site, ...]], dict[str, str]]:
+    """The matrices of each block, and those that are kept and why; ``smallest`` is as :data:`SMALLEST`."""
+    blocks: list[tuple[Site, ...]] = []
+    kept: dict[str, str] = {}
+    for block, flow in zip(skeleton.blocks, flows, strict=True):
+        sites: list[Site] = []
+        linears = {name: module for name, module in block.module.named_modules() if isinstance(module, nn.Linear)}
+        order = {name: place for place, name in enumerate(flow.linears)}
+        places = sorted((order.get(name, len(order)), place, name) for place, name in enumerate(linears))
+        for _, _, name in places:
+            reason = _reason(name, linears[name], block.module, smallest)
+            full = f"{block.prefix}.{name}"
+            if reason is not None:
+                kept[full] = reason
+                continue
+            sites.append(_site(full, name, linears[name], skeleton.names, flow, spec))
+        for name, value in block.module.named_parameters():
+            if value.dim() == 3 and min(value.shape[1:]) >= smallest:
+                kept[f"{block.prefix}.{name}"] = "several matrices in one tensor that swquant does not take apart"
+        blocks.append(tuple(sites))
+    return blocks, kept
 
 
 def _site(full: str, name: str, linear: nn.Linear, names: Names, flow: Flow, spec: QuantSpec) -> Site:
@@ -165,15 +175,15 @@ def _site(full: str, name: str, linear: nn.Linear, names: Names, flow: Flow, spe
     )
 
 
-def _reason(name: str, linear: nn.Linear, block: nn.Module) -> str | None:
+def _reason(name: str, linear: nn.Linear, block: nn.Module, smallest: int) -> str | None:
     """Why a linear is kept as it is; ``None`` if it is quantized."""
     parent, _, last = name.rpartition(".")
     if ROUTERS.search(last):
         return "a router"
     if last == "gate" and any(child == "experts" for child, _ in block.get_submodule(parent).named_children()):
         return "a router"
-    if min(linear.weight.shape) < SMALLEST:
-        return f"smaller than {SMALLEST} rows or columns"
+    if min(linear.weight.shape) < smallest:
+        return f"smaller than {smallest} rows or columns"
     return None
 
 
