@@ -58,6 +58,8 @@ TOLERANCE = 2e-3
 """Of logits, as a share of their deviation: what remains of float32 in another order of sums."""
 NOISE = 1e-2
 """What 4-bit weights change at the least, as such a share; a model that changes less was not quantized."""
+UNREADABLE = "not loaded"
+"""What transformers cannot hold in compressed-tensors: its code takes a layer's weight by itself, or its rules fail."""
 MARKS = ("<!-- families: begin -->", "<!-- families: end -->")
 
 
@@ -224,6 +226,8 @@ def measure(entry: Entry, source: Path, place: Path, method: str, ids: Tensor) -
     if refusal is not None:
         return result | {PACKED: {"outcome": "refused", "sentence": refusal}}
     packed = outcome_of(lambda: judged(ours, their_logits(entry, outputs[PACKED], ids), before))
+    if packed["outcome"] == "traceback":  # raised by transformers, which alone works in there
+        packed["outcome"] = UNREADABLE
     return result | {PACKED: packed}
 
 

@@ -66,7 +66,7 @@ def trace(block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
         linears = tuple(name for name, module in block.named_modules() if isinstance(module, nn.Linear))
         return Flow(linears, tuple((name,) for name in linears), {}, len(out) if out else None, failed=failed)
     writes = before != [len(one) for one in held]
-    return Flow(*seen.sets(), len(out) if isinstance(out, tuple) else None, writes)
+    return Flow(*seen.sets(), len(out) if isinstance(out, tuple | list) else None, writes)
 
 
 def _containers(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:

@@ -59,7 +59,7 @@ class Block:
     def forward(self, params: Mapping[str, Tensor], hidden: Tensor, call: Call) -> Tensor:
         """The block's output for ``hidden [samples, tokens, dim]``; a pure function of its arguments."""
         out = functional_call(self.module, dict(params), *call.with_hidden(hidden))
-        out = out[0] if isinstance(out, tuple) else out
+        out = out[0] if isinstance(out, tuple | list) else out
         return out.flatten(2) if out.dim() > 3 else out
 
 
@@ -234,7 +234,8 @@ def _one(names: Names, one: str, other: str) -> bool:
 def _find_blocks(model: Any, place: Path) -> tuple[str, list[nn.Module]]:
     """The list of the language model's blocks: of the lists of modules in its decoder, the one with most weights.
 
-    Lists with a module per layer come first, and lists within another's modules do not count.
+    Lists with a module per layer come first, then those that lie least deep, as a tower of vision or audio in the
+    decoder does not; lists within another's modules do not count.
     """
     text = model.config.get_text_config(decoder=True)
     layers = getattr(text, "num_hidden_layers", None)
@@ -243,16 +244,16 @@ def _find_blocks(model: Any, place: Path) -> tuple[str, list[nn.Module]]:
     decoder = model.get_decoder()
     start = next((name for name, module in model.named_modules() if module is decoder), "")
     for root, place_of in ((decoder, start), (model, "")):
-        found: list[tuple[bool, int, str, list[nn.Module]]] = []
+        found: list[tuple[bool, int, int, str, list[nn.Module]]] = []
         for name, module in root.named_modules():
             full = ".".join(part for part in (place_of, name) if part)
-            if not isinstance(module, nn.ModuleList) or any(full.startswith(f"{outer[2]}.") for outer in found):
+            if not isinstance(module, nn.ModuleList) or any(full.startswith(f"{outer[3]}.") for outer in found):
                 continue
             if all(any(True for _ in one.children()) for one in module) and len(module):
                 size = sum(value.numel() for value in module.parameters())
-                found.append((len(module) == layers, size, full, list(module)))
+                found.append((len(module) == layers, -full.count("."), size, full, list(module)))
         if found:
-            _, _, path, modules = max(found, key=lambda one: one[:2])
+            *_, path, modules = max(found, key=lambda one: one[:3])
             return path, modules
     raise SwquantError(
         f"{place}: {type(model).__name__} has no list of blocks in its decoder, so it cannot be quantized block by "
@@ -317,6 +318,10 @@ def _check_tensors(
         elif mixture is not None:
             key, found = mixture.keys[0], mixture.shape_of(name)
         else:
+            if any(key.startswith(f"{name}[") for key in names.pieces):
+                raise SwquantError(
+                    f"{name} of {type(model).__name__} holds experts in a way that swquant does not take apart yet"
+                )
             raise SwquantError(f"{place} has no tensor {name!r}, which its config.json calls for")
         if tuple(state[name].shape) != found:
             raise SwquantError(
