@@ -108,7 +108,7 @@ class Mixed:
         for pattern, keys in self.sources.items():
             for key in keys:
                 rule.add_tensor(self.first, key, pattern, tensors[key])  # pyright: ignore[reportArgumentType]
-        found: Mapping[str, Any] = rule.convert(self.first, model=self.model, config=self.model.config)
+        found: Any = rule.convert(self.first, model=self.model, config=self.model.config)
         return {name: value[0] if isinstance(value, list) else value for name, value in found.items()}
 
     def shape_of(self, name: str) -> tuple[int, ...]:

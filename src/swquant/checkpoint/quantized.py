@@ -72,7 +72,7 @@ class Outline:
         if len(self.specs) > 1:
             labels = ", ".join(spec.label for spec in self.specs)
             raise SwquantError(f"{self.directory} has weights on several grids ({labels}), expected one")
-        return self.specs[0]
+        return next(iter(self.specs))
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,9 @@ def memory_of(plan: Plan, shape: tuple[int, int, int], micro_batch: int | None =
         bound = bind(plan, index, shape[1], torch.device("cpu"), _sizes(plan, shape, micro_batch))
         dtypes = stored_dtypes(plan.job(), index)
         with without_values() as live:
-            cached = Cached(*(torch.empty(shape) for _ in range(3)), torch.empty(0), torch.empty(shape))
+            cached = Cached(
+                torch.empty(shape), torch.empty(shape), torch.empty(shape), torch.empty(0), torch.empty(shape)
+            )
             before = live.now
             bound = replace(bound, calls=bound.calls.copied())
             state = bound.block.module.state_dict()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -71,7 +72,7 @@ class Rig:
         cached = self.cached if phase.augmented else replace(self.cached, augmented=None)
         job = replace(self.job, micro_batch=micro_batch)
         posed = pose(job, self.bound, self.params, cached, step, (train, validation), proven=False)
-        return replace(posed, watch=lambda *given: self.bound.watch(cached.quantized[:1], *given))
+        return replace(posed, watch=partial(self.bound.watch, cached.quantized[:1]))
 
 
 def bind(plan: Plan, index: int, tokens: int, device: torch.device, sizes: Sequence[int] = ()) -> BoundBlock:
