@@ -6,8 +6,9 @@ has. Tensors are told apart by identity: ``q_proj`` and ``k_proj`` share their i
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping, MutableSequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -52,6 +53,7 @@ def trace(block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     ]
     state = {name: value.to("meta") for name, value in (*block.named_parameters(), *block.named_buffers())}
     given, named = pytree.tree_map(_without_values, (args, dict(kwargs)))
+    named = {key: copy.copy(value) if _is_container(value) else value for key, value in named.items()}
     held = _containers(given, named)
     before = [len(one) for one in held]
     failed = None
@@ -70,8 +72,12 @@ def trace(block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
 
 
 def _containers(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
-    """Lists and mappings among the arguments; tree_map has copied them, so nothing of the model's is written to."""
-    return [value for value in (*args, *kwargs.values()) if isinstance(value, (list, dict))]
+    """Lists and mappings among the arguments; they are copies, so that nothing of the model's is written to."""
+    return [value for value in (*args, *kwargs.values()) if _is_container(value)]
+
+
+def _is_container(value: Any) -> bool:
+    return isinstance(value, MutableMapping | MutableSequence)
 
 
 class _Seen:

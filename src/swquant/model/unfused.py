@@ -96,6 +96,13 @@ class UnfusedExperts(nn.Module):
         if norm is not None:
             self.add_module("post_expert_norm", norm)
 
+    def __getattr__(self, name: str) -> Any:
+        """What the model asks of its experts, such as a dtype, is the fused module's; its values do not exist."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["fused"], name)
+
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Each token through the experts chosen for it, weighted.
 
