@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from swquant.checkpoint.reader import open_checkpoint
-from swquant.model.calls import Calls, Front, Tail, capture
+from swquant.model.calls import Calls, Front, Tail, capture, probe
 from swquant.model.opening import Model, open_model
 from swquant.model.whole import model_of
 from tiny_models import save_tiny
@@ -64,6 +64,7 @@ def opened(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     name, kind, settings = MODELS[request.param]
     place = save_tiny(tmp_path_factory.mktemp("tiny"), name, kind, **settings)
     model = open_model(open_checkpoint(place))
+    probe(model.skeleton)
     front = Front.load(model.skeleton, model.checkpoint, torch.device("cpu"))
     theirs = type(model.skeleton.model).from_pretrained(place, dtype=torch.float32).eval()
     return Opened(place, model, front, theirs)
