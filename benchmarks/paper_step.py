@@ -22,15 +22,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from swquant.engine.capture import capture
-from swquant.engine.skeleton import build_skeleton
 from torch import Tensor
 from torch.nn import functional as F
 
 import swquant.run as run
 from memory import make
-from step_cost import Clock
-from swquant.checkpoint.reader import open_checkpoint
+from step_cost import Clock, first_block
 from swquant.recipe import Recipe
 
 GROUP, LEVELS, SLICES, SHARE = 64, 3, 128, 0.2
@@ -64,20 +61,18 @@ def loss(target: Tensor, output: Tensor) -> Tensor:
 
 def paper_step(folder: Path, tokens: int) -> Callable[[], None]:
     """One step on one sample."""
-    checkpoint = open_checkpoint(folder)
-    skeleton = build_skeleton(checkpoint)
-    (arguments,) = capture(skeleton, checkpoint, torch.zeros(1, tokens, dtype=torch.long))
-    block = skeleton.block(0)
-    params = {name: value.float() for name, value in block.load(checkpoint).items()}
-    names = [f"{linear}.weight" for linear in skeleton.family.linears]
+    forward, params = first_block(folder, tokens)
+    names = [name for name, value in params.items() if value.dim() == 2]
     clips = {name: _logits(params[name]) for name in names}
     optimizer = torch.optim.AdamW([one for pair in clips.values() for one in pair], lr=1e-2, weight_decay=0.0)
-    hidden = torch.randn(1, tokens, skeleton.hidden_size, generator=torch.Generator().manual_seed(0))
-    target = block.forward(params, hidden, arguments).detach()
+    hidden = torch.randn(
+        1, tokens, params["input_layernorm.weight"].numel(), generator=torch.Generator().manual_seed(0)
+    )
+    target = forward(params, hidden).detach()
 
     def once() -> None:
         weights: Mapping[str, Tensor] = params | {name: faked(params[name], *clips[name]) for name in names}
-        value = loss(target, block.forward(weights, hidden, arguments))
+        value = loss(target, forward(weights, hidden))
         assert math.isfinite(value.item())
         optimizer.zero_grad()
         value.backward()

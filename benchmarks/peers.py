@@ -25,12 +25,14 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from swquant.engine.skeleton import build_skeleton
 from torch import Tensor
 
 from swquant import Recipe, SwquantError, __version__, evaluate, quantize
 from swquant.calibration import load_tokenizer, read_text, sample_windows, tokenize
 from swquant.checkpoint.reader import open_checkpoint
+from swquant.model.calls import probe
+from swquant.model.layout import lay_out
+from swquant.model.opening import open_model
 from swquant.quant.grid import group
 from swquant.quant.spec import QuantSpec
 
@@ -137,9 +139,10 @@ def run_peer(args: argparse.Namespace, folder: Path) -> tuple[Path, dict[str, An
 def check_weights(args: argparse.Namespace, out: Path) -> None:
     """Check that every linear of the blocks lies on a grid of the asked width, and all else is as it was."""
     original, result = open_checkpoint(args.model), open_checkpoint(out)
-    skeleton = build_skeleton(original)
-    linears = {f"{block.prefix}.{name}.weight" for block in skeleton.blocks for name in skeleton.family.linears}
+    model = open_model(original)
+    probe(model.skeleton)
     spec = QuantSpec(args.bits, args.group_size, args.symmetric)
+    linears = model.skeleton.names.keys_of(site.weight for site in lay_out(model.skeleton, spec).sites)
     if not linears <= original.tensors.keys():
         raise SwquantError(f"{args.model} lacks linears of its blocks")
     for name in original.tensors:

@@ -14,17 +14,18 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from swquant.engine.capture import capture
-from swquant.engine.skeleton import build_skeleton
+from torch import Tensor
 
 import swquant.run as run
 from memory import WIDTH, make
 from swquant.checkpoint.reader import open_checkpoint
 from swquant.engine.observer import Silent
+from swquant.model.calls import Calls, Front
+from swquant.model.opening import open_model
 from swquant.recipe import Recipe
 
 TOKENS, SAMPLES = 2048, 4
@@ -41,18 +42,30 @@ WAYS = {
 }
 
 
+def first_block(
+    folder: Path, tokens: int
+) -> tuple[Callable[[Mapping[str, Tensor], Tensor], Tensor], dict[str, Tensor]]:
+    """The first block as a function of parameters and hidden states ``[1, tokens, dim]``, and its parameters."""
+    model = open_model(open_checkpoint(folder))
+    ids = torch.zeros(1, tokens, dtype=torch.long)
+    front = Front.load(model.skeleton, model.checkpoint, torch.device("cpu"))
+    call = Calls.prepare(front, model.checkpoint, ids).of(0, torch.zeros(1, dtype=torch.long))
+    block = model.skeleton.block(0)
+    params = {name: model.checkpoint.read(f"{block.prefix}.{name}").float() for name in block.names()}
+    return lambda given, hidden: block.forward(given, hidden, call), params
+
+
 def plain_pass(folder: Path) -> Callable[[], None]:
     """The block's forward and backward pass in float32, all parameters' gradients included."""
-    checkpoint = open_checkpoint(folder)
-    skeleton = build_skeleton(checkpoint)
-    (arguments,) = capture(skeleton, checkpoint, torch.zeros(1, TOKENS, dtype=torch.long))
-    params = {name: value.float().requires_grad_() for name, value in skeleton.block(0).load(checkpoint).items()}
+    forward, params = first_block(folder, TOKENS)
+    for value in params.values():
+        value.requires_grad_()
     hidden = torch.randn(1, TOKENS, WIDTH, generator=torch.Generator().manual_seed(0))
 
     def once() -> None:
         for value in params.values():
             value.grad = None
-        skeleton.block(0).forward(params, hidden, arguments).square().mean().backward()
+        forward(params, hidden).square().mean().backward()
 
     return once
 

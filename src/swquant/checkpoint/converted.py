@@ -112,10 +112,6 @@ class ConvertedCheckpoint:
         """SHA-256 of what is read."""
         return self.inner.fingerprint()
 
-    def release(self) -> None:
-        """Drop what the last rule made."""
-        self._last.clear()
-
     def _made(self, mixed: Mixed) -> dict[str, Tensor]:
         """All that a rule makes; kept until another rule's is asked for, because a block reads them one by one."""
         if id(mixed) not in self._last:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -210,8 +209,3 @@ def _spec(site: Site, grids: Mapping[str, QuantSpec | None]) -> QuantSpec | None
         if fnmatchcase(site.name, pattern):
             spec = given
     return spec
-
-
-def weights_of(layout: Layout) -> int:
-    """How many weights get codes."""
-    return sum(math.prod(site.shape) for site in layout.sites)
