@@ -4,9 +4,9 @@
 
 ``products``: a linear's three matrix products and causal attention in bfloat16 against float32. ``compiled``:
 quantizing and dequantizing with its gradients, the same formula by torch.compile against ours; needs a C++ compiler.
-``ahead``: a pass over cached hidden states that a thread reads ahead against one on the file's pages, by the clock too, with the
-file in the page cache and dropped from it. ``kept``: a step of SignRound with glibc told to keep what is freed against
-one without, in turns.
+``ahead``: a pass over cached hidden states that a thread reads ahead against one on the file's pages, by the clock too,
+with the file in the page cache and dropped from it. ``kept``: a step of SignRound with glibc told to keep what is freed
+against one without, in turns.
 """
 
 from __future__ import annotations

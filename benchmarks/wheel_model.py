@@ -48,7 +48,7 @@ PIECE = re.compile(r"\.(gguf|bin)(\.part\d+)?$")
 VARIED = (
     "Hello, world! The quick brown fox jumps over 13 lazy dogs; it's 1234567 or 3.14159.",
     "def f(x: int) -> dict[str, list[int]]:\n    return {'a': [x**2 for _ in range(10)]}  # x² ½ Ⅷ ٣\n",
-    "naïve café Ærøskøbing straße αβγ Привет мир שלום مرحبا สวัสดี नमस्ते 你好，世界 こんにちは 한국어",
+    "naïve café Ærøskøbing straße αβγ Привет мир שלום مرحبا สวัสดี नमस्ते 你好\uff0c世界 こんにちは 한국어",
     "emoji 😀 👩\u200d👩\u200d👧 zero\u200bwidth nbsp\u00a0here … “quotes” — dash\u2028line",
     "a  b   c    d\n\n\n  indented\n\ttabbed\r\nand so on   ",
     "<|im_start|>user <start_of_turn> <unk> @-@ 0 @.@ 5 <s> </s>",

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM
 
+from closed import closed
 from swquant import Recipe, SwquantError, evaluate, quantize
 from swquant.engine.block import Job
 from swquant.engine.head import Heads
@@ -54,7 +55,7 @@ def by_weight(model: TrainedModel, job: Job) -> dict[str, tuple[int, str, Tensor
 def straight_through(position: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
     """The weight of a position as the module's text has it, for autograd."""
     grouped = position.view(*scale.shape, -1)
-    code = (grouped + (grouped.round() - grouped).detach() + zero.unsqueeze(-1)).clamp(0, 2**bits - 1)
+    code = closed(grouped + (grouped.round() - grouped).detach() + zero.unsqueeze(-1), 0, 2**bits - 1)
     return ((code - zero.unsqueeze(-1)) * scale.unsqueeze(-1)).view(position.shape)
 
 

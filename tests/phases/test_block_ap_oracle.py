@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from block_facts import facts_of
+from closed import closed
 from swquant import Recipe, quantize
 from swquant.families.base import Family, NormLinears
 from swquant.learnables.grid_params import GridParams
@@ -97,7 +98,7 @@ class Oracle:
 
     def snap(self, groups: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         ratio = groups / scale
-        code = (through(ratio, ratio.round()) + zero).clamp(0, 2**self.bits - 1)
+        code = closed(through(ratio, ratio.round()) + zero, 0, 2**self.bits - 1)
         return (code - zero) * scale
 
     def quantized(self) -> dict[str, Tensor]:

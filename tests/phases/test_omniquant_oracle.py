@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from block_facts import facts_of
+from closed import closed
 from swquant.families.llama import LLAMA
 from swquant.families.opt import OPT
 from swquant.learnables.base import ChannelRange
@@ -40,8 +41,8 @@ class Straight(torch.autograd.Function):
 def oracle_quantize(weight: Tensor, upper: Tensor, lower: Tensor, sign: Tensor | None, bits: int, width: int) -> Tensor:
     """Eq. 2 of the paper on groups of ``width``; the symmetric case with a given sign, both with bfloat16 scales."""
     groups = weight.reshape(-1, width)
-    top = torch.clamp(groups.amax(1, keepdim=True), min=0) * torch.sigmoid(upper.reshape(-1, 1))
-    bottom = torch.clamp(groups.amin(1, keepdim=True), max=0) * torch.sigmoid(lower.reshape(-1, 1))
+    top = closed(groups.amax(1, keepdim=True), 0, math.inf) * torch.sigmoid(upper.reshape(-1, 1))
+    bottom = closed(groups.amin(1, keepdim=True), -math.inf, 0) * torch.sigmoid(lower.reshape(-1, 1))
     if sign is None:
         step = (top - bottom) / (2**bits - 1)
         step = Straight.apply(step, step.bfloat16().double())
@@ -51,7 +52,7 @@ def oracle_quantize(weight: Tensor, upper: Tensor, lower: Tensor, sign: Tensor |
         step = Straight.apply(step, step.bfloat16().double()) * sign.reshape(-1, 1)
         zero = torch.full_like(step, 2 ** (bits - 1))
     ratio = groups / step
-    integer = torch.clamp(Straight.apply(ratio, torch.round(ratio)) + zero, 0, 2**bits - 1)
+    integer = closed(Straight.apply(ratio, torch.round(ratio)) + zero, 0, 2**bits - 1)
     return ((integer - zero) * step).reshape(weight.shape)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from block_facts import facts_of
+from closed import closed
 from swquant import Recipe, SwquantError, quantize
 from swquant.families.llama import LLAMA
 from swquant.learnables.range_factors import RangeFactors
@@ -100,7 +101,7 @@ class Oracle:
                 scale = Straight.apply(scale, scale.bfloat16().double()) * self.signs[name].reshape(-1, 1)
                 zero = torch.full_like(scale, 2 ** (self.bits - 1))
             shifted = groups / scale + self.offset[name]
-            codes = torch.clamp(Straight.apply(shifted, torch.round(shifted)) + zero, 0, 2**self.bits - 1)
+            codes = closed(Straight.apply(shifted, torch.round(shifted)) + zero, 0, 2**self.bits - 1)
             out[name] = ((codes - zero) * scale).reshape(self.p[name].shape)
         return out
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from block_facts import facts_of
+from closed import closed
 from swquant import Recipe, SwquantError, quantize
 from swquant.families.llama import LLAMA
 from swquant.learnables.adaptive_rounding import THRESHOLDS, AdaptiveRounding, order_statistic, soft_share
@@ -101,7 +102,7 @@ class Oracle:
 
     @staticmethod
     def sigmoid(v: Tensor) -> Tensor:
-        return torch.clamp(torch.sigmoid(v) * 1.2 - 0.1, 0, 1)
+        return closed(torch.sigmoid(v) * 1.2 - 0.1, 0, 1)
 
     def harden(self, threshold: float) -> None:
         for name in WEIGHTS:
@@ -121,7 +122,7 @@ class Oracle:
             soft = floor + self.sigmoid(self.rounding[name]) + self.zero[name]
             step = self.scale[name] * 2 * self.sigmoid(self.gain[name])
             step = Straight.apply(step, step.bfloat16().double())
-            codes = torch.clamp(soft, 0, 2**self.bits - 1)
+            codes = closed(soft, 0, 2**self.bits - 1)
             out[name] = ((codes - self.zero[name]) * step).reshape(self.p[name].shape)
         return out
 

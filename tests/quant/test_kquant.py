@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from block_facts import facts_of
+from closed import closed
 from swquant.errors import SwquantError
 from swquant.families.llama import LLAMA
 from swquant.formats.kquant_blocks import decode_blocks, encode_blocks
@@ -143,8 +145,8 @@ def half(values: Tensor) -> Tensor:
 
 def transcription(grid: str, w: Tensor, lo: Tensor, hi: Tensor, sign: Tensor | None) -> Tensor:
     """The grid of a weight's ends and the weight on it by llama.cpp's formula, ``w [out, supers, groups, width]``."""
-    bottom = w.amin(-1, keepdim=True).clamp(max=0) * lo
-    top = w.amax(-1, keepdim=True).clamp(min=0) * hi
+    bottom = closed(w.amin(-1, keepdim=True), -math.inf, 0) * lo
+    top = closed(w.amax(-1, keepdim=True), 0, math.inf) * hi
     if grid == "q3_k":
         assert sign is not None
         s = torch.maximum(top, -bottom) / 4

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from closed import closed
 from swquant.quant.draft import Slot, better_sign, commit, grid_of, open_draft, realize
 from swquant.quant.grid import MIN_SCALE, Grid, extent_of, minmax_grid
 from swquant.quant.rounding import fake_quantize
@@ -33,7 +34,7 @@ class _Round(torch.autograd.Function):
 def plain_fake_quantize(weight: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec) -> Tensor:
     """OmniQuant's quantizer written as its equations are, differentiated automatically."""
     grouped = weight.reshape(weight.shape[0], scale.shape[1], -1)
-    codes = torch.clamp(_Round.apply(grouped / scale) + zero, 0, 2**spec.bits - 1)
+    codes = closed(_Round.apply(grouped / scale) + zero, 0, 2**spec.bits - 1)
     return ((codes - zero) * scale).reshape(weight.shape)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from swquant.quant.kgrids import KGrid
-from swquant.quant.through import stored_as, to_code
+from swquant.quant.through import clamped, stored_as, to_code
 
 LEAST, MOST = 2.0**-24, 65504.0
 """The least and the greatest positive float16."""
@@ -61,7 +61,7 @@ def per_group(factor: Tensor, codes: Tensor) -> Tensor:
 
 def stored_factor(values: Tensor) -> Tensor:
     """``values`` as float16 holds them, not below its least positive number."""
-    return stored_as(values.clamp(LEAST, MOST), torch.float16)
+    return stored_as(clamped(values, LEAST, MOST), torch.float16)
 
 
 def scale_code(values: Tensor, kind: KGrid) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from swquant.quant.double import Factors, covering
 from swquant.quant.spec import QuantSpec
-from swquant.quant.through import stored_as, widened
+from swquant.quant.through import clamped, stored_as, widened
 
 MIN_SCALE = 2.0**-17
 """Least magnitude of a scale: the least power of two at which all bfloat16 values are float16 values too."""
@@ -69,12 +69,12 @@ def group(weight: Tensor, spec: QuantSpec) -> Tensor:
 def extent_of(weight: Tensor, spec: QuantSpec) -> Extent:
     """The :class:`Extent` of each group of ``weight [out, in]``, differentiable."""
     low, high = group(weight, spec).aminmax(dim=-1, keepdim=True)
-    return Extent(widened(low).clamp(max=0), widened(high).clamp(min=0))
+    return Extent(clamped(widened(low), most=0), clamped(widened(high), least=0))
 
 
 def within(scale: Tensor) -> Tensor:
     """``scale`` with a magnitude of :data:`MIN_SCALE` to :data:`MAX_SCALE`, its sign kept; zero counts as positive."""
-    return torch.where(scale < 0, scale.clamp(-MAX_SCALE, -MIN_SCALE), scale.clamp(MIN_SCALE, MAX_SCALE))
+    return torch.where(scale < 0, clamped(scale, -MAX_SCALE, -MIN_SCALE), clamped(scale, MIN_SCALE, MAX_SCALE))
 
 
 def stored_step(scale: Tensor, gain: Tensor | float) -> Tensor:
@@ -114,8 +114,8 @@ def minmax_grid(extent: Extent, spec: QuantSpec, lo: Tensor | float, hi: Tensor 
         return k_grid(covering(low, high, spec.k_grid, sign), spec)
     if spec.symmetric:
         magnitude = torch.maximum(high, -low) / spec.mid_code
-        scale = stored_as(magnitude.clamp(MIN_SCALE, MAX_SCALE), torch.bfloat16)
+        scale = stored_as(clamped(magnitude, MIN_SCALE, MAX_SCALE), torch.bfloat16)
         return Grid(scale if sign is None else scale * sign, torch.full_like(scale, spec.mid_code))
-    scale = stored_as(((high - low) / spec.max_code).clamp(MIN_SCALE, MAX_SCALE), torch.bfloat16)
+    scale = stored_as(clamped((high - low) / spec.max_code, MIN_SCALE, MAX_SCALE), torch.bfloat16)
     zero = (-low / scale).detach().round().clamp(0, spec.max_code)
     return Grid(scale, zero)

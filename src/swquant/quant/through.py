@@ -1,4 +1,4 @@
-"""Rounding through which gradients pass straight."""
+"""Rounding through which gradients pass straight, and a clamp whose gradient does not depend on torch's version."""
 
 from __future__ import annotations
 
@@ -36,6 +36,17 @@ def wide_dtype(values: Tensor) -> torch.dtype:
 def widened(values: Tensor) -> Tensor:
     """``values`` in float32, or as they are where they are float64."""
     return values if values.dtype == torch.float64 else values.float()
+
+
+def clamped(values: Tensor, least: float | None = None, most: float | None = None) -> Tensor:
+    """``values`` from ``least`` to ``most``; the gradient is 1 between them, both ends included, and 0 beyond.
+
+    ``torch.clamp`` has 0 at the ends from torch 2.14 on, where it had 1 (pytorch pull request 191142), and values that
+    stand exactly on an end are not rare here: groups without negative weights, scales at the least that files hold.
+    """
+    if least is not None:
+        values = torch.where(values < least, least, values)
+    return values if most is None else torch.where(values > most, most, values)
 
 
 def stored_as(values: Tensor, dtype: torch.dtype) -> Tensor:

@@ -65,10 +65,12 @@ class Case:
 def environment(request: pytest.FixtureRequest) -> Callable[[str, Sequence[str]], Path]:
     """From a name and requirements to the Python of an environment that has them; skips where pip cannot make it.
 
-    The test environment's packages are seen through a path file, so that torch is not installed again.
+    The test environment's packages are seen through a path file, so that torch is not installed again unless it is
+    among the requirements.
     """
 
     def make(name: str, requirements: Sequence[str]) -> Path:
+        kept = () if any(name.startswith("torch>") for name in requirements) else (f"torch=={torch.__version__}",)
         shared = [place for place in sys.path if place.endswith(("site-packages", "dist-packages"))]
         key = hashlib.sha256(repr((requirements, shared, sys.version)).encode()).hexdigest()[:12]
         home = Path(request.config.cache.mkdir(f"{name}-{key}"))
@@ -77,7 +79,7 @@ def environment(request: pytest.FixtureRequest) -> Callable[[str, Sequence[str]]
             run(sys.executable, "-m", "venv", "--clear", home)
             own = run(python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])").strip()
             (Path(own) / "shared.pth").write_text("\n".join(shared) + "\n")
-            installed = call(python, "-m", "pip", "install", "--no-build-isolation", *requirements, "torch<2.14")
+            installed = call(python, "-m", "pip", "install", "--no-build-isolation", *requirements, *kept)
             if installed.returncode:
                 last = (installed.stderr.strip() or installed.stdout.strip()).splitlines()[-1:]
                 pytest.skip(f"pip cannot install {' '.join(requirements)}: {' '.join(last)}")

@@ -75,7 +75,7 @@ def squared_distance(pred: Tensor, target: Tensor) -> Tensor:
     smoothing = (_SMOOTHING * values.mean()).square()
     overlap, whole = (_trace_of_root(root.t() @ side @ root, smoothing) for side in (covariance, their_covariance))
     spread = torch.trace(covariance - their_covariance) - 2 * (overlap - whole)
-    return (mean - their_mean).square().sum() + spread.clamp_min(0)
+    return (mean - their_mean).square().sum() + spread.relu()
 
 
 def _moments(points: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,4 +86,5 @@ def _moments(points: Tensor) -> tuple[Tensor, Tensor]:
 
 def _trace_of_root(matrix: Tensor, smoothing: Tensor) -> Tensor:
     values, _ = torch.linalg.eigh(matrix)  # eigvalsh takes another way, to other last bits, where a gradient is wanted
-    return (values.clamp_min(0) + smoothing).sqrt().sum()
+    # relu has no gradient at 0 in any torch; clamp_min had one up to 2.13 and has none since.
+    return (values.relu() + smoothing).sqrt().sum()
