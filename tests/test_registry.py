@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from swquant import SwquantError, registry
@@ -44,3 +46,11 @@ def test_a_methods_options_are_checked(options: dict[str, object], said: str) ->
 
 def test_an_int_serves_where_a_float_is_expected() -> None:
     assert parse_methods("omniquant", {"alpha": 1})[0].method.alpha == 1
+
+
+def test_threads_list_at_once() -> None:
+    """CPython 3.11's parser fails where two threads parse at once (ranks that are threads do)."""
+    packages = [f"swquant.{kind}" for kind in ("formats", "losses", "methods", "targets")] * 8
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(registry.names, packages))
+    assert found == [registry.names(package) for package in packages]

@@ -18,9 +18,13 @@ import importlib.abc
 import importlib.metadata
 import importlib.util
 import pkgutil
+import threading
 from typing import Any
 
 from swquant.errors import SwquantError, did_you_mean
+
+_PARSING = threading.Lock()
+"""CPython 3.11 counts the depth of the tree that it makes in one place for all threads, and two at once fail."""
 
 
 def names(package: str) -> tuple[str, ...]:
@@ -87,7 +91,8 @@ def _parse(module: str) -> ast.Module:
         spec = None
     loader = spec.loader if spec is not None else None
     source = loader.get_source(module) if isinstance(loader, importlib.abc.InspectLoader) else None
-    return ast.parse(source or "")
+    with _PARSING:
+        return ast.parse(source or "")
 
 
 def _summary(tree: ast.Module) -> str:
