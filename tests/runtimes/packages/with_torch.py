@@ -1,4 +1,4 @@
-"""Quantize a model by a recipe with the torch that is here, and print its version: ``with_torch.py RECIPE MODEL OUT``."""
+"""Quantize a model by a recipe with the torch that is here, and print its version (arguments: recipe, model, output)."""
 
 from __future__ import annotations
 
