@@ -9,7 +9,7 @@ perplexity over the original's), KL, and the share recovered of what the method'
 an empty `loss` and the same options. With `--over` methods are compared with that one, in place of losses with a
 method's own. With `--blocks` the line also says how far the blocks' outputs are off, in the mean over blocks:
 relative squared error, sliced Wasserstein distance over the root mean square of the outputs, and relative shift of
-the channels' variances, all in percent; behind an arrow, where the whole model was trained, what that left of it.
+the channels' variances, all in percent; after an arrow, where the whole model was trained, what that left of it.
 Below the table it says for each model, grid and method with five settings or more, none of them trained as a whole,
 how KL goes with each of these numbers: Spearman's rank correlation over the settings' means.
 """
@@ -33,7 +33,7 @@ SETTINGS = 5
 """Least number of settings over which a correlation is shown."""
 
 OPTIONS = re.compile(r"\(([^()]*)\)")
-"""What stands in the parentheses behind a method's name."""
+"""What stands in the parentheses after a method's name."""
 
 
 class Group(NamedTuple):
@@ -57,7 +57,7 @@ class Setting(NamedTuple):
 
 
 BLOCKS = {"relative_error": "squared error", "sliced_wasserstein": "SW", "variance_shift": "variance"}
-"""What a sweep's table has on the blocks' outputs, behind ``block_`` and ``final_``, and how it is headed here."""
+"""What a sweep's table has on the blocks' outputs, after ``block_`` and ``final_``, and how it is headed here."""
 
 
 def table(rows: Sequence[Row], blocks: bool = False) -> Iterator[str]:

@@ -130,7 +130,7 @@ def recipe(text: Path) -> Recipe:
 
 @dataclass(frozen=True)
 class Aim:
-    """When to die: ``delay`` seconds behind the beginning of visit number ``visit`` to a stage."""
+    """When to die: ``delay`` seconds after the beginning of visit number ``visit`` to a stage."""
 
     stage: str
     visit: int
@@ -226,7 +226,7 @@ def bits(out: Path) -> dict[str, bytes]:
 
 
 def require_whole(out: Path, expected: dict[str, bytes]) -> None:
-    """An output that is there behind a kill is all there."""
+    """An output that is there after a kill is all there."""
     if out.exists() and bits(out) != expected:
         sys.exit(f"{out} was published before it was whole")
 

@@ -1,6 +1,6 @@
 """Quantize one block of the width of LLaMA-2-70B, and set the memory that it takes beside what `plan` says.
 
-The block has random weights, and in front of it and behind it are the demo's vocabulary and tokenizer. The run is a
+The block has random weights, and before it and after it are the demo's vocabulary and tokenizer. The run is a
 process of its own with a budget; its peak is `VmHWM` of /proc, mapped files included, so this needs Linux.
 
     python benchmarks/large_block.py --out benchmarks/results/large_block.json

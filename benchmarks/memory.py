@@ -6,7 +6,7 @@ Each run is a process of its own; its peak resident memory is compared with that
 what a run imports, and with that of the same run on a model of width 64, which has touched the same code, libraries and
 threads. glibc keeps most of what is freed; a run with a budget (`--host-memory`, here more than there is) tells it to
 give large pieces back, so it holds what is in use. Samples are random tokens, for drawing them from the model would
-hold all of it. The bound is two blocks in float32 and the streams. Seconds are the processor's.
+hold all of it. The bound is two blocks in float32 and the cached hidden states. Seconds are the processor's.
 """
 
 from __future__ import annotations

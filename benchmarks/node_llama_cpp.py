@@ -65,7 +65,7 @@ def ask(folder: Path, model: Path, **job: Any) -> dict[str, Any]:
         folder: What :func:`install` returned.
         model: A GGUF file.
         job: ``texts``, to be cut into ``tokens``, special ones recognised, none added; ``windows`` of tokens, each to
-            become the ``logProbabilities`` of its tokens behind the first; ``speed``, a ``prompt`` and how many
+            become the ``logProbabilities`` of its tokens after the first; ``speed``, a ``prompt`` and how many
             ``tokens`` to generate how many ``repeats`` times for ``tokensPerSecond``; ``threads``.
 
     Raises:

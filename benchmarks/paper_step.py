@@ -5,7 +5,7 @@
 The same random LLaMA block, tokens, grid (2 bits, groups of 64, asymmetric), loss (0.8 MSE + 0.2 sliced Wasserstein,
 128 slices) and optimizer, no augmented loss, one thread. Theirs is written as it is there: every linear fakes
 its weight's quantization by plain operations under autograd, the loss projects, sorts over the tokens by `torch.sort`
-and takes the mean absolute difference, it is read before the backward pass, the norm of all gradients behind it. Steps
+and takes the mean absolute difference, it is read before the backward pass, the norm of all gradients after it. Steps
 of both alternate, so that both see the same machine. Medians of the processor's time. Theirs, which computes in float32
 on a CPU, is compared with both of our precisions.
 """

@@ -139,7 +139,7 @@ def draw(found: Mapping[str, dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--turns", type=int, default=3, help="behind one that is not counted")
+    parser.add_argument("--turns", type=int, default=3, help="after one that is not counted")
     parser.add_argument("--epochs", type=int, default=3, help="three steps each")
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -2,7 +2,7 @@
 
     python benchmarks/step_cost.py
 
-A random LLaMA of one block of width 1024, one sample of 2048 tokens per step, one thread. Behind every step of a run
+A random LLaMA of one block of width 1024, one sample of 2048 tokens per step, one thread. After every step of a run
 the plain pass, gradients of all the block's parameters included, is made and timed too, so that both see the same
 machine. Medians over the steps, of the processor's time, which other work stretches less than the clock's.
 """
@@ -71,7 +71,7 @@ def plain_pass(folder: Path) -> Callable[[], None]:
 
 
 class Clock(Silent):
-    """Times a run's steps and a plain pass behind each."""
+    """Times a run's steps and a plain pass after each."""
 
     def __init__(self, plain: Callable[[], None]) -> None:
         self.plain, self.last = plain, 0.0
