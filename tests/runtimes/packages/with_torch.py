@@ -1,4 +1,4 @@
-"""Quantize a model by a recipe with the torch that is here, and print its version (arguments: recipe, model, output)."""
+"""Quantize a model by a recipe with the torch that is here, and print its version. Arguments: recipe, model, output."""
 
 from __future__ import annotations
 
