@@ -119,13 +119,13 @@ def test_rotary_settings_have_their_old_names_too(
 
 def test_one_scale_per_channel_is_refused_before_the_run() -> None:
     with pytest.raises(SwquantError, match="--group-size"):
-        Mlx().check(outline_of(Path(), {}, QuantSpec(2, None, True), torch.bfloat16, {}, ()))
+        Mlx().check(outline_of(Path(), {}, QuantSpec(2, None, True), torch.bfloat16, {"layers.0.up": (64, 64)}, ()))
 
 
 def test_8_bit_zero_points_are_refused_in_bfloat16_which_loses_them(make_qtensor: Make) -> None:
     q = make_qtensor(QuantSpec(8, 64, False), 4, 1, 0)
     with pytest.raises(SwquantError, match="asymmetric w8g64 in bfloat16"):
-        Mlx().check(outline_of(Path(), {}, q.spec, torch.bfloat16, {}, ()))
+        Mlx().check(outline_of(Path(), {}, q.spec, torch.bfloat16, {"layers.0.up": (64, 64)}, ()))
     with pytest.raises(SwquantError, match="asymmetric w8g64 in bfloat16"):
         Mlx().encode("proj", q, torch.bfloat16)
     assert torch.equal(Mlx().decode("proj", Mlx().encode("proj", q, torch.float16), q.spec).zero, q.zero)
@@ -133,7 +133,7 @@ def test_8_bit_zero_points_are_refused_in_bfloat16_which_loses_them(make_qtensor
 
 def test_notes_are_about_rounding_and_families() -> None:
     def check(spec: QuantSpec, dtype: torch.dtype, family: str = "llama") -> tuple[str, ...]:
-        return Mlx().check(outline_of(Path(), {"model_type": family}, spec, dtype, {}, ()))
+        return Mlx().check(outline_of(Path(), {"model_type": family}, spec, dtype, {"layers.0.up": (64, 64)}, ()))
 
     assert check(QuantSpec(2, 64, True), torch.bfloat16) == ()
     assert check(QuantSpec(3, 64, False), torch.float16) == ()

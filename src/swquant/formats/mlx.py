@@ -68,6 +68,7 @@ class Mlx:
     def check(self, outline: Outline) -> tuple[str, ...]:
         """The notes say what is rounded, and which families mlx-lm does not have."""
         require_fits(self, outline)
+        blocks_of(outline)
         _require_digits(outline.spec, outline.dtype)
         notes: list[str] = []
         if outline.config.get("model_type") in _UNKNOWN:

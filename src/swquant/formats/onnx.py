@@ -58,8 +58,11 @@ class Onnx:
     def check(self, outline: Outline) -> tuple[str, ...]:
         """The graph must be known for the family and its settings; the note is about 8-bit activations."""
         require_fits(self, outline)
-        decoder_layout(outline.config)
+        layout = decoder_layout(outline.config)
         require_onnx()
+        kept = next((name for name in outline.ignored if name.startswith("model.layers.")), None)
+        if kept is not None:
+            raise SwquantError(f"onnx has no graph in which {kept} is not quantized; choose another format")
         return (
             "onnxruntime rounds the inputs of quantized layers to 8 bits as it computes (accuracy level "
             f"{ACCURACY_LEVEL}), so its logits differ slightly from the report's; see docs/onnx.md",
