@@ -185,10 +185,9 @@ def test_a_linear_without_codes_has_no_place_in_an_onnx_graph(
     make_model: MakeModel, recipe: Recipe, trained: list[int], tmp_path: Path
 ) -> None:
     pytest.importorskip("onnx")
+    source, grids = make_model("llama", 2), {"*.0.self_attn.o_proj": None}
     with pytest.raises(SwquantError, match=r"no graph in which model.layers.0.self_attn.o_proj is not quantized"):
-        quantize(
-            replace(recipe, format="onnx"), make_model("llama", 2), tmp_path / "out", grids={"*.0.self_attn.o_proj": None}
-        )
+        quantize(replace(recipe, format="onnx"), source, tmp_path / "out", grids=grids)
     assert not trained
 
 

@@ -20,6 +20,7 @@ from swquant.errors import SwquantError
 from swquant.formats import read_quantized
 from swquant.formats.base import Format
 from swquant.model.opening import two_heads, untied
+from swquant.model.settings import in_full
 from swquant.model.skeleton import build_skeleton
 from swquant.model.whole import require_called_for
 from swquant.output import PLAIN, RECIPE, REPORT, described, load_report, output_of, place_of
@@ -28,6 +29,7 @@ from swquant.recipe import Recipe
 from swquant.report import Output
 from swquant.targets import load_target
 from swquant.verification import verify
+
 
 def convert(
     source: str | Path, out: str | Path, *, format: str | None = None, runtime: str | None = None
@@ -95,7 +97,8 @@ def as_the_model_has_it(model: QuantizedModel) -> tuple[QuantizedModel, tuple[st
         name for name, piece in skeleton.names.pieces.items() if piece.key.removesuffix(".weight") in outline.linears
     }
     ignored = unquantized(skeleton, {name.removesuffix(".weight") for name in quantized})
-    return replace(model, outline=replace(outline, ignored=ignored)), note_of_left_out(skeleton.names)
+    outline = replace(outline, config=in_full(outline.config), ignored=ignored)
+    return replace(model, outline=outline), note_of_left_out(skeleton.names)
 
 
 def with_one_head(model: QuantizedModel, head: str, embedding: str) -> QuantizedModel:

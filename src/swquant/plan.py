@@ -31,6 +31,7 @@ from swquant.methods import Pipeline, Setting, build_pipeline, parse_methods
 from swquant.model.calls import probe
 from swquant.model.layout import Layout, lay_out
 from swquant.model.opening import Model, open_model, untied
+from swquant.model.settings import in_full
 from swquant.model.skeleton import Skeleton
 from swquant.quant.kgrids import UNIFORM
 from swquant.quant.spec import QuantSpec
@@ -290,7 +291,7 @@ def make_outline(disk: Source, checkpoint: Source, skeleton: Skeleton, layout: L
         linears[module or site.name], grids[module or site.name] = site.shape, site.spec
     return Outline(
         checkpoint.directory,
-        checkpoint.config,
+        in_full(checkpoint.config),
         checkpoint.dtype,
         linears,
         grids,

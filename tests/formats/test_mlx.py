@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -88,33 +87,6 @@ def test_what_is_written_is_read(spec: QuantSpec, make_qtensor: Make, tmp_path: 
     found = tensors[f"{NAME}.weight"]
     assert isinstance(found, QTensor)
     assert torch.equal(found.dequantize(), q.dequantize())
-
-
-@pytest.mark.parametrize(
-    ("given", "added"),
-    [
-        ({}, {}),
-        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, {"rope_theta": 5e5}),
-        (
-            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}},
-            {"rope_theta": 5e5, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
-        ),
-        ({"rope_parameters": {"rope_theta": 5e5}, "rope_theta": 1e4}, {}),
-        ({"rope_theta": 1e4, "rope_scaling": None}, {}),
-        ({"rope_parameters": None}, {}),
-    ],
-)
-def test_rotary_settings_have_their_old_names_too(
-    given: dict[str, object], added: dict[str, object], make_qtensor: Make, tmp_path: Path
-) -> None:
-    model = model_of(make_qtensor(QuantSpec(2, 64, True), 32, 1, 0), tmp_path)
-    model = replace(model, outline=replace(model.outline, config=CONFIG | given))
-    Mlx().write(tmp_path / "out", model)
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert {name: value for name, value in config.items() if "quantization" not in name} == CONFIG | given | added
-    back = Mlx().read(tmp_path / "out", config)
-    assert back is not None
-    assert back.outline.config == CONFIG | given
 
 
 def test_one_scale_per_channel_is_refused_before_the_run() -> None:

@@ -30,7 +30,10 @@ _LOAD = """\
 import onnxruntime_genai
 model = onnxruntime_genai.Model(path)
 tokenizer = onnxruntime_genai.Tokenizer(model)
-tokenizer.update_options(add_special_tokens="true")  # as transformers does"""
+tokenizer.update_options(add_special_tokens="true")  # as transformers does
+parameters = onnxruntime_genai.GeneratorParams(model)
+parameters.set_search_options(max_length=256)  # of prompt and answer: the cache is allocated for as many tokens
+generator = onnxruntime_genai.Generator(model, parameters)"""
 
 
 class Onnx:
@@ -63,9 +66,12 @@ class Onnx:
         kept = next((name for name in outline.ignored if name.startswith("model.layers.")), None)
         if kept is not None:
             raise SwquantError(f"onnx has no graph in which {kept} is not quantized; choose another format")
+        length, size = layout.longest_text, layout.cache_bytes * layout.longest_text
         return (
             "onnxruntime rounds the inputs of quantized layers to 8 bits as it computes (accuracy level "
             f"{ACCURACY_LEVEL}), so its logits differ slightly from the report's; see docs/onnx.md",
+            "onnxruntime-genai allocates its cache for max_length tokens of prompt and answer: genai_config.json sets "
+            f"{length} of {layout.context}, which takes {size / 1e6:.0f} MB, and set_search_options another number",
         )
 
     def encode(self, name: str, q: QTensor, dtype: torch.dtype) -> dict[str, Tensor]:
