@@ -191,6 +191,15 @@ def test_a_linear_without_codes_has_no_place_in_an_onnx_graph(
     assert not trained
 
 
+def test_a_loss_that_samples_of_this_length_do_not_suit_is_refused_before_they_are_drawn(
+    make_model: MakeModel, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("swquant.run._samples", lambda *_: 1 / 0)
+    recipe = replace(recipe, method="omniquant", loss="sliced_wasserstein(block=3)")
+    with pytest.raises(SwquantError, match=r"block 3 .* must divide the 16 tokens"):
+        quantize(recipe, make_model("llama", 2), tmp_path / "out")
+
+
 @pytest.mark.parametrize("old", [True, False])
 def test_gguf_is_refused_before_the_work_where_the_package_would_fail(
     make_model: MakeModel,

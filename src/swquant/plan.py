@@ -27,6 +27,7 @@ from swquant.errors import SwquantError
 from swquant.families import family_for
 from swquant.formats.base import Format, check_dtype
 from swquant.losses import WeightedSum, parse_loss
+from swquant.losses.base import LossContext
 from swquant.methods import Pipeline, Setting, build_pipeline, parse_methods
 from swquant.model.calls import probe
 from swquant.model.layout import Layout, lay_out
@@ -196,6 +197,10 @@ def make_plan(
     limit = skeleton.longest
     if recipe.seq_len is not None and limit is not None and recipe.seq_len > limit:
         raise SwquantError(f"the sequence length is {recipe.seq_len}, the model takes at most {limit} tokens")
+    seq_len = recipe.seq_len or min(LONGEST, limit or LONGEST)
+    if loss is not None:  # whose parameters may not suit samples of that length
+        outputs = torch.zeros(1, seq_len, hidden_size)
+        loss(outputs, outputs, LossContext(torch.Generator()))
     text = None if recipe.calibration == "self" else read_text(recipe.calibration)
     evaluation = None if recipe.evaluation is None else read_text(recipe.evaluation)
     resolved = replace(
@@ -205,7 +210,7 @@ def make_plan(
         epochs=None,
         loss=loss and str(loss),
         samples=recipe.samples or preset.samples,
-        seq_len=recipe.seq_len or min(LONGEST, limit or LONGEST),
+        seq_len=seq_len,
         format=",".join(names),
         device=str(device),
     )

@@ -66,13 +66,18 @@ class Onnx:
         kept = next((name for name in outline.ignored if name.startswith("model.layers.")), None)
         if kept is not None:
             raise SwquantError(f"onnx has no graph in which {kept} is not quantized; choose another format")
-        length, size = layout.longest_text, layout.cache_bytes * layout.longest_text
-        return (
+        rounding = (
             "onnxruntime rounds the inputs of quantized layers to 8 bits as it computes (accuracy level "
-            f"{ACCURACY_LEVEL}), so its logits differ slightly from the report's; see docs/onnx.md",
-            "onnxruntime-genai allocates its cache for max_length tokens of prompt and answer: genai_config.json sets "
-            f"{length} of {layout.context}, which takes {size / 1e6:.0f} MB, and set_search_options another number",
+            f"{ACCURACY_LEVEL}), so its logits differ slightly from the report's; see docs/onnx.md"
         )
+        length, size = layout.longest_text, layout.cache_bytes * layout.longest_text
+        if length == layout.context:
+            return (rounding,)
+        cache = (
+            "onnxruntime-genai allocates its cache for max_length tokens of prompt and answer: genai_config.json sets "
+            f"{length} of {layout.context}, which takes {size / 1e6:.0f} MB, and set_search_options another number"
+        )
+        return (rounding, cache)
 
     def encode(self, name: str, q: QTensor, dtype: torch.dtype) -> dict[str, Tensor]:
         """Pack codes and zero points; see the class for names and shapes."""

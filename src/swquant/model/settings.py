@@ -20,6 +20,7 @@ from swquant.model.empty import read_config
 ROTARY = "rope_parameters"
 FULL, SLIDING = "full_attention", "sliding_attention"
 _BASE = frozenset(field.name for field in fields(PreTrainedConfig))
+_OLD_KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 _APART = ("rope_theta", "partial_rotary_factor")
 """What stood beside ``rope_scaling``, not in it."""
 
@@ -96,10 +97,12 @@ def _old_names(rotary: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str
     whole, local = rotary, rotary.get(SLIDING)
     if any(isinstance(value, dict) for value in rotary.values()):
         whole = rotary.get(FULL) or {}
+    kind = whole.get("rope_type", "default")
+    if kind not in _OLD_KINDS:
+        return {}
     old = {name: whole[name] for name in _APART if name in whole}
-    scaling = {name: value for name, value in whole.items() if name not in _APART}
-    if scaling.pop("rope_type", "default") != "default" or scaling:
-        kind = whole.get("rope_type", "default")
+    scaling = {name: value for name, value in whole.items() if name not in (*_APART, "rope_type")}
+    if kind != "default" or scaling:
         old["rope_scaling"] = {"rope_type": kind, "type": kind, **scaling}
     elif "rope_scaling" in config:
         old["rope_scaling"] = None
