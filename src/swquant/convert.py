@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,17 +20,15 @@ from swquant.errors import SwquantError
 from swquant.formats import read_quantized
 from swquant.formats.base import Format
 from swquant.model.opening import two_heads, untied
+from swquant.model.settings import in_full
 from swquant.model.skeleton import build_skeleton
 from swquant.model.whole import require_called_for
-from swquant.output import RECIPE, REPORT, described, load_report, output_of, place_of
-from swquant.plan import choose_formats, unquantized
+from swquant.output import PLAIN, RECIPE, REPORT, described, load_report, output_of, place_of
+from swquant.plan import choose_formats, note_of_left_out, unquantized
 from swquant.recipe import Recipe
 from swquant.report import Output
 from swquant.targets import load_target
 from swquant.verification import verify
-
-PLAIN = "dequantized"
-"""The one format that keeps no codes."""
 
 
 def convert(
@@ -56,11 +55,11 @@ def convert(
         raise SwquantError("no format to convert to; give --format or --for")
     out, directory = Path(out), find_model(source)
     _, model = read_quantized(directory)
-    model = with_ignored(model)
+    model, left_out = as_the_model_has_it(model)
     target = None if runtime is None else load_target(runtime)
     names = choose_formats(Recipe(format=format, runtime=runtime).formats, target, model.outline.specs)
     forms: tuple[Format, ...] = tuple(registry.load("swquant.formats", name)() for name in names)
-    notes = [form.check(model.outline) for form in forms]
+    notes = [(*left_out, *form.check(model.outline)) for form in forms]
     require_unused(out)
     require_disk(out, sum(_most_bytes(form, model.outline, directory) for form in forms))
     run = _directory_of_the_run(directory)
@@ -82,19 +81,24 @@ def convert(
     return outputs
 
 
-def with_ignored(model: QuantizedModel) -> QuantizedModel:
-    """The model with the names of those of its linear modules that are not quantized, which a format may not keep."""
+def as_the_model_has_it(model: QuantizedModel) -> tuple[QuantizedModel, tuple[str, ...]]:
+    """The model without tensors that no module reads, and with the names of its linears that are not quantized.
+
+    Files need not tell either. The notes are :func:`swquant.plan.note_of_left_out`'s.
+    """
     outline = model.outline
     skeleton = build_skeleton(outline.config, shapes_of(model), outline.directory)
     require_called_for(skeleton.names, outline.linears, outline.directory)
+    model = without(model, skeleton.names.carried)
     if (keys := two_heads(skeleton)) is not None:
         model = with_one_head(model, *keys)
-        outline = model.outline
+    outline = model.outline
     quantized = {
         name for name, piece in skeleton.names.pieces.items() if piece.key.removesuffix(".weight") in outline.linears
     }
     ignored = unquantized(skeleton, {name.removesuffix(".weight") for name in quantized})
-    return replace(model, outline=replace(outline, ignored=ignored))
+    outline = replace(outline, config=in_full(outline.config), ignored=ignored)
+    return replace(model, outline=outline), note_of_left_out(skeleton.names)
 
 
 def with_one_head(model: QuantizedModel, head: str, embedding: str) -> QuantizedModel:
@@ -108,12 +112,19 @@ def with_one_head(model: QuantizedModel, head: str, embedding: str) -> Quantized
     one, other = found[head], found[embedding]
     if not (isinstance(one, Tensor) and isinstance(other, Tensor) and torch.equal(one, other)):
         return replace(model, outline=replace(outline, config=untied(outline.config)))
-    plain = outline.plain and {name: shape for name, shape in outline.plain.items() if name != head}
-    parts = model.parts
+    return without(model, (head,))
+
+
+def without(model: QuantizedModel, left_out: Collection[str]) -> QuantizedModel:
+    """The model without these of its plain tensors."""
+    if not left_out:
+        return model
+    parts, plain = model.parts, model.outline.plain
+    kept = plain and {name: shape for name, shape in plain.items() if name not in left_out}
     return replace(
         model,
-        outline=replace(outline, plain=plain),
-        parts=lambda: ({name: value for name, value in part.items() if name != head} for part in parts()),
+        outline=replace(model.outline, plain=kept),
+        parts=lambda: ({name: value for name, value in part.items() if name not in left_out} for part in parts()),
     )
 
 

@@ -18,6 +18,10 @@ class OutOfMemoryError(SwquantError):
     """Memory ran out, and nothing more could be done about it; the command line exits with code 1."""
 
 
+class DamagedRunError(SwquantError):
+    """What a run has kept on the disk cannot be used."""
+
+
 class RankLostError(SwquantError):
     """Another process of the run was killed, failed or fell silent."""
 

@@ -31,6 +31,9 @@ from swquant.report import Output, Quality, Report
 from swquant.targets.base import Target
 from swquant.verification import Verification, verify
 
+PLAIN = "dequantized"
+"""The one format that keeps no codes."""
+
 PLACE = "PATH"
 """Stands for the output's directory in a serving command."""
 
@@ -74,7 +77,7 @@ def write_output(
     )
     report = replace(report, advice=advise(report))
     for name, text in described(report, licence_of(plan.checkpoint.directory)).items():
-        (staging / name).write_text(text, encoding="utf-8")
+        (staging / name).write_text(text, encoding="utf-8", errors="backslashreplace")
     return report
 
 
@@ -181,7 +184,7 @@ def _parts(plan: Plan, run_state: RunState) -> Iterator[Part]:
         for name in outside:
             yield _on_disk(names, {name: stored(plan.checkpoint, name)})
     for name in plan.disk.tensors:
-        if name not in inside and name not in changed and name not in skeleton.names.dropped:
+        if name not in inside and name not in changed and name not in names.left_out:
             yield {name: plan.disk.read(name)}
     for index, block in enumerate(skeleton.blocks):
         committed = run_state.block(index, plan.layout.grids(index))

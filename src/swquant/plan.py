@@ -14,7 +14,7 @@ import torch
 
 from swquant import registry
 from swquant.calibration import read_text
-from swquant.checkpoint.names import Piece
+from swquant.checkpoint.names import Names, Piece
 from swquant.checkpoint.opening import SourceOptions, open_source
 from swquant.checkpoint.quantized import Outline
 from swquant.checkpoint.rotation import rotate
@@ -27,10 +27,12 @@ from swquant.errors import SwquantError
 from swquant.families import family_for
 from swquant.formats.base import Format, check_dtype
 from swquant.losses import WeightedSum, parse_loss
+from swquant.losses.base import LossContext
 from swquant.methods import Pipeline, Setting, build_pipeline, parse_methods
 from swquant.model.calls import probe
 from swquant.model.layout import Layout, lay_out
 from swquant.model.opening import Model, open_model, untied
+from swquant.model.settings import in_full
 from swquant.model.skeleton import Skeleton
 from swquant.quant.kgrids import UNIFORM
 from swquant.quant.spec import QuantSpec
@@ -39,7 +41,11 @@ from swquant.targets import choose_format, load_target, require_loads, require_t
 from swquant.targets.base import Target
 
 LONGEST = 2048
+SHOWN = 4
+"""So many names are said, the others counted."""
 DEFAULT_FORMAT = "compressed_tensors"
+OUTPUT_KEYS = ("format", "runtime")
+"""Keys of a recipe on which nothing depends but how the output is written. Whether the grid fits is checked anew."""
 
 
 @dataclass(frozen=True)
@@ -85,10 +91,11 @@ class Plan:
     bytes_source: int
 
     def key(self) -> dict[str, Any]:
-        """Everything that the result depends on."""
+        """Everything that codes and measurements depend on: all but how the output is written, and for what."""
         texts = {"calibration_text": self.text, "evaluation_text": self.evaluation}
+        recipe = self.recipe.to_mapping()
         return {
-            "recipe": self.recipe.to_mapping(),
+            "recipe": {name: value for name, value in recipe.items() if name not in OUTPUT_KEYS},
             "source": self.checkpoint.fingerprint(),
             "grids": {
                 site.name: _label(site.spec) for block in self.layout.blocks for site in block if site.spec != self.spec
@@ -96,6 +103,10 @@ class Plan:
             **{name: text and hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()},
             "versions": versions(),
         }
+
+    def output_key(self) -> dict[str, Any]:
+        """What the output depends on beside :meth:`key`."""
+        return {name: value for name, value in self.recipe.to_mapping().items() if name in OUTPUT_KEYS}
 
     def assumed(self) -> str:
         """What was found by inspecting the model, in a sentence."""
@@ -106,7 +117,9 @@ class Plan:
         apart = "; ".join(f"{', '.join(sorted(names))} ({reason})" for reason, names in kept.items())
         return (
             f"{type(self.skeleton.model).__name__}: {len(self.skeleton.blocks)} blocks in {self.skeleton.path} with "
-            f"{len(sites)} matrices to quantize" + (f"; kept as they are: {apart}" if apart else "")
+            f"{len(sites)} matrices to quantize"
+            + (f"; kept as they are: {apart}" if apart else "")
+            + "".join(f"; {note}" for note in note_of_left_out(self.skeleton.names))
         )
 
     def job(self) -> Job:
@@ -178,11 +191,16 @@ def make_plan(
     check_dtype(disk.dtype)
     layout = lay_out(model.skeleton, spec, grids)
     checkpoint, skeleton = _rotated(model, recipe.seed) if pipeline.rotate else (model.checkpoint, model.skeleton)
-    outline = make_outline(checkpoint, skeleton, layout)
-    notes = tuple(form.check(outline) for form in formats)
+    outline = make_outline(disk, checkpoint, skeleton, layout)
+    left_out = note_of_left_out(skeleton.names)
+    notes = tuple((*left_out, *form.check(outline)) for form in formats)
     limit = skeleton.longest
     if recipe.seq_len is not None and limit is not None and recipe.seq_len > limit:
         raise SwquantError(f"the sequence length is {recipe.seq_len}, the model takes at most {limit} tokens")
+    seq_len = recipe.seq_len or min(LONGEST, limit or LONGEST)
+    if loss is not None:  # whose parameters may not suit samples of that length
+        outputs = torch.zeros(1, seq_len, hidden_size)
+        loss(outputs, outputs, LossContext(torch.Generator()))
     text = None if recipe.calibration == "self" else read_text(recipe.calibration)
     evaluation = None if recipe.evaluation is None else read_text(recipe.evaluation)
     resolved = replace(
@@ -192,7 +210,7 @@ def make_plan(
         epochs=None,
         loss=loss and str(loss),
         samples=recipe.samples or preset.samples,
-        seq_len=recipe.seq_len or min(LONGEST, limit or LONGEST),
+        seq_len=seq_len,
         format=",".join(names),
         device=str(device),
     )
@@ -252,7 +270,20 @@ def _rotated(model: Model, seed: int) -> tuple[Source, Skeleton]:
     return replace(rotated, config=untied(rotated.config)), replace(skeleton, names=names, tied=False)
 
 
-def make_outline(checkpoint: Source, skeleton: Skeleton, layout: Layout) -> Outline:
+def note_of_left_out(names: Names) -> tuple[str, ...]:
+    """What the user should know of tensors that no module of the model reads; none where there are none.
+
+    Runtimes differ in what they make of such a tensor: transformers passes over it, llama.cpp, vLLM and mlx-lm refuse
+    the file.
+    """
+    if not names.carried:
+        return ()
+    shown, rest = ", ".join(names.carried[:SHOWN]), len(names.carried) - SHOWN
+    more = f" and {rest} more" if rest > 0 else ""
+    return (f"left out, because no module of the model reads them: {shown}{more}",)
+
+
+def make_outline(disk: Source, checkpoint: Source, skeleton: Skeleton, layout: Layout) -> Outline:
     """What formats need to know of the output: modules by their names on disk."""
     linears: dict[str, tuple[int, int]] = {}
     grids: dict[str, QuantSpec] = {}
@@ -263,10 +294,27 @@ def make_outline(checkpoint: Source, skeleton: Skeleton, layout: Layout) -> Outl
             apart.append(site.stored.key if site.stored is not None else site.weight)
         assert site.spec is not None
         linears[module or site.name], grids[module or site.name] = site.shape, site.spec
-    ignored = unquantized(skeleton, {site.name for site in layout.sites})
     return Outline(
-        checkpoint.directory, checkpoint.config, checkpoint.dtype, linears, grids, ignored, tuple(dict.fromkeys(apart))
+        checkpoint.directory,
+        in_full(checkpoint.config),
+        checkpoint.dtype,
+        linears,
+        grids,
+        unquantized(skeleton, {site.name for site in layout.sites}),
+        tuple(dict.fromkeys(apart)),
+        _plain(disk, skeleton, layout),
     )
+
+
+def _plain(disk: Source, skeleton: Skeleton, layout: Layout) -> dict[str, tuple[int, ...]]:
+    """Names on disk and shapes of what the output holds as it is."""
+    names = skeleton.names
+    others = names.keys_of(site.weight for site in layout.sites) | names.left_out
+    plain = {name: stored.shape for name, stored in disk.tensors.items() if name not in others}
+    head = names.pieces.get(f"{skeleton.head}.weight")
+    if head is not None and head.key not in plain:  # a rotation has made it
+        plain[head.key] = plain[names.pieces[f"{skeleton.embedding}.weight"].key]
+    return plain
 
 
 def unquantized(skeleton: Skeleton, quantized: Collection[str]) -> tuple[str, ...]:

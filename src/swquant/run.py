@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
@@ -25,12 +26,12 @@ from swquant.engine.hidden_states import create_hidden
 from swquant.engine.memory import keep_little
 from swquant.engine.observer import Observer, Silent
 from swquant.engine.run_state import HIDDEN_STATES, MANIFEST, RunState, lock_directory, open_run_state
-from swquant.errors import SwquantError, reason_of
+from swquant.errors import DamagedRunError, SwquantError, reason_of
 from swquant.estimate.budget import Budget, micro_batch_within, shape_of
 from swquant.estimate.disk import disk_of
 from swquant.model.calls import Calls, Front, capture
 from swquant.model.whole import model_of
-from swquant.output import REPORT, load_report, write_output
+from swquant.output import PLAIN, REPORT, load_report, write_output
 from swquant.phases.micro_batch import named, ran_out
 from swquant.phases.train import Train
 from swquant.plan import Plan, make_plan
@@ -38,6 +39,9 @@ from swquant.quant.deferred import in_float
 from swquant.quant.spec import QuantSpec
 from swquant.recipe import Recipe
 from swquant.report import Quality, Report
+
+OUTPUT = "output"
+"""What of a report's key tells how the output is written; a run state's key has no such part."""
 
 EVALUATION_SHARE = 5
 """At most one in so many windows of a calibration text is held out for evaluation."""
@@ -57,7 +61,8 @@ def quantize(
 
     Everything that can be checked without reading weights is checked first. The run keeps a working directory beside
     ``out``; killed at any moment and called again with the same arguments, it goes on after the last finished block
-    and writes the same bits. ``out`` appears whole, when all is done, or not at all.
+    and writes the same bits. Another format or runtime than before goes on from there as well. ``out`` appears whole,
+    when all is done, or not at all.
 
     Args:
         recipe: What to do.
@@ -118,13 +123,13 @@ def quantize_together(
     watching.stage(plan.assumed())
     if note := note_of(plan.disk):
         watching.stage(note[0].upper() + note[1:])
-    key = ranks.lead(plan.key)
-    work = _work_of(out)
+    key, work = ranks.lead(plan.key), _work_of(out)
+    whole_key = {**key, OUTPUT: plan.output_key()}
     with ExitStack() as held:
         before: list[Report] = []
 
         def is_finished() -> bool:
-            before.extend(_before(out, work, key))
+            before.extend(_before(out, work, key, whole_key))
             return bool(before)
 
         if ranks.lead(is_finished):
@@ -140,8 +145,8 @@ def quantize_together(
         with named("in measuring the quantized model"):
             quality = _quality(plan, run_state, watching)
         watching.stage(f"Writing {out}")
-        with named("in writing the output"):
-            report = write_output(plan, run_state, quality, key, _named(source, source_options))
+        with named("in writing the output"), _nothing_is_lost(work):
+            report = write_output(plan, run_state, quality, whole_key, _named(source, source_options))
         publish(work / "output", out)
         run_state.clear()
     watching.done(report)
@@ -153,15 +158,33 @@ def _work_of(out: Path) -> Path:
     return place.parent / f"{place.name}.swquant-work"
 
 
-def _before(out: Path, work: Path, key: Mapping[str, Any]) -> list[Report]:
-    """The report of the same call, where it has been done before."""
-    finished = _finished(out, key)
-    if finished is None:
+def _before(out: Path, work: Path, key: Mapping[str, Any], whole_key: Mapping[str, Any]) -> list[Report]:
+    """The report of the same call, where it has been done before.
+
+    Raises:
+        SwquantError: It has been, but in another format.
+    """
+    finished = _report_in(out)
+    if finished is None or {**finished.key, OUTPUT: None} != {**key, OUTPUT: None}:
         return []
+    if finished.key != whole_key:
+        raise SwquantError(_written_otherwise(out, finished.key[OUTPUT], whole_key[OUTPUT]))
     if (work / MANIFEST).exists():
         with lock_directory(work):
             open_run_state(work, key).clear()
     return [finished]
+
+
+def _written_otherwise(out: Path, held: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """That ``out`` holds the model that is asked for, in another format or for another runtime, and what to do."""
+    names = str(held["format"]).split(",")
+    sentence = f"{out} holds this very model, written as {', '.join(names)}; choose another --out"
+    with_codes = next((name for name in names if name != PLAIN), None)
+    if with_codes is None:
+        return sentence
+    source = out if len(names) == 1 else out / with_codes
+    flag = f"--format {wanted['format']}" if wanted["runtime"] is None else f"--for {wanted['runtime']}"
+    return f"{sentence}, or write the same codes anew: swquant convert {source} --out NEW {flag}"
 
 
 def _make_ready(
@@ -189,6 +212,8 @@ def _make_ready(
             )
         if begun:
             run_state.verify()
+            shutil.rmtree(work / "output", ignore_errors=True)  # of an attempt that failed, perhaps in another format
+            require_disk(out, sum(disk_of(plan, shape_of(plan), ranks).outputs.values()))
         else:
             with named("in making the samples and their way to the first block"):
                 _start(plan, run_state, out, watching, ranks)
@@ -242,13 +267,26 @@ def _named(source: str | Path, options: SourceOptions | None) -> str:
     return name if given.subfolder is None else f"{name}/{given.subfolder}"
 
 
-def _finished(out: Path, key: Mapping[str, Any]) -> Report | None:
-    """The report in ``out`` if it is the result of a run with this key."""
+def _report_in(out: Path) -> Report | None:
+    """The report in ``out``, if there is one."""
     try:
-        report = load_report(out / REPORT)
+        return load_report(out / REPORT)
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return report if report.key == key else None
+
+
+@contextmanager
+def _nothing_is_lost(work: Path) -> Generator[None]:
+    """Where an output is refused, what has been trained is written in another format by all but the same command."""
+    try:
+        yield
+    except DamagedRunError:
+        raise
+    except SwquantError as error:
+        raise SwquantError(
+            f"{error}. The trained blocks stay in {work}: the same command with another --format, or without --for, "
+            "writes them and trains nothing again"
+        ) from error
 
 
 def _start(plan: Plan, run_state: RunState, out: Path, watching: Observer, ranks: int) -> None:

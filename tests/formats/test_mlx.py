@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -90,42 +89,15 @@ def test_what_is_written_is_read(spec: QuantSpec, make_qtensor: Make, tmp_path: 
     assert torch.equal(found.dequantize(), q.dequantize())
 
 
-@pytest.mark.parametrize(
-    ("given", "added"),
-    [
-        ({}, {}),
-        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, {"rope_theta": 5e5}),
-        (
-            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}},
-            {"rope_theta": 5e5, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
-        ),
-        ({"rope_parameters": {"rope_theta": 5e5}, "rope_theta": 1e4}, {}),
-        ({"rope_theta": 1e4, "rope_scaling": None}, {}),
-        ({"rope_parameters": None}, {}),
-    ],
-)
-def test_rotary_settings_have_their_old_names_too(
-    given: dict[str, object], added: dict[str, object], make_qtensor: Make, tmp_path: Path
-) -> None:
-    model = model_of(make_qtensor(QuantSpec(2, 64, True), 32, 1, 0), tmp_path)
-    model = replace(model, outline=replace(model.outline, config=CONFIG | given))
-    Mlx().write(tmp_path / "out", model)
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert {name: value for name, value in config.items() if "quantization" not in name} == CONFIG | given | added
-    back = Mlx().read(tmp_path / "out", config)
-    assert back is not None
-    assert back.outline.config == CONFIG | given
-
-
 def test_one_scale_per_channel_is_refused_before_the_run() -> None:
     with pytest.raises(SwquantError, match="--group-size"):
-        Mlx().check(outline_of(Path(), {}, QuantSpec(2, None, True), torch.bfloat16, {}, ()))
+        Mlx().check(outline_of(Path(), {}, QuantSpec(2, None, True), torch.bfloat16, {"layers.0.up": (64, 64)}, ()))
 
 
 def test_8_bit_zero_points_are_refused_in_bfloat16_which_loses_them(make_qtensor: Make) -> None:
     q = make_qtensor(QuantSpec(8, 64, False), 4, 1, 0)
     with pytest.raises(SwquantError, match="asymmetric w8g64 in bfloat16"):
-        Mlx().check(outline_of(Path(), {}, q.spec, torch.bfloat16, {}, ()))
+        Mlx().check(outline_of(Path(), {}, q.spec, torch.bfloat16, {"layers.0.up": (64, 64)}, ()))
     with pytest.raises(SwquantError, match="asymmetric w8g64 in bfloat16"):
         Mlx().encode("proj", q, torch.bfloat16)
     assert torch.equal(Mlx().decode("proj", Mlx().encode("proj", q, torch.float16), q.spec).zero, q.zero)
@@ -133,7 +105,7 @@ def test_8_bit_zero_points_are_refused_in_bfloat16_which_loses_them(make_qtensor
 
 def test_notes_are_about_rounding_and_families() -> None:
     def check(spec: QuantSpec, dtype: torch.dtype, family: str = "llama") -> tuple[str, ...]:
-        return Mlx().check(outline_of(Path(), {"model_type": family}, spec, dtype, {}, ()))
+        return Mlx().check(outline_of(Path(), {"model_type": family}, spec, dtype, {"layers.0.up": (64, 64)}, ()))
 
     assert check(QuantSpec(2, 64, True), torch.bfloat16) == ()
     assert check(QuantSpec(3, 64, False), torch.float16) == ()

@@ -166,6 +166,9 @@ def test_what_has_no_kernel_is_refused_with_what_has() -> None:
 def test_models_without_a_graph_are_refused_before_the_work(changes: Mapping[str, Any], message: str) -> None:
     pytest.importorskip("onnx")
     assert "8 bits" in Onnx().check(outline(LLAMA))[0]
+    layers = 2 * 2 * 4 * LLAMA["num_attention_heads"] * LLAMA["head_dim"]
+    (_, cache) = Onnx().check(outline({**LLAMA, "max_position_embeddings": 1 << 17}))
+    assert f"4096 of 131072, which takes {layers * 4096 / 1e6:.0f} MB" in cache
     with pytest.raises(SwquantError, match=message):
         Onnx().check(outline({**LLAMA, **changes}))
 

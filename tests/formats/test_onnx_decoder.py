@@ -20,7 +20,7 @@ from swquant.errors import SwquantError
 from swquant.families import family_for
 from swquant.formats.onnx import Onnx
 from swquant.formats.onnx_layout import decoder_layout
-from swquant.formats.onnx_writer import write_decoder
+from swquant.formats.onnx_writer import genai_config, write_decoder
 from swquant.quant.draft import commit, open_draft
 from swquant.quant.qtensor import QTensor
 from swquant.quant.spec import QuantSpec
@@ -219,6 +219,9 @@ def test_genai_is_told_sizes_names_and_special_tokens(written: Path, make_model:
     assert told["model"]["type"] == "llama"
     assert told["model"]["context_length"] == told["search"]["max_length"] == 64
     assert told["model"]["pad_token_id"] == 1
+    long = decoder_layout(json.loads((written / "config.json").read_text()) | {"max_position_embeddings": 131072})
+    told_long = genai_config(long, written)
+    assert (told_long["model"]["context_length"], told_long["search"]["max_length"]) == (131072, 4096)
     decoder = told["model"]["decoder"]
     assert (decoder["num_attention_heads"], decoder["num_key_value_heads"], decoder["head_size"]) == (4, 2, 16)
     names = {value.name for value in onnx.load(written / "model.onnx", load_external_data=False).graph.input}

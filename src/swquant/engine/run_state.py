@@ -20,7 +20,7 @@ from torch import Tensor
 
 from swquant.engine.durable import checksum_of, flush, replace_file, save_tensors
 from swquant.engine.hidden_states import open_hidden
-from swquant.errors import SwquantError
+from swquant.errors import DamagedRunError, SwquantError
 from swquant.quant.bits import pack, unpack
 from swquant.quant.draft import Committed
 from swquant.quant.ktensor import KTensor, ktensor
@@ -244,7 +244,7 @@ class RunState:
             (self.root / name).unlink(missing_ok=True)
 
     def _damaged(self, what: str) -> SwquantError:
-        return SwquantError(f"the working directory {self.root} is damaged: {what}; delete it to start over")
+        return DamagedRunError(f"the working directory {self.root} is damaged: {what}; delete it to start over")
 
 
 def open_run_state(root: Path, key: Mapping[str, Any]) -> RunState:

@@ -111,7 +111,7 @@ def output_bytes(form: Format, plan: Plan) -> int:
     names = plan.skeleton.names
     quantized = names.keys_of(site.weight for site in plan.layout.sites)
     plain = [
-        stored for name, stored in plan.disk.tensors.items() if name not in quantized and name not in names.dropped
+        stored for name, stored in plan.disk.tensors.items() if name not in quantized and name not in names.left_out
     ]
     head = plan.skeleton.head_weight
     if plan.pipeline.rotate and (head not in plan.disk.tensors or head in names.dropped):

@@ -60,6 +60,7 @@ class AutoRound:
         """The notes say which programs read it, and where readers round."""
         require_fits(self, outline)
         require_widths(self.name, outline)
+        blocks_of(outline)
         notes = rounding_notes(outline)
         if outline.spec.symmetric:
             return notes

@@ -18,8 +18,7 @@ from swquant.formats.base import require_fits, require_tensor, stored_bytes
 from swquant.formats.gguf_blocks import block_type
 from swquant.formats.gguf_model import describe_model
 from swquant.formats.gguf_reader import read_gguf
-from swquant.formats.gguf_tokenizer import read_vocabulary
-from swquant.formats.gguf_writer import FILE, import_gguf, write_gguf
+from swquant.formats.gguf_writer import FILE, import_gguf, rehearse, require_named, tensor_names, write_gguf
 from swquant.quant.ktensor import KTensor
 from swquant.quant.qtensor import QTensor
 from swquant.quant.spec import QuantSpec
@@ -69,7 +68,10 @@ class Gguf:
             order = model.row_order(name)
             if order is not None and len(order) != rows:
                 raise SwquantError(f"{name} has {rows} outputs, where the heads of config.json have {len(order)}")
-        notes = [*model.notes, *read_vocabulary(outline.directory, model.settings).notes]
+        known = tensor_names(model)
+        for name in (*(f"{module}.weight" for module in outline.linears), *(outline.plain or ())):
+            require_named(name, known, model)
+        notes = [*model.notes, *rehearse(outline, model).notes]
         if kind.name == "Q2_0":
             notes.append(
                 "Q2_0 came to llama.cpp in summer 2026: older releases refuse it, and on x86 processors, for which it "

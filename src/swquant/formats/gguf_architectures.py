@@ -178,6 +178,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     ),
     "olmo2": Architecture("olmo2", fixed={"attention_bias": False}, slides=True, check=_check_own_width),
     "phi3": Architecture("phi3", scalings=("default",), check=_check_own_width),
-    "smollm3": Architecture("smollm3", turns=True, check=_check_smollm3),
+    "smollm3": Architecture(
+        "smollm3", turns=True, fixed={"attention_bias": False, "mlp_bias": False}, check=_check_smollm3
+    ),
 }
 """By family."""

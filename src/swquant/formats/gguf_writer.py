@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import struct
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -12,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swquant.checkpoint.quantized import QuantizedModel, entries
+from swquant.checkpoint.quantized import Outline, QuantizedModel, entries
 from swquant.checkpoint.writer import Written, copy_sidecars, require_unused, write_beside
-from swquant.errors import SwquantError
+from swquant.errors import SwquantError, reason_of
 from swquant.formats.gguf_blocks import block_type
 from swquant.formats.gguf_model import ROPE_FREQS, Model, Rope, describe_model, reorder
 from swquant.formats.gguf_tokenizer import Vocabulary, read_vocabulary
@@ -54,12 +56,54 @@ def import_gguf() -> Any:
 
 
 def tensor_names(model: Model) -> dict[str, str]:
-    """llama.cpp's names of modules, by ours; those that its architecture has not are left out."""
+    """llama.cpp's names of modules, by ours; those that its architecture has not are left out.
+
+    Raises:
+        SwquantError: The installed package is older than the architecture.
+    """
     gguf = import_gguf()
     architectures = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
+    if model.architecture.name not in architectures:
+        raise SwquantError(
+            f"the installed package gguf does not know the architecture {model.architecture.name}: pip install -U gguf"
+        )
     known = gguf.get_tensor_name_map(architectures[model.architecture.name], model.blocks)
     named = {module: known.get_name(module) for module in model.modules()}
     return {module: name for module, name in named.items() if name is not None}
+
+
+def require_named(full: str, names: Mapping[str, str], model: Model) -> str:
+    """llama.cpp's name of the tensor ``full``, given those of modules.
+
+    Raises:
+        SwquantError: It has none.
+    """
+    module, _, suffix = full.rpartition(".")
+    if module not in names or suffix not in ("weight", "bias"):
+        raise SwquantError(f"llama.cpp's {model.architecture.name} has no tensor {full}; choose another format")
+    return f"{names[module]}.{suffix}"
+
+
+def rehearse(outline: Outline, model: Model) -> Vocabulary:
+    """Write all of a file but its tensors, and take it away again; returns the tokenizer that was written.
+
+    Raises:
+        SwquantError: llama.cpp has no such tokenizer, or its package does not write such metadata.
+    """
+    vocabulary, gguf = read_vocabulary(outline.directory, model.settings), import_gguf()
+    with tempfile.TemporaryDirectory() as place:
+        writer: Any = gguf.GGUFWriter(Path(place) / FILE, model.architecture.name)
+        with closing(writer):
+            try:
+                _add_metadata(writer, model, outline.spec, vocabulary)
+                writer.write_header_to_file()
+                writer.write_kv_data_to_file()
+            except (ValueError, TypeError, OverflowError, struct.error) as error:
+                raise SwquantError(
+                    f"llama.cpp's package does not write this model's metadata ({reason_of(error)}); "
+                    "choose another format"
+                ) from error
+    return vocabulary
 
 
 def write_gguf(directory: Path, quantized: QuantizedModel, pack: Pack) -> Written:
@@ -84,9 +128,7 @@ def write_gguf(directory: Path, quantized: QuantizedModel, pack: Pack) -> Writte
     copy_sidecars(directory, quantized.sidecars)
     writer: Any = gguf.GGUFWriter(directory / FILE, model.architecture.name)
     with closing(writer):
-        _add_model(writer, gguf, model)
-        _add_grid(writer, outline.spec)
-        _add_vocabulary(writer, vocabulary)
+        _add_metadata(writer, model, outline.spec, vocabulary)
         size = 0
         int8 = torch.empty(0, dtype=torch.int8).numpy().dtype  # the package rescales shapes of uint8 by types it knows
         for name, entry in _entries(quantized, model, names, pack):
@@ -112,9 +154,7 @@ def _entries(
         yield ROPE_FREQS, _plain(model.rope.divisors)
     for part in quantized.parts():
         for full, value in entries(part):
-            module, _, suffix = full.rpartition(".")
-            if module not in names:
-                raise SwquantError(f"llama.cpp's {model.architecture.name} has no tensor {full}; choose another format")
+            name, module = require_named(full, names, model), full.rpartition(".")[0]
             order = model.row_order(module)
             if isinstance(value, Tensor):
                 rows = value if order is None else value[order]
@@ -122,7 +162,7 @@ def _entries(
                 entry = _plain(rows.float() + model.offset(module) if model.offset(module) else rows)
             else:
                 entry = _packed(full, reorder(value, order), pack)
-            yield f"{names[module]}.{suffix}", entry
+            yield name, entry
 
 
 def _plain(tensor: Tensor) -> _Entry:
@@ -135,6 +175,13 @@ def _packed(name: str, weight: QTensor | KTensor, pack: Pack) -> _Entry:
     kind = block_type(weight.spec)
     assert kind is not None
     return _Entry(pack(name, weight).view(-1), tuple(weight.codes.shape), kind.type_id)
+
+
+def _add_metadata(writer: Any, model: Model, spec: QuantSpec, vocabulary: Vocabulary) -> None:
+    """All of a file but its tensors."""
+    _add_model(writer, import_gguf(), model)
+    _add_grid(writer, spec)
+    _add_vocabulary(writer, vocabulary)
 
 
 def _add_model(writer: Any, gguf: Any, model: Model) -> None:

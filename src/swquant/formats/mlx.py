@@ -25,6 +25,7 @@ from swquant.formats.base import (
     uniform_only,
     weights_are_exact,
 )
+from swquant.formats.mlx_models import settings_for_mlx
 from swquant.formats.reading import blocks_of, require_shape, spec_from
 from swquant.quant.bits import pack, packed_words, unpack
 from swquant.quant.kgrids import UNIFORM
@@ -39,8 +40,6 @@ model, tokenizer = load(str(path))"""
 
 _SUFFIXES = ("scales", "biases", "weight")
 _SETTINGS = {"group_size", "bits", "mode", "symmetric"}
-_UNKNOWN = ("opt",)
-"""Values of ``model_type`` that mlx-lm 0.32 has no model for."""
 
 
 class Mlx:
@@ -66,14 +65,11 @@ class Mlx:
         return "MLX has groups of 32, 64 and 128 alone, so give --group-size" if spec.group_size is None else None
 
     def check(self, outline: Outline) -> tuple[str, ...]:
-        """The notes say what is rounded, and which families mlx-lm does not have."""
+        """The notes say what is rounded, and what mlx-lm computes otherwise."""
         require_fits(self, outline)
+        blocks_of(outline)
         _require_digits(outline.spec, outline.dtype)
-        notes: list[str] = []
-        if outline.config.get("model_type") in _UNKNOWN:
-            notes.append(
-                f"mlx-lm has no models of type {outline.config['model_type']}, so it does not load this output"
-            )
+        notes = list(settings_for_mlx(outline.config)[1])
         if not weights_are_exact(outline.spec, outline.dtype):
             stored = dtype_name(outline.dtype)
             if outline.spec.symmetric:
@@ -120,7 +116,8 @@ class Mlx:
     def write(self, directory: Path, model: QuantizedModel) -> Written:
         """A safetensors checkpoint with ``quantization``, and ``quantization_config`` that repeats it."""
         settings, outline = self.config(model.outline.spec), model.outline
-        known = replace(model, outline=replace(outline, config={**outline.config, **_old_names(outline.config)}))
+        added, _ = settings_for_mlx(outline.config)
+        known = replace(model, outline=replace(outline, config={**outline.config, **added}))
         return write_codes(directory, known, self.encode, {QUANTIZATION: settings, QUANTIZATION_CONFIG: settings})
 
     def read(self, directory: Path, config: Mapping[str, Any]) -> QuantizedModel | None:
@@ -141,7 +138,7 @@ class Mlx:
         spec = spec_from(directory, settings.get("bits"), settings["group_size"], settings.get("symmetric", False))
         model = read_codes(open_checkpoint(directory, quantized=True), spec, _SUFFIXES, _shape_of, self.decode)
         blocks_of(model.outline)
-        return replace(model, outline=replace(model.outline, config=_without_old_names(model.outline.config)))
+        return model
 
     def loading(self, spec: QuantSpec) -> str:
         """Through mlx-lm."""
@@ -155,27 +152,6 @@ class Mlx:
     def plain_bytes(self, outline: Outline, plain: Sequence[Stored]) -> int:
         """As they are."""
         return stored_bytes(plain)
-
-
-def _old_names(config: Mapping[str, Any]) -> dict[str, object]:
-    """Rotary settings as they were named before transformers 5, which most of mlx-lm's models read alone.
-
-    Without them a model runs with its family's default base, and nothing says so.
-    """
-    rotary = config.get("rope_parameters")
-    if not isinstance(rotary, dict):
-        return {}
-    named: dict[str, object] = {name: rotary[name] for name in ("rope_theta",) if name in rotary}
-    if rotary.get("rope_type", "default") != "default":
-        named["rope_scaling"] = {name: value for name, value in rotary.items() if name != "rope_theta"}
-    return {name: value for name, value in named.items() if config.get(name) is None}
-
-
-def _without_old_names(config: Mapping[str, Any]) -> dict[str, Any]:
-    """``config`` without what :func:`_old_names` has added to it."""
-    new = {name: value for name, value in config.items() if name not in ("rope_theta", "rope_scaling")}
-    added = _old_names(new)
-    return {name: value for name, value in config.items() if name not in added or value != added[name]}
 
 
 def _shift(spec: QuantSpec, dtype: torch.dtype) -> float:

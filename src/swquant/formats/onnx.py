@@ -30,7 +30,10 @@ _LOAD = """\
 import onnxruntime_genai
 model = onnxruntime_genai.Model(path)
 tokenizer = onnxruntime_genai.Tokenizer(model)
-tokenizer.update_options(add_special_tokens="true")  # as transformers does"""
+tokenizer.update_options(add_special_tokens="true")  # as transformers does
+parameters = onnxruntime_genai.GeneratorParams(model)
+parameters.set_search_options(max_length=256)  # of prompt and answer: the cache is allocated for as many tokens
+generator = onnxruntime_genai.Generator(model, parameters)"""
 
 
 class Onnx:
@@ -58,12 +61,23 @@ class Onnx:
     def check(self, outline: Outline) -> tuple[str, ...]:
         """The graph must be known for the family and its settings; the note is about 8-bit activations."""
         require_fits(self, outline)
-        decoder_layout(outline.config)
+        layout = decoder_layout(outline.config)
         require_onnx()
-        return (
+        kept = next((name for name in outline.ignored if name.startswith("model.layers.")), None)
+        if kept is not None:
+            raise SwquantError(f"onnx has no graph in which {kept} is not quantized; choose another format")
+        rounding = (
             "onnxruntime rounds the inputs of quantized layers to 8 bits as it computes (accuracy level "
-            f"{ACCURACY_LEVEL}), so its logits differ slightly from the report's; see docs/onnx.md",
+            f"{ACCURACY_LEVEL}), so its logits differ slightly from the report's; see docs/onnx.md"
         )
+        length, size = layout.longest_text, layout.cache_bytes * layout.longest_text
+        if length == layout.context:
+            return (rounding,)
+        cache = (
+            "onnxruntime-genai allocates its cache for max_length tokens of prompt and answer: genai_config.json sets "
+            f"{length} of {layout.context}, which takes {size / 1e6:.0f} MB, and set_search_options another number"
+        )
+        return (rounding, cache)
 
     def encode(self, name: str, q: QTensor, dtype: torch.dtype) -> dict[str, Tensor]:
         """Pack codes and zero points; see the class for names and shapes."""

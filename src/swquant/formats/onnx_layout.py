@@ -31,6 +31,13 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Rotary embeddings whose angles depend on the position alone, not on the length of the text."""
 
+LONGEST_TEXT = 4096
+"""Tokens of a prompt and its answer that ``genai_config.json`` allows, unless the context is shorter.
+
+onnxruntime-genai allocates its cache for that many at once, 65,536 bytes for each with a model as small as
+Llama 3.2 1B: for the whole context of that one, 131,072 tokens, 8.6 GB.
+"""
+
 LONGEST_CONTEXT, MOST_LAYERS, WIDEST_HEAD = 1 << 20, 1 << 12, 1 << 10
 HEAD_MULTIPLE = 16
 """``GroupQueryAttention`` rotates heads whose width this divides."""
@@ -70,6 +77,16 @@ class DecoderLayout:
     def normalizes_queries(self) -> bool:
         """Whether queries and keys pass through a norm for each head."""
         return self.family == "qwen3"
+
+    @property
+    def longest_text(self) -> int:
+        """``max_length`` in ``genai_config.json``."""
+        return min(self.context, LONGEST_TEXT)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of a token: a key and a value in float32 for each layer and head."""
+        return 2 * 4 * len(self.windows) * self.key_value_heads * self.head_dim
 
     def rotary_tables(self) -> tuple[Tensor, Tensor]:
         """Cosines and sines, ``float32 [context, head_dim / 2]``, as transformers computes them."""

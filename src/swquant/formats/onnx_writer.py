@@ -99,7 +99,7 @@ def genai_config(layout: DecoderLayout, directory: Path) -> dict[str, Any]:
             **known,
             "decoder": decoder,
         },
-        "search": {"do_sample": False, "max_length": layout.context, "past_present_share_buffer": True},
+        "search": {"do_sample": False, "max_length": layout.longest_text, "past_present_share_buffer": True},
     }
 
 

@@ -65,13 +65,11 @@ class Layout:
         blocks: The matrices of each block in the order in which they run.
         flows: How each block runs.
         kept: Linears of the blocks that are kept as they are, and why, by name.
-        carried: Tensors on disk that no module of the model owns; they are copied as they are.
     """
 
     blocks: tuple[tuple[Site, ...], ...]
     flows: tuple[Flow, ...]
     kept: Mapping[str, str]
-    carried: tuple[str, ...]
 
     @property
     def sites(self) -> Iterator[Site]:
@@ -122,7 +120,7 @@ def lay_out(skeleton: Skeleton, spec: QuantSpec, grids: Mapping[str, QuantSpec |
     blocks, kept = _sorted_out(skeleton, flows, spec, SMALLEST)
     if not any(blocks):  # a model of nothing but small matrices has them quantized
         blocks, kept = _sorted_out(skeleton, flows, spec, 1)
-    layout = Layout(tuple(blocks), tuple(flows), kept, skeleton.names.carried)
+    layout = Layout(tuple(blocks), tuple(flows), kept)
     layout = _with_grids(layout, grids or {})
     for site in layout.sites:
         assert site.spec is not None

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,11 +16,14 @@ from swquant import registry
 from swquant.checkpoint.converted import Blend, Stack
 from swquant.checkpoint.quantized import Part, QuantizedModel
 from swquant.checkpoint.reader import read_config
-from swquant.errors import SwquantError
+from swquant.errors import SwquantError, reason_of
 from swquant.formats.base import Format
+from swquant.phases.micro_batch import ran_out
 from swquant.quant.ktensor import KTensor
 from swquant.quant.qtensor import QTensor
 from swquant.verification.base import Reader
+
+Result = TypeVar("Result")
 
 LARGEST_DIVERGENCE = 0.05
 """Nats per token between our predictions and a runtime's beyond which an output counts as broken.
@@ -67,12 +71,15 @@ def verify(form: Format, directory: Path, model: QuantizedModel, sample: tuple[T
     if reader is None:
         return Verification(weights)
     named = None if reader.package is None else _installed((reader.package,))
-    if named is not None and not _compare_weights(reader, directory, model):
+    if named is not None and not _asked(named, form, lambda: _compare_weights(reader, directory, model)):
         named = None
     runtime = None if sample is None or not reader.runtime else _installed(reader.runtime)
     if runtime is None or sample is None:
         return Verification(weights, named)
-    kl, top1 = _compare_logits(reader, directory, sample)
+    found = _asked(runtime, form, lambda: _compare_logits(reader, directory, sample))
+    if found is None:
+        return Verification(weights, named)
+    kl, top1 = found
     if not kl < LARGEST_DIVERGENCE:
         raise SwquantError(
             f"the {form.name} output predicts otherwise in {runtime} than here, by {kl:.3g} nats per token, expected "
@@ -91,6 +98,26 @@ def _installed(packages: tuple[str, ...]) -> str | None:
         return ", ".join(f"{package} {importlib.metadata.version(package)}" for package in packages)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _asked(packages: str, form: Format, question: Callable[[], Result]) -> Result | None:
+    """What other software answers; ``None`` where it does not start on this machine, such as MLX without a backend.
+
+    Raises:
+        SwquantError: It does not read the output, or gives something else.
+    """
+    try:
+        return question()
+    except ImportError:
+        return None
+    except (SwquantError, MemoryError):
+        raise
+    except Exception as error:  # packages raise whatever an output makes them run into
+        if ran_out(error):
+            raise
+        raise SwquantError(
+            f"{packages} does not open the {form.name} output ({reason_of(error)}); it was not published"
+        ) from error
 
 
 def _compare_codes(form: Format, directory: Path, model: QuantizedModel) -> int:

@@ -37,6 +37,51 @@ ROTARY = {
 }
 
 
+def yarn(**settings: float) -> dict[str, Any]:
+    """Without the original context, which transformers takes from the whole one and mlx-lm for 4096."""
+    return {"rope_parameters": {"rope_type": "yarn", "rope_theta": 5e3, "factor": 4.0, **settings}}
+
+
+def gemma3(**whole: object) -> dict[str, Any]:
+    local = {"rope_type": "default", "rope_theta": 3e3}
+    rope = {"full_attention": {"rope_type": "default", "rope_theta": 2e4, **whole}, "sliding_attention": local}
+    return {"layer_types": ["sliding_attention", "full_attention"], "rope_parameters": rope}
+
+
+SETTINGS: list[tuple[str, dict[str, Any]]] = [
+    ("llama", yarn()),
+    ("llama", yarn(attention_factor=1.3)),
+    ("llama", yarn(mscale=0.7)),
+    ("llama", yarn(mscale=0.7, mscale_all_dim=0.4)),
+    ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 5e3, "factor": 2.0}}),
+    ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 5e3, "factor": 2.0}}),
+    ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+    ("qwen2", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}),
+    ("gemma2", {"query_pre_attn_scalar": 256, "sliding_window": 64, "tie_word_embeddings": True}),
+    ("gemma3", gemma3()),
+    ("gemma3", gemma3(rope_type="linear", factor=4.0)),
+    ("granite", {}),
+    ("olmo2", {}),
+    ("phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
+    ("smollm3", {"no_rope_layers": [1, 0]}),
+]
+"""Settings that mlx-lm fills in otherwise than transformers where they are missing, or reads under other names."""
+
+
+@pytest.fixture(scope="module")
+def settled(environment: Callable[..., Any], quantized: Callable[..., Any], computed: Callable[..., Any]) -> Any:
+    python = environment("mlx", REQUIREMENTS)
+    cases = [quantized("mlx", LAST[0], family, torch.float32, **settings) for family, settings in SETTINGS]
+    return list(zip(cases, computed(python, "with_mlx.py", cases), strict=True))
+
+
+@pytest.mark.parametrize("index", range(len(SETTINGS)))
+def test_a_model_of_any_settings_runs_as_the_one_that_was_measured(index: int, settled: Any) -> None:
+    case, theirs = settled[index]
+    assert case.divergence(theirs["logits"]) < 1e-5
+    assert case.measured(theirs["logits"]) == pytest.approx(case.perplexity, rel=1e-3)
+
+
 @pytest.fixture(scope="module")
 def found(environment: Callable[..., Any], quantized: Callable[..., Any], computed: Callable[..., Any]) -> Any:
     python = environment("mlx", REQUIREMENTS)
