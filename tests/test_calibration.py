@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from swquant import SwquantError
-from swquant.calibration import draw_from_model, eval_windows, load_tokenizer, read_text, sample_windows, tokenize
+from swquant.calibration import draw_from_model, eval_windows, read_text, sample_windows, tokenize
+from swquant.tokenizer import load_tokenizer
 
 
 @given(st.integers(1, 300), st.integers(1, 12), st.integers(1, 40), st.integers(0, 9))

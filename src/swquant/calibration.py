@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from swquant.checkpoint.reader import read_config
 from swquant.errors import SwquantError, reason_of
@@ -102,19 +101,6 @@ def _dataset(source: str) -> tuple[str, dict[str, Any]]:
     return name, {"name": (rest[0] if rest else None) or None, "split": split}
 
 
-def load_tokenizer(directory: Path) -> Any:
-    """The tokenizer in a model directory.
-
-    Raises:
-        SwquantError: If there is none that loads without code from the directory.
-    """
-    try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # tokenizer files fail in as many ways as there are tokenizers
-        reason = reason_of(error)
-        raise SwquantError(f"{directory} has no tokenizer that loads: {reason}") from error
-
-
 def tokenize(tokenizer: Any, text: str) -> Tensor:
     """``int64 [tokens]``: the text tokenised once in whole, with the special tokens that the tokenizer adds.
 
@@ -130,8 +116,27 @@ def tokenize(tokenizer: Any, text: str) -> Tensor:
         raise SwquantError(f"the tokenizer of {tokenizer.name_or_path} does not tokenize: {reason}") from error
 
 
-def sample_windows(tokens: Tensor, samples: int, seq_len: int, seed: int) -> Tensor:
+def begun(windows: Tensor, begin: int | None) -> Tensor:
+    """Windows of a text, ``int64 [windows, tokens]``, each of which begins with the token ``begin``, if that is given.
+
+    It takes the place of the last token, so that the windows stay as long as they are; one that begins with it already
+    stays as it is.
+    """
+    if begin is None:
+        return windows
+    first = torch.full_like(windows[:, :1], begin)
+    return torch.where(windows[:, :1] == begin, windows, torch.cat((first, windows[:, :-1]), 1))
+
+
+def sample_windows(tokens: Tensor, samples: int, seq_len: int, seed: int, begin: int | None = None) -> Tensor:
     """Random windows of a text, ``int64 [samples, seq_len]``; they overlap only where the text is too short not to.
+
+    Args:
+        tokens: Of the text.
+        samples: How many.
+        seq_len: Tokens of each.
+        seed: Of the draws.
+        begin: See :func:`begun`.
 
     Raises:
         SwquantError: If the text has fewer than a quarter of the tokens that the samples take, or than one window.
@@ -148,11 +153,17 @@ def sample_windows(tokens: Tensor, samples: int, seq_len: int, seed: int) -> Ten
         starts = torch.randperm(windows, generator=rng)[:samples] * seq_len
     else:
         starts = torch.randint(len(tokens) - seq_len + 1, (samples,), generator=rng)
-    return torch.stack([tokens[start : start + seq_len] for start in starts.tolist()])
+    return begun(torch.stack([tokens[start : start + seq_len] for start in starts.tolist()]), begin)
 
 
-def eval_windows(tokens: Tensor, seq_len: int, limit: int | None) -> Tensor:
+def eval_windows(tokens: Tensor, seq_len: int, limit: int | None, begin: int | None = None) -> Tensor:
     """Consecutive windows from the start, ``int64 [windows, seq_len]``; what does not fill a window is dropped.
+
+    Args:
+        tokens: Of the text.
+        seq_len: Tokens of a window.
+        limit: Only the first so many windows.
+        begin: See :func:`begun`.
 
     Raises:
         SwquantError: If the text does not fill one.
@@ -163,7 +174,7 @@ def eval_windows(tokens: Tensor, seq_len: int, limit: int | None) -> Tensor:
             f"the evaluation text is too short: a window needs {seq_len} tokens, it has {len(tokens)}; "
             "give more text or a shorter context"
         )
-    return tokens[: count * seq_len].view(count, seq_len)[:limit]
+    return begun(tokens[: count * seq_len].view(count, seq_len)[:limit], begin)
 
 
 @torch.no_grad()

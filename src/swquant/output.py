@@ -71,6 +71,7 @@ def write_output(
         outputs=outputs,
         seconds=round(sum(float(part["seconds"]) for part in (*run_state.reports, *([finish] if finish else []))), 3),
         key=key,
+        reading=tuple(run_state.notes["reading"]),
     )
     report = replace(report, advice=advise(report))
     for name, text in described(report, licence_of(plan.checkpoint.directory)).items():

@@ -24,7 +24,7 @@ from swquant.engine.block import Job, split_validation
 from swquant.engine.pace import tail_of
 from swquant.engine.precision import PRECISIONS
 from swquant.errors import SwquantError
-from swquant.families import family_for
+from swquant.families import begins_each_window, family_for
 from swquant.formats.base import Format, check_dtype
 from swquant.losses import WeightedSum, parse_loss
 from swquant.methods import Pipeline, Setting, build_pipeline, parse_methods
@@ -37,6 +37,7 @@ from swquant.quant.spec import QuantSpec
 from swquant.recipe import PRESETS, Recipe
 from swquant.targets import choose_format, load_target, require_loads, require_together
 from swquant.targets.base import Target
+from swquant.tokenizer import digest
 
 LONGEST = 2048
 DEFAULT_FORMAT = "compressed_tensors"
@@ -94,6 +95,8 @@ class Plan:
                 site.name: _label(site.spec) for block in self.layout.blocks for site in block if site.spec != self.spec
             },
             **{name: text and hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()},
+            "tokenizer": digest(self.disk.directory) if any(text is not None for text in texts.values()) else None,
+            "begin_each_window": begins_each_window(self.disk.config),
             "versions": versions(),
         }
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from swquant import SwquantError, evaluate
-from swquant.calibration import load_tokenizer
 from swquant.evaluation.texts import PROTOCOLS, measured_windows
+from swquant.tokenizer import load_tokenizer
 
 LENGTHS = [5, 90, 40, 120, 17, 60, 33, 200]
 

@@ -26,16 +26,20 @@ from swquant.checkpoint.values import MOST, finite, require_range, runs, wanted_
 from swquant.errors import SwquantError
 
 CONFIG = "config.json"
-_SIDECARS = (
+_OF_TOKENIZER = (
     "tokenizer*.json",
     "tokenizer*.txt",
     "*.model",
     "*.tiktoken",
+    "tekken.json",
     "vocab*.json",
     "vocab*.txt",
     "merges*.txt",
     "special_tokens_map.json",
     "added_tokens.json",
+)
+_SIDECARS = (
+    *_OF_TOKENIZER,
     "generation_config.json",
     "chat_template*.jinja",
     "chat_template*.json",
@@ -341,6 +345,11 @@ def _is_sidecar(name: str) -> bool:
     if lower.endswith(_NEVER_COPIED):
         return False
     return any(fnmatchcase(lower, pattern) for pattern in (*_SIDECARS, *_NOTICES))
+
+
+def is_of_tokenizer(name: str) -> bool:
+    """Whether a file of this name decides which tokens a text has."""
+    return any(fnmatchcase(name.lower(), pattern) for pattern in _OF_TOKENIZER)
 
 
 def require_own(path: Path, directory: Path) -> None:

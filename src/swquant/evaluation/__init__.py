@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from swquant.calibration import load_tokenizer
 from swquant.checkpoint.opening import SourceOptions
 from swquant.checkpoint.reader import find_model
 from swquant.device import resolve_device
@@ -21,6 +20,7 @@ from swquant.evaluation.recovered import Contrast, Recovered
 from swquant.evaluation.results import Evaluation, Gain, Measured
 from swquant.evaluation.scores import TokenScores, score_windows
 from swquant.evaluation.texts import measured_windows
+from swquant.tokenizer import Reading, load_tokenizer, open_reading
 
 __all__ = [
     "Contrast",
@@ -160,15 +160,15 @@ def _load(reference: str | Path, what: What, options: SourceOptions | None) -> t
 def _measure(directory: Path, what: What, original: Any | None, *, packed: bool) -> Measured:
     place = resolve_device(what.device)
     model = load_model(directory, place, packed=packed)
-    tokenizer = load_tokenizer(directory)
-    scores = None if what.text is None else _scores(directory, model, tokenizer, original, what, place)
-    runs = run_tasks(model, tokenizer, what.tasks, items=what.items) if what.tasks else ()
+    reading = open_reading(directory)
+    scores = None if what.text is None else _scores(directory, model, reading, original, what, place)
+    runs = run_tasks(model, reading.tokenizer, what.tasks, items=what.items) if what.tasks else ()
     text = None if scores is None else Evaluation.of(str(directory), str(what.text), scores)
-    return Measured(str(directory), text, tuple(run.score for run in runs), scores, runs)
+    return Measured(str(directory), text, tuple(run.score for run in runs), reading.notes, scores, runs)
 
 
 def _scores(
-    directory: Path, model: Any, tokenizer: Any, original: Any | None, what: What, place: torch.device
+    directory: Path, model: Any, reading: Reading, original: Any | None, what: What, place: torch.device
 ) -> TokenScores:
     limit = int(model.config.max_position_embeddings)
     context = what.context or min(LONGEST, limit)
@@ -180,5 +180,5 @@ def _scores(
             "give the model that it was made of"
         )
     assert what.text is not None
-    rows = measured_windows(what.text, tokenizer, context, what.windows)
+    rows = measured_windows(what.text, reading.tokenizer, context, what.windows, reading.begin)
     return score_windows(model, original, rows, place)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from swquant.calibration import eval_windows, read_text, tokenize
+from swquant.calibration import begun, eval_windows, read_text, tokenize
 from swquant.errors import SwquantError, reason_of
 
 WINDOWS = 256
@@ -64,7 +64,7 @@ PROTOCOLS: Mapping[str, Protocol] = {
 }
 
 
-def measured_windows(source: str, tokenizer: Any, context: int, limit: int | None) -> Tensor:
+def measured_windows(source: str, tokenizer: Any, context: int, limit: int | None, begin: int | None = None) -> Tensor:
     """The windows to measure on, ``int64 [windows, context]``.
 
     Args:
@@ -73,6 +73,7 @@ def measured_windows(source: str, tokenizer: Any, context: int, limit: int | Non
         tokenizer: The model's.
         context: Tokens of a window.
         limit: Only the first so many windows.
+        begin: See :func:`swquant.calibration.begun`.
 
     Raises:
         SwquantError: There is no such text, or it is too short.
@@ -80,14 +81,14 @@ def measured_windows(source: str, tokenizer: Any, context: int, limit: int | Non
     name, given, file = source.partition("=")
     protocol = None if Path(source).is_file() else PROTOCOLS.get(name)
     if protocol is None:
-        return eval_windows(tokenize(tokenizer, read_text(source)), context, limit)
+        return eval_windows(tokenize(tokenizer, read_text(source)), context, limit, begin)
     documents = _read_documents(Path(file), protocol.field) if given else _load(name, protocol)
     if protocol.windows is not None:
         limit = min(limit or protocol.windows, protocol.windows)
     if protocol.cut == "drawn":
-        return draw_windows(documents, tokenizer, context, limit or WINDOWS)
+        return begun(draw_windows(documents, tokenizer, context, limit or WINDOWS), begin)
     text = protocol.joint.join(documents[: protocol.documents])
-    return eval_windows(tokenize(tokenizer, text), context, limit)
+    return eval_windows(tokenize(tokenizer, text), context, limit, begin)
 
 
 def draw_windows(documents: Sequence[str], tokenizer: Any, context: int, count: int) -> Tensor:
