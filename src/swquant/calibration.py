@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from swquant.checkpoint.reader import read_config
+from swquant.documents import LINES, TEXTS, read_documents, read_plain
 from swquant.errors import SwquantError, reason_of
 from swquant.model.empty import model_class
 from swquant.model.empty import read_config as parse_config
@@ -22,7 +22,6 @@ LEAST_SHARE = 4
 """A text must hold at least one in so many of the tokens that the samples take; windows overlap below the whole."""
 
 DRAWN_AT_ONCE = 16
-_FILES = (".txt", ".md", ".jsonl", ".json")
 _C4_DOCUMENTS = 10_000
 _C4_SHARDS = {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"}
 
@@ -40,31 +39,11 @@ def read_text(source: str) -> str:
     """
     path = Path(source)
     if path.is_file():
-        return _read_file(path)
-    if path.suffix in _FILES or os.sep in source.removesuffix(os.sep).partition(os.sep)[2] or source.startswith("."):
+        return "\n\n".join(read_documents(path)) if source.lower().endswith(LINES) else read_plain(path)
+    deep = os.sep in source.removesuffix(os.sep).partition(os.sep)[2]
+    if deep or source.startswith(".") or source.lower().endswith((*LINES, *TEXTS)):
         raise SwquantError(f"there is no text file {source}; give a .txt or .jsonl file, a datasets name, or 'self'")
     return _read_dataset(source)
-
-
-def _read_file(path: Path) -> str:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SwquantError(f"{path} cannot be read as UTF-8 text: {error}") from error
-    if path.suffix not in (".jsonl", ".json"):
-        return text
-    documents: list[str] = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            document = json.loads(line)["text"]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise SwquantError(f'{path}, line {number}: expected a JSON object with a "text" field') from error
-        if not isinstance(document, str):
-            raise SwquantError(f'{path}, line {number}: "text" is {document!r}, expected a string')
-        documents.append(document)
-    return "\n\n".join(documents)
 
 
 def _read_dataset(source: str) -> str:
