@@ -186,7 +186,7 @@ def draw_from_model(
         model = source()
     else:
         values = read_config(source)
-        model = model_class(values, parse_config(values)).from_pretrained(
+        model = model_class(values, parse_config(values, source), source).from_pretrained(
             source, dtype=torch.float32, use_safetensors=True, local_files_only=True, trust_remote_code=False
         )
     model = model.to(device).eval()

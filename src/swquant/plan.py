@@ -17,6 +17,7 @@ from swquant.calibration import read_text
 from swquant.checkpoint.names import Piece
 from swquant.checkpoint.opening import SourceOptions, open_source
 from swquant.checkpoint.quantized import Outline
+from swquant.checkpoint.reader import trusts_code
 from swquant.checkpoint.rotation import rotate
 from swquant.checkpoint.source import Source
 from swquant.device import resolve_device
@@ -37,7 +38,7 @@ from swquant.quant.spec import QuantSpec
 from swquant.recipe import PRESETS, Recipe
 from swquant.targets import choose_format, load_target, require_loads, require_together
 from swquant.targets.base import Target
-from swquant.tokenizer import digest
+from swquant.tokenizer import Reading, digest, open_reading
 
 LONGEST = 2048
 DEFAULT_FORMAT = "compressed_tensors"
@@ -111,6 +112,14 @@ class Plan:
             f"{type(self.skeleton.model).__name__}: {len(self.skeleton.blocks)} blocks in {self.skeleton.path} with "
             f"{len(sites)} matrices to quantize" + (f"; kept as they are: {apart}" if apart else "")
         )
+
+    def reading(self) -> Reading:
+        """The model's tokenizer.
+
+        Raises:
+            SwquantError: There is none that loads.
+        """
+        return open_reading(self.disk.directory, trusted=trusts_code(self.disk.config))
 
     def job(self) -> Job:
         """What stays the same from block to block."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from swquant.calibration import draw_from_model, eval_windows, sample_windows, tokenize
 from swquant.checkpoint.opening import SourceOptions, note_of
+from swquant.checkpoint.reader import trusts_code
 from swquant.checkpoint.widened import Widened
 from swquant.checkpoint.writer import destination, publish, require_disk, require_unused
 from swquant.distributed.ranks import Alone, Ranks
@@ -38,7 +39,7 @@ from swquant.quant.deferred import in_float
 from swquant.quant.spec import QuantSpec
 from swquant.recipe import Recipe
 from swquant.report import Quality, Report
-from swquant.tokenizer import Reading, open_reading
+from swquant.tokenizer import Reading
 
 EVALUATION_SHARE = 5
 """At most one in so many windows of a calibration text is held out for evaluation."""
@@ -257,7 +258,7 @@ def _start(plan: Plan, run_state: RunState, out: Path, watching: Observer, ranks
     require_disk(out, disk_of(plan, shape_of(plan), ranks).asked)
     plan.checkpoint.sidecars()
     plan.checkpoint.require_finite(site.weight for site in plan.layout.sites)
-    reading = None if plan.text is None and plan.evaluation is None else open_reading(plan.checkpoint.directory)
+    reading = None if plan.text is None and plan.evaluation is None else plan.reading()
     for note in () if reading is None else reading.notes:
         watching.stage(note[0].upper() + note[1:])
     calibration, evaluation = _samples(plan, reading, watching)
@@ -296,8 +297,12 @@ def _samples(plan: Plan, reading: Reading | None, watching: Observer) -> tuple[T
 
 
 def _drawn_from(plan: Plan) -> Path | Callable[[], Any]:
-    """The model as it was before any rotation; transformers would want packages of its own for some quantized ones."""
-    return partial(model_of, plan.disk) if isinstance(plan.disk, Widened) else plan.disk.directory
+    """The model as it was before any rotation; transformers would want packages of its own for some quantized ones.
+
+    Code of the model's own, too, is run where its weights are read.
+    """
+    seen = isinstance(plan.disk, Widened) or trusts_code(plan.disk.config)
+    return partial(model_of, plan.disk) if seen else plan.disk.directory
 
 
 def _quality(plan: Plan, run_state: RunState, watching: Observer) -> Quality | None:

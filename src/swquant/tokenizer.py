@@ -19,7 +19,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from swquant.checkpoint.reader import is_of_tokenizer, read_config
+from swquant.checkpoint.reader import CODE, is_of_tokenizer, read_config
 from swquant.checkpoint.shards import read_json
 from swquant.errors import SwquantError, reason_of
 from swquant.families import begins_each_window
@@ -195,7 +195,7 @@ def _first(tokenizer: Any, config: Mapping[str, Any]) -> int | None:
 
 def _own_code(directory: Path) -> bool:
     """Whether ``tokenizer_config.json`` names code of the model's author."""
-    named = _settings(directory).get("auto_map")
+    named = _settings(directory).get(CODE)
     return bool(named.get("AutoTokenizer")) if isinstance(named, dict) else bool(named)
 
 
@@ -203,6 +203,11 @@ def _by_transformers(directory: Path, trusted: bool) -> Any:
     try:
         return _quietly(AutoTokenizer.from_pretrained, directory, local_files_only=True, trust_remote_code=trusted)
     except Exception as error:  # tokenizer files fail in as many ways as there are tokenizers
+        if _own_code(directory) and not trusted:
+            raise SwquantError(
+                f"{directory} has no tokenizer that loads without the Python code that comes with it: read that code, "
+                "and give --trust-remote-code to run it"
+            ) from error
         raise _unloadable(directory, error) from error
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from swquant.checkpoint.quantized import QUANTIZATION_CONFIG, Outline, QuantizedModel, read_codes, write_codes
-from swquant.checkpoint.reader import open_checkpoint
+from swquant.checkpoint.reader import open_checkpoint, trusts_code
 from swquant.checkpoint.shards import Stored
 from swquant.checkpoint.writer import Written
 from swquant.formats.base import require_fits, stored_bytes, uniform_only
@@ -103,7 +103,7 @@ class AutoRound:
             return None
         require_plain(directory, settings, _PLAIN)
         spec = spec_of(directory, settings, "packing_format", settings.get("packing_format"), _PACKINGS)
-        checkpoint = open_checkpoint(directory, quantized=True)
+        checkpoint = open_checkpoint(directory, quantized=True, trusted=trusts_code(config))
         return read_codes(checkpoint, spec, SUFFIXES, shape_of, self.decode)
 
     def loading(self, spec: QuantSpec) -> str:

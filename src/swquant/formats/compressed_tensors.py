@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from swquant.checkpoint.quantized import QUANTIZATION_CONFIG, Outline, QuantizedModel, read_codes, write_codes
-from swquant.checkpoint.reader import Checkpoint, open_checkpoint
+from swquant.checkpoint.reader import Checkpoint, open_checkpoint, trusts_code
 from swquant.checkpoint.shards import Stored
 from swquant.checkpoint.writer import Written
 from swquant.errors import SwquantError
@@ -145,7 +145,7 @@ class CompressedTensors:
         settings = config.get(QUANTIZATION_CONFIG)
         if not isinstance(settings, dict) or settings.get("quant_method") != "compressed-tensors":
             return None
-        checkpoint = open_checkpoint(directory, quantized=True)
+        checkpoint = open_checkpoint(directory, quantized=True, trusted=trusts_code(config))
         return read_codes(checkpoint, _specs_of(directory, settings), _SUFFIXES, _shape_of, self.decode)
 
     def loading(self, spec: QuantSpec) -> str:
