@@ -159,7 +159,7 @@ def test_with_the_flag_it_runs_and_goes_along(
     homemade: Path, marker: Path, recipe: Recipe, tmp_path: Path, make_model: MakeModel
 ) -> None:
     out, plain = tmp_path / "out", tmp_path / "plain"
-    both = recipe.override({"format": "compressed_tensors,dequantized"})
+    both = recipe.override({"format": "compressed_tensors,dequantized", "runtime": "vllm"})
     report = quantize(both, homemade, out, source_options=TRUST)
     assert marker.exists()
     right = quantize(both, make_model("llama"), plain)
@@ -169,6 +169,7 @@ def test_with_the_flag_it_runs_and_goes_along(
         assert {path.stem for path in place.glob("*.py")} == set(CODE)
         assert json.loads((place / "config.json").read_text())["auto_map"]["AutoConfig"].endswith("HomemadeConfig")
         assert "trust_remote_code=True" in next(one.loading for one in report.outputs if one.format == name)
+        assert {one.command for one in report.outputs} == {"vllm serve PATH --trust-remote-code", None}
         same = (place / "tokenizer_config.json").read_bytes() == (homemade / "tokenizer_config.json").read_bytes()
         assert same
         ours, llamas = load_file(place / "model.safetensors"), load_file(plain / name / "model.safetensors")

@@ -17,8 +17,8 @@ from swquant.advice import advise
 from swquant.card import CARD, licence_of, model_card
 from swquant.checkpoint.converted import Blend, Stack, to_disk
 from swquant.checkpoint.names import Names
+from swquant.checkpoint.own_code import trusts_code
 from swquant.checkpoint.quantized import Outline, Part, QuantizedModel
-from swquant.checkpoint.reader import trusts_code
 from swquant.checkpoint.source import stored
 from swquant.engine.head import predictions
 from swquant.engine.run_state import RunState
@@ -153,7 +153,7 @@ def output_of(
         bytes=size,
         notes=notes + (() if serving is None else serving.notes(form.name, spec)),
         loading=_trusting(_SWQUANT_LOAD if several else form.loading(spec), outline),
-        command=None if serving is None else serving.command(form.name, spec, PLACE),
+        command=None if serving is None else _serving(serving.command(form.name, spec, PLACE), outline),
         verification=asdict(verified),
     )
 
@@ -163,6 +163,11 @@ def _trusting(code: str, outline: Outline) -> str:
     if not trusts_code(outline.config):
         return code
     return re.sub(r"(from_pretrained|swquant\.load)\(path", r"\1(path, trust_remote_code=True", code)
+
+
+def _serving(command: str | None, outline: Outline) -> str | None:
+    """Likewise the command that serves a model; all runtimes that read such models call the flag alike."""
+    return command if command is None or not trusts_code(outline.config) else f"{command} --trust-remote-code"
 
 
 def _sample(plan: Plan, run_state: RunState) -> tuple[Tensor, Tensor] | None:

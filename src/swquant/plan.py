@@ -16,8 +16,8 @@ from swquant import registry
 from swquant.calibration import read_text
 from swquant.checkpoint.names import Piece
 from swquant.checkpoint.opening import SourceOptions, open_source
+from swquant.checkpoint.own_code import trusts_code
 from swquant.checkpoint.quantized import Outline
-from swquant.checkpoint.reader import trusts_code
 from swquant.checkpoint.rotation import rotate
 from swquant.checkpoint.source import Source
 from swquant.device import resolve_device

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from swquant.calibration import draw_from_model, eval_windows, sample_windows, tokenize
 from swquant.checkpoint.opening import SourceOptions, note_of
-from swquant.checkpoint.reader import trusts_code
+from swquant.checkpoint.own_code import trusts_code
 from swquant.checkpoint.widened import Widened
 from swquant.checkpoint.writer import destination, publish, require_disk, require_unused
 from swquant.distributed.ranks import Alone, Ranks

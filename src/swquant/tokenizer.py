@@ -19,7 +19,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from swquant.checkpoint.reader import CODE, is_of_tokenizer, read_config
+from swquant.checkpoint.own_code import CODE
+from swquant.checkpoint.reader import is_of_tokenizer, read_config
 from swquant.checkpoint.shards import read_json
 from swquant.errors import SwquantError, reason_of
 from swquant.families import begins_each_window

@@ -22,13 +22,11 @@ import torch
 from torch import Tensor
 
 from swquant.checkpoint.hub import download, require_subfolder, split_revision
+from swquant.checkpoint.own_code import CODE, CONFIG, names_code, trusts_code, without_code
 from swquant.checkpoint.shards import Stored, find_shards, opened, read_errors, read_headers, read_json, shown
 from swquant.checkpoint.values import MOST, finite, require_range, runs, wanted_rows
 from swquant.errors import SwquantError
 
-CONFIG = "config.json"
-CODE = "auto_map"
-"""Key of a configuration that names the model's own code; one that was read without trust in that code lacks it."""
 TEMPLATES = "additional_chat_templates"
 """Folder of the chat templates that have names."""
 _OF_TOKENIZER = (
@@ -343,24 +341,6 @@ def read_config(directory: Path, *, trusted: bool = False) -> dict[str, Any]:
     if not trusted:
         return without_code(values)
     return {CODE: {}, **values} if names_code(directory) else values
-
-
-def names_code(directory: Path) -> bool:
-    """Whether a model or its tokenizer has code of its own."""
-    files = (directory / CONFIG, directory / "tokenizer_config.json")
-    return any(path.is_file() and CODE in read_json(path) for path in files)
-
-
-def trusts_code(config: Mapping[str, Any]) -> bool:
-    """Whether a ``config.json`` was read with trust in the model's own code, and there is some."""
-    return CODE in config
-
-
-def without_code(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration without the names of code, which neither runs nor goes along."""
-    return {
-        key: without_code(value) if isinstance(value, dict) else value for key, value in values.items() if key != CODE
-    }
 
 
 def quantization_of(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]] | None:

@@ -15,7 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from swquant.checkpoint.reader import CODE, TEMPLATES, without_code
+from swquant.checkpoint.own_code import CODE, without_code
+from swquant.checkpoint.reader import TEMPLATES
 from swquant.checkpoint.shards import read_json
 from swquant.errors import SwquantError
 
