@@ -31,11 +31,12 @@ from torch.nn.functional import pad
 import node_llama_cpp
 import swquant
 from swquant import Recipe, quantize
-from swquant.calibration import eval_windows, load_tokenizer, read_text, tokenize
+from swquant.calibration import eval_windows, read_text, tokenize
 from swquant.checkpoint.quantized import Outline, QuantizedModel
 from swquant.checkpoint.reader import open_checkpoint
 from swquant.formats.gguf import Gguf
 from swquant.quant.spec import QuantSpec
+from swquant.tokenizer import open_reading
 
 ASSETS = Path(swquant.__file__).parent / "demo_assets"
 RESULTS = Path(__file__).parent / "results" / "llama_cpp.json"
@@ -141,8 +142,9 @@ def quantized(source: Path, out: Path, method: str, grid: dict[str, Any]) -> Pat
 
 
 def measure(folder: Path, source: Path, files: dict[str, Path]) -> list[dict[str, Any]]:
-    tokens = tokenize(load_tokenizer(source), read_text(str(ASSETS / "evaluation.txt")))
-    windows = eval_windows(tokens, LENGTH, WINDOWS)
+    reading = open_reading(source)
+    tokens = tokenize(reading.tokenizer, read_text(str(ASSETS / "evaluation.txt")))
+    windows = eval_windows(tokens, LENGTH, WINDOWS, reading.begin)
     speeds: dict[str, list[float]] = {name: [] for name in files}
     for _ in range(ROUNDS):
         for name, file in files.items():

@@ -28,13 +28,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from swquant import Recipe, SwquantError, __version__, evaluate, quantize
-from swquant.calibration import load_tokenizer, read_text, sample_windows, tokenize
+from swquant.calibration import read_text, sample_windows, tokenize
 from swquant.checkpoint.reader import open_checkpoint
 from swquant.model.calls import probe
 from swquant.model.layout import lay_out
 from swquant.model.opening import open_model
 from swquant.quant.grid import group
 from swquant.quant.spec import QuantSpec
+from swquant.tokenizer import open_reading
 
 PEER = "auto-round"
 INSTALL = "python3 -m venv DIR && DIR/bin/pip install auto-round==0.16.1 torch==2.13.0 transformers==5.23.0"
@@ -96,8 +97,9 @@ def require_peer(python: str | None) -> None:
 
 def calibration_rows(args: argparse.Namespace) -> Tensor:
     """The tokens that ``swquant.quantize`` takes from the same text, ``int64 [samples, seq_len]``."""
-    tokens = tokenize(load_tokenizer(args.model), read_text(args.calibration))
-    return sample_windows(tokens, args.samples, args.seq_len, args.seed)
+    reading = open_reading(args.model)
+    tokens = tokenize(reading.tokenizer, read_text(args.calibration))
+    return sample_windows(tokens, args.samples, args.seq_len, args.seed, reading.begin)
 
 
 def run_peer(args: argparse.Namespace, folder: Path) -> tuple[Path, dict[str, Any]]:

@@ -48,9 +48,11 @@ class Case:
 
     @property
     def name(self) -> str:
+        """Its key in the results."""
         return f"{self.model} W{self.bits} {self.recipe}"
 
     def flags(self) -> list[str]:
+        """Of the command line."""
         grid = ["--bits", str(self.bits), "--group-size", "64"]
         data = ["--preset", "fast"] if self.recipe == "fast" else ["--method", self.recipe, "--samples", str(SAMPLES)]
         return [*grid, *data, "--seq-len", str(LENGTH)]
@@ -76,7 +78,7 @@ def main() -> None:
     results: dict[str, Any] = json.loads(args.out.read_text(encoding="utf-8")) if args.out.is_file() else {}
     for case in cases_of(args.models):
         known = results.get(case.name, {})
-        done = known.get("windows") == args.windows and not known["problems"]
+        done = known.get("windows") == args.windows and not known.get("problems", True)
         if case.recipe in args.recipes and not done:
             results[case.name] = run(case, args.folder.resolve() / case.model, args.windows, args.runtime.resolve())
             args.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
@@ -152,9 +154,11 @@ def measure(form: str, place: Path, source: Path, text: Path, runtime: Path, cou
     """The perplexity of the evaluation's windows, on the original's tokens."""
     import torch
 
-    from swquant.calibration import eval_windows, load_tokenizer, read_text, tokenize
+    from swquant.calibration import eval_windows, read_text, tokenize
+    from swquant.tokenizer import open_reading
 
-    windows = eval_windows(tokenize(load_tokenizer(source), read_text(str(text))), LENGTH, count)
+    reading = open_reading(source)
+    windows = eval_windows(tokenize(reading.tokenizer, read_text(str(text))), LENGTH, count, reading.begin)
     if RUNTIMES[form] == "llama.cpp":
         import node_llama_cpp
 
@@ -177,7 +181,8 @@ def show(results: Mapping[str, Mapping[str, Any]]) -> None:
         cells = [cell(form, result) for form in RUNTIMES]
         ours = [f"{result[key]:.3f}" if key in result else "" for key in ("perplexity_reference", "perplexity")]
         print(f"| {' | '.join([name, *ours, *cells, format(result['seconds'], '.0f')])} |")
-    notes = [f"- {name}, {what}: {why}" for name, result in results.items() for what, why in result["problems"].items()]
+    problems = {name: result.get("problems", {}) for name, result in results.items()}
+    notes = [f"- {name}, {what}: {why}" for name, found in problems.items() for what, why in found.items()]
     print("\n" + "\n".join(notes) if notes else "")
 
 

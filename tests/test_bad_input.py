@@ -110,6 +110,16 @@ def a_tensor_short(model: Path) -> None:
     save_file(weights, model / SHARD)
 
 
+def a_pointer(model: Path) -> None:
+    (model / SHARD).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 100\n")
+
+
+def an_index_of_another(model: Path) -> None:
+    (model / SHARD).rename(model / "model-00001-of-00001.safetensors")
+    weight_map = {"model.norm.weight": "model-00001-of-00001.safetensors", "x": "model-00001-of-00001.safetensors"}
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
 def without_config(model: Path) -> None:
     (model / CONFIG).unlink()
 
@@ -144,6 +154,8 @@ DAMAGES: dict[str, tuple[Damage, tuple[str, ...]]] = {
     ),
     "no weights": (without_weights, ("holds no weights", "expected model.safetensors")),
     "missing shard": (a_shard_short, ("'model-00002-of-00002.safetensors', which is missing", "download")),
+    "pointer": (a_pointer, (SHARD, "is a pointer of Git LFS", "git lfs pull")),
+    "index of another model": (an_index_of_another, ("lacks 'x', which", "they are not of one model")),
     "missing tensor": (a_tensor_short, ("no tensor 'model.layers.1.mlp.up_proj.weight'",)),
     "no config": (without_config, ("no config.json", "save_pretrained")),
     "config that is no JSON": (config_is_no_json, ("not valid JSON", "download it again")),
@@ -306,8 +318,8 @@ def test_commands(
     [
         (b"", "wiki.txt", "too short: 4 samples of 32 tokens need at least 32 tokens, 0 are left"),
         (b"one two three", "wiki.txt", "too short: 4 samples of 32 tokens need at least 32 tokens"),
-        (b"\xff\xfe\x00", "wiki.txt", "cannot be read as UTF-8 text"),
-        (b'{"txt": "x"}\n', "wiki.jsonl", 'line 1: expected a JSON object with a "text" field'),
+        (b"\xff\xfe\x00", "wiki.txt", "cannot be read as UTF-8: invalid start byte at byte 0"),
+        (b'{"txt": "x"}\n', "wiki.jsonl", "line 1: the object has no field 'text' (it has txt)"),
     ],
 )
 def test_a_calibration_text(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import sys
 from pathlib import Path
@@ -14,7 +15,8 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from swquant import SwquantError
-from swquant.calibration import draw_from_model, eval_windows, load_tokenizer, read_text, sample_windows, tokenize
+from swquant.calibration import draw_from_model, eval_windows, read_text, sample_windows, tokenize
+from swquant.tokenizer import load_tokenizer
 
 
 @given(st.integers(1, 300), st.integers(1, 12), st.integers(1, 40), st.integers(0, 9))
@@ -48,12 +50,60 @@ def test_jsonl_documents_are_joined_by_two_newlines(tmp_path: Path) -> None:
     assert read_text(str(path)) == "one\n\ntwo\nlines"
 
 
-@pytest.mark.parametrize("line", ["{", '{"body": "x"}', '{"text": 3}', "[1]", "[" * 100_000])
-def test_a_bad_line_is_named(tmp_path: Path, line: str) -> None:
-    path = tmp_path / "data.jsonl"
+BAD_LINES = [
+    ("{", "not JSON: Expecting property name enclosed in double quotes at column 2"),
+    ("{'text': 1}", "not JSON: Expecting property name enclosed in double quotes at column 2"),
+    ('{"body": "x", "id": 1}', r"the object has no field 'text' \(it has body, id\)"),
+    ("{}", r"the object has no field 'text' \(it has none\)"),
+    ('{"text": 3}', "'text' is '3', expected a string"),
+    ('{"text": null}', "'text' is 'None', expected a string"),
+    ("[1]", "a list, expected a JSON object with a 'text' field"),
+    ("null", "null, expected a JSON object"),
+    ("[" * 100_000, "JSON that is nested too deeply"),
+    ('{"text": "\\ud83d"}', "'text' holds half of a surrogate pair"),
+    ('{"text": "a"} {"text": "b"}', "not JSON: Extra data at column 15"),
+]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+@pytest.mark.parametrize(("line", "reason"), BAD_LINES)
+def test_a_bad_line_is_named_with_the_true_reason(tmp_path: Path, line: str, reason: str, suffix: str) -> None:
+    path = tmp_path / f"data{suffix}"
     path.write_text('{"text": "fine"}\n' + line + "\n")
-    with pytest.raises(SwquantError, match="line 2"):
+    with pytest.raises(SwquantError, match=f"line 2: {reason}"):
         read_text(str(path))
+
+
+@pytest.mark.parametrize("ends", ["\n", "\r\n"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".jsonl.gz"])
+def test_lines_end_at_line_feeds_alone(tmp_path: Path, suffix: str, ends: str) -> None:
+    """U+2028, U+0085 and others that end lines in Unicode are legal in a JSON string."""
+    texts = [f"before{mark}after" for mark in "\u2028\u2029\x85\xa0\ufeff"] + ["\x0b\x0c\x1c\x1d\x1e\r\n"]
+    lines = ends.join(json.dumps({"text": text}, ensure_ascii=False) for text in texts) + ends
+    content = b"\xef\xbb\xbf" + lines.encode()
+    path = tmp_path / f"data{suffix}"
+    path.write_bytes(gzip.compress(content) if suffix.endswith("gz") else content)
+    assert read_text(str(path)) == "\n\n".join(texts)
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_json_file_may_be_one_value(tmp_path: Path, indent: int | None) -> None:
+    path = tmp_path / "data.json"
+    path.write_text("\n" + json.dumps([{"text": "one"}, {"text": "two"}], indent=indent))
+    assert read_text(str(path)) == "one\n\ntwo"
+    path.write_text(json.dumps({"text": "one", "id": 1}, indent=indent))
+    assert read_text(str(path)) == "one"
+    path.write_text(json.dumps([{"text": "one"}, {"body": "two"}], indent=indent))
+    with pytest.raises(SwquantError, match=r"entry 2: the object has no field 'text' \(it has body\)"):
+        read_text(str(path))
+    path.write_text('[\n{"text": "one"},\n{"text": }\n]')
+    with pytest.raises(SwquantError, match=r"data\.json: not JSON: Expecting value at line 3, column 10"):
+        read_text(str(path))
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path: Path) -> None:
+    (tmp_path / "data.txt").write_bytes(b"\xef\xbb\xbfthe text")
+    assert read_text(str(tmp_path / "data.txt")) == "the text"
 
 
 def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:

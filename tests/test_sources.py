@@ -272,6 +272,16 @@ class TestHub:
         assert asked[0]["revision"] == revision
         assert "*.safetensors" in asked[0]["allow_patterns"]
         assert "*/*" in asked[0]["ignore_patterns"]
+        assert not any(pattern.endswith(".py") for pattern in asked[0]["allow_patterns"])
+
+    def test_templates_with_names_and_trusted_code(self, asked: list[dict[str, Any]], tmp_path: Path) -> None:
+        open_source("owner/name", SourceOptions(trust_remote_code=True))
+        assert "*.py" in asked[0]["allow_patterns"]
+        assert asked[1]["allow_patterns"] == ["additional_chat_templates/*.jinja"]
+        assert asked[1]["revision"] == "snapshot"  # the folder's name, which is the commit's
+        assert "ignore_patterns" not in asked[1]
+        open_source("owner/name", SourceOptions(subfolder="variants/small"))
+        assert asked[3]["allow_patterns"] == ["variants/small/additional_chat_templates/*.jinja"]
 
     def test_a_subfolder(self, asked: list[dict[str, Any]], tmp_path: Path) -> None:
         source = open_source("owner/name", SourceOptions(subfolder="variants/small"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from swquant.checkpoint.reader import read_config
+from swquant.documents import LINES, TEXTS, read_documents, read_plain
 from swquant.errors import SwquantError, reason_of
 from swquant.model.empty import model_class
 from swquant.model.empty import read_config as parse_config
@@ -23,7 +22,6 @@ LEAST_SHARE = 4
 """A text must hold at least one in so many of the tokens that the samples take; windows overlap below the whole."""
 
 DRAWN_AT_ONCE = 16
-_FILES = (".txt", ".md", ".jsonl", ".json")
 _C4_DOCUMENTS = 10_000
 _C4_SHARDS = {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"}
 
@@ -41,31 +39,11 @@ def read_text(source: str) -> str:
     """
     path = Path(source)
     if path.is_file():
-        return _read_file(path)
-    if path.suffix in _FILES or os.sep in source.removesuffix(os.sep).partition(os.sep)[2] or source.startswith("."):
+        return "\n\n".join(read_documents(path)) if source.lower().endswith(LINES) else read_plain(path)
+    deep = os.sep in source.removesuffix(os.sep).partition(os.sep)[2]
+    if deep or source.startswith(".") or source.lower().endswith((*LINES, *TEXTS)):
         raise SwquantError(f"there is no text file {source}; give a .txt or .jsonl file, a datasets name, or 'self'")
     return _read_dataset(source)
-
-
-def _read_file(path: Path) -> str:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SwquantError(f"{path} cannot be read as UTF-8 text: {error}") from error
-    if path.suffix not in (".jsonl", ".json"):
-        return text
-    documents: list[str] = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            document = json.loads(line)["text"]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise SwquantError(f'{path}, line {number}: expected a JSON object with a "text" field') from error
-        if not isinstance(document, str):
-            raise SwquantError(f'{path}, line {number}: "text" is {document!r}, expected a string')
-        documents.append(document)
-    return "\n\n".join(documents)
 
 
 def _read_dataset(source: str) -> str:
@@ -102,19 +80,6 @@ def _dataset(source: str) -> tuple[str, dict[str, Any]]:
     return name, {"name": (rest[0] if rest else None) or None, "split": split}
 
 
-def load_tokenizer(directory: Path) -> Any:
-    """The tokenizer in a model directory.
-
-    Raises:
-        SwquantError: If there is none that loads without code from the directory.
-    """
-    try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # tokenizer files fail in as many ways as there are tokenizers
-        reason = reason_of(error)
-        raise SwquantError(f"{directory} has no tokenizer that loads: {reason}") from error
-
-
 def tokenize(tokenizer: Any, text: str) -> Tensor:
     """``int64 [tokens]``: the text tokenised once in whole, with the special tokens that the tokenizer adds.
 
@@ -130,8 +95,27 @@ def tokenize(tokenizer: Any, text: str) -> Tensor:
         raise SwquantError(f"the tokenizer of {tokenizer.name_or_path} does not tokenize: {reason}") from error
 
 
-def sample_windows(tokens: Tensor, samples: int, seq_len: int, seed: int) -> Tensor:
+def begun(windows: Tensor, begin: int | None) -> Tensor:
+    """Windows of a text, ``int64 [windows, tokens]``, each of which begins with the token ``begin``, if that is given.
+
+    It takes the place of the last token, so that the windows stay as long as they are; one that begins with it already
+    stays as it is.
+    """
+    if begin is None:
+        return windows
+    first = torch.full_like(windows[:, :1], begin)
+    return torch.where(windows[:, :1] == begin, windows, torch.cat((first, windows[:, :-1]), 1))
+
+
+def sample_windows(tokens: Tensor, samples: int, seq_len: int, seed: int, begin: int | None = None) -> Tensor:
     """Random windows of a text, ``int64 [samples, seq_len]``; they overlap only where the text is too short not to.
+
+    Args:
+        tokens: Of the text.
+        samples: How many.
+        seq_len: Tokens of each.
+        seed: Of the draws.
+        begin: See :func:`begun`.
 
     Raises:
         SwquantError: If the text has fewer than a quarter of the tokens that the samples take, or than one window.
@@ -148,11 +132,17 @@ def sample_windows(tokens: Tensor, samples: int, seq_len: int, seed: int) -> Ten
         starts = torch.randperm(windows, generator=rng)[:samples] * seq_len
     else:
         starts = torch.randint(len(tokens) - seq_len + 1, (samples,), generator=rng)
-    return torch.stack([tokens[start : start + seq_len] for start in starts.tolist()])
+    return begun(torch.stack([tokens[start : start + seq_len] for start in starts.tolist()]), begin)
 
 
-def eval_windows(tokens: Tensor, seq_len: int, limit: int | None) -> Tensor:
+def eval_windows(tokens: Tensor, seq_len: int, limit: int | None, begin: int | None = None) -> Tensor:
     """Consecutive windows from the start, ``int64 [windows, seq_len]``; what does not fill a window is dropped.
+
+    Args:
+        tokens: Of the text.
+        seq_len: Tokens of a window.
+        limit: Only the first so many windows.
+        begin: See :func:`begun`.
 
     Raises:
         SwquantError: If the text does not fill one.
@@ -163,7 +153,7 @@ def eval_windows(tokens: Tensor, seq_len: int, limit: int | None) -> Tensor:
             f"the evaluation text is too short: a window needs {seq_len} tokens, it has {len(tokens)}; "
             "give more text or a shorter context"
         )
-    return tokens[: count * seq_len].view(count, seq_len)[:limit]
+    return begun(tokens[: count * seq_len].view(count, seq_len)[:limit], begin)
 
 
 @torch.no_grad()
@@ -196,7 +186,7 @@ def draw_from_model(
         model = source()
     else:
         values = read_config(source)
-        model = model_class(values, parse_config(values)).from_pretrained(
+        model = model_class(values, parse_config(values, source), source).from_pretrained(
             source, dtype=torch.float32, use_safetensors=True, local_files_only=True, trust_remote_code=False
         )
     model = model.to(device).eval()

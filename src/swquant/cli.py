@@ -74,6 +74,13 @@ def memory_options(command: Callable[..., None]) -> Callable[..., None]:
     return click.option("--device-memory", metavar="SIZE", help=device)(host(command))
 
 
+trust_option = click.option(
+    "--trust-remote-code",
+    is_flag=True,
+    help="Run the Python code that comes with the model: read it first. It is handed on with the output.",
+)
+
+
 def source_options(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command what says which files its original is."""
     options = (
@@ -84,6 +91,7 @@ def source_options(command: Callable[..., None]) -> Callable[..., None]:
             is_flag=True,
             help="Take an original that compressed-tensors or GPTQ quantized; fp8 and mxfp4 are always taken.",
         ),
+        trust_option,
     )
     for option in reversed(options):
         command = option(command)
@@ -194,12 +202,14 @@ def plan(
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Where it goes; a new directory.")
 @click.option("--for", "runtime", help="What is to serve the output (swquant list targets); picks the format.")
 @click.option("--format", "format_name", help="Output format, or several: gguf,mlx (swquant list formats).")
-def convert(model: str, out: Path, runtime: str | None, format_name: str | None) -> None:
+@trust_option
+def convert(model: str, out: Path, runtime: str | None, format_name: str | None, trust_remote_code: bool) -> None:
     """Write MODEL, which is quantized, in another format: the same codes, never quantized again."""
     from swquant.convert import convert as run
     from swquant.ui import print_outputs
 
-    print_outputs(run(model, out, format=format_name, runtime=runtime), out)
+    written = run(model, out, format=format_name, runtime=runtime, trust_remote_code=trust_remote_code)
+    print_outputs(written, out)
 
 
 @app.command()
@@ -264,12 +274,13 @@ def evaluate(
     from swquant.evaluation import What, measure, measure_gain
     from swquant.ui import print_gain, print_measured
 
+    trusted = flags["trust_remote_code"]
     files = _files(flags)
-    if reference is None and files != SourceOptions():
+    if reference is None and files != SourceOptions(trust_remote_code=trusted):
         raise SwquantError(
             "--revision, --subfolder and --dequantize-source are of the original: give --reference, or leave them out"
         )
-    what = What(tasks=tuple(filter(None, (tasks or "").split(","))), **flags)
+    what = What(tasks=tuple(filter(None, (tasks or "").split(","))), trust_remote_code=trusted, **flags)
     if baselines:
         if reference is None:
             raise SwquantError("--baseline needs --reference, the model that both were made of")
@@ -356,7 +367,8 @@ def _files(flags: dict[str, Any]) -> SourceOptions:
     """What :func:`source_options` give, taken out of ``flags``."""
     from swquant.checkpoint.opening import SourceOptions
 
-    return SourceOptions(flags.pop("revision"), flags.pop("subfolder"), flags.pop("dequantize_source"))
+    names = ("revision", "subfolder", "dequantize_source", "trust_remote_code")
+    return SourceOptions(*(flags.pop(name) for name in names))
 
 
 def _budget(device: str | None, host: str | None) -> Budget:

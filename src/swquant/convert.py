@@ -32,7 +32,12 @@ from swquant.verification import verify
 
 
 def convert(
-    source: str | Path, out: str | Path, *, format: str | None = None, runtime: str | None = None
+    source: str | Path,
+    out: str | Path,
+    *,
+    format: str | None = None,
+    runtime: str | None = None,
+    trust_remote_code: bool = False,
 ) -> list[Output]:
     """Write a quantized model in other formats, from the codes that it holds.
 
@@ -44,6 +49,7 @@ def convert(
         out: A directory that does not exist yet or is empty.
         format: Names of formats with commas between them.
         runtime: What is to serve it; picks the format if there is none.
+        trust_remote_code: Run the Python code that comes with the model, and hand it on.
 
     Returns:
         What was written.
@@ -53,8 +59,8 @@ def convert(
     """
     if format is None and runtime is None:
         raise SwquantError("no format to convert to; give --format or --for")
-    out, directory = Path(out), find_model(source)
-    _, model = read_quantized(directory)
+    out, directory = Path(out), find_model(source, trusted=trust_remote_code)
+    _, model = read_quantized(directory, trusted=trust_remote_code)
     model, left_out = as_the_model_has_it(model)
     target = None if runtime is None else load_target(runtime)
     names = choose_formats(Recipe(format=format, runtime=runtime).formats, target, model.outline.specs)
@@ -73,7 +79,7 @@ def convert(
             place = place_of(form, forms)
             written = form.write(staging / "output" / place, model)
             verified = verify(form, staging / "output" / place, model, None)
-            outputs.append(output_of(form, place, written.tensor_bytes, said, model.outline.specs, target, verified))
+            outputs.append(output_of(form, place, written.tensor_bytes, said, model.outline, target, verified))
         _describe(run, staging / "output", outputs, ",".join(names), runtime)
         publish(staging / "output", out)
     finally:
@@ -97,7 +103,10 @@ def as_the_model_has_it(model: QuantizedModel) -> tuple[QuantizedModel, tuple[st
         name for name, piece in skeleton.names.pieces.items() if piece.key.removesuffix(".weight") in outline.linears
     }
     ignored = unquantized(skeleton, {name.removesuffix(".weight") for name in quantized})
-    outline = replace(outline, config=in_full(outline.config), ignored=ignored)
+    config = outline.config
+    if not config.get("architectures"):
+        config = {**config, "architectures": [type(skeleton.model).__name__]}
+    outline = replace(outline, config=in_full(config), ignored=ignored)
     return replace(model, outline=outline), note_of_left_out(skeleton.names)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
@@ -16,7 +17,8 @@ from swquant.advice import advise
 from swquant.card import CARD, licence_of, model_card
 from swquant.checkpoint.converted import Blend, Stack, to_disk
 from swquant.checkpoint.names import Names
-from swquant.checkpoint.quantized import Part, QuantizedModel
+from swquant.checkpoint.own_code import trusts_code
+from swquant.checkpoint.quantized import Outline, Part, QuantizedModel
 from swquant.checkpoint.source import stored
 from swquant.engine.head import predictions
 from swquant.engine.run_state import RunState
@@ -26,7 +28,6 @@ from swquant.model.calls import Front
 from swquant.plan import Plan, versions
 from swquant.quant.ktensor import KTensor
 from swquant.quant.qtensor import QTensor, row_bits
-from swquant.quant.spec import QuantSpec
 from swquant.report import Output, Quality, Report
 from swquant.targets.base import Target
 from swquant.verification import Verification, verify
@@ -74,6 +75,7 @@ def write_output(
         outputs=outputs,
         seconds=round(sum(float(part["seconds"]) for part in (*run_state.reports, *([finish] if finish else []))), 3),
         key=key,
+        reading=tuple(run_state.notes["reading"]),
     )
     report = replace(report, advice=advise(report))
     for name, text in described(report, licence_of(plan.checkpoint.directory)).items():
@@ -120,7 +122,7 @@ def _write_format(
     written = form.write(staging / place, model)
     served = plan.target is not None and form.name in plan.target.formats
     verified = verify(form, staging / place, model, sample if served else None)
-    return output_of(form, place, written.tensor_bytes, notes, plan.outline.specs, plan.target, verified)
+    return output_of(form, place, written.tensor_bytes, notes, plan.outline, plan.target, verified)
 
 
 def output_of(
@@ -128,7 +130,7 @@ def output_of(
     place: str,
     size: int,
     notes: tuple[str, ...],
-    specs: tuple[QuantSpec, ...],
+    outline: Outline,
     target: Target | None,
     verified: Verification,
 ) -> Output:
@@ -139,10 +141,11 @@ def output_of(
         place: Its directory in the output.
         size: Bytes of its tensors.
         notes: What the format had to say.
-        specs: The grids.
+        outline: The model.
         target: The runtime that the outputs are for.
         verified: What was found equal.
     """
+    specs = outline.specs
     serving = target if target is not None and form.name in target.formats else None
     spec = next((spec for spec in specs if not spec.symmetric), specs[0])  # what is harder to load decides
     # which transformers does not load, see swquant.targets.require_together
@@ -152,15 +155,30 @@ def output_of(
         directory=place,
         bytes=size,
         notes=notes + (() if serving is None else serving.notes(form.name, spec)),
-        loading=_SWQUANT_LOAD if several else form.loading(spec),
-        command=None if serving is None else serving.command(form.name, spec, PLACE),
+        loading=_trusting(_SWQUANT_LOAD if several else form.loading(spec), outline),
+        command=None if serving is None else _serving(serving.command(form.name, spec, PLACE), outline),
         verification=asdict(verified),
     )
 
 
+def _trusting(code: str, outline: Outline) -> str:
+    """Code that loads a model, with trust in the model's own code where that goes along."""
+    if not trusts_code(outline.config):
+        return code
+    return re.sub(r"(from_pretrained|swquant\.load)\(path", r"\1(path, trust_remote_code=True", code)
+
+
+def _serving(command: str | None, outline: Outline) -> str | None:
+    """Likewise the command that serves a model; all runtimes that read such models call the flag alike."""
+    return command if command is None or not trusts_code(outline.config) else f"{command} --trust-remote-code"
+
+
 def _sample(plan: Plan, run_state: RunState) -> tuple[Tensor, Tensor] | None:
-    """Tokens and the quantized model's logits for them; ``None`` where a runtime's whole model might not fit."""
-    if plan.target is None or not _fits_in_memory(plan):
+    """Tokens and the quantized model's logits for them; ``None`` where a runtime's whole model might not fit.
+
+    Runtimes are not given a model's own code to run.
+    """
+    if plan.target is None or trusts_code(plan.disk.config) or not _fits_in_memory(plan):
         return None
     _, quantized = run_state.open_hidden_states()
     front = Front.load(plan.skeleton, plan.checkpoint, plan.device)

@@ -16,6 +16,7 @@ from swquant import registry
 from swquant.calibration import read_text
 from swquant.checkpoint.names import Names, Piece
 from swquant.checkpoint.opening import SourceOptions, open_source
+from swquant.checkpoint.own_code import trusts_code
 from swquant.checkpoint.quantized import Outline
 from swquant.checkpoint.rotation import rotate
 from swquant.checkpoint.source import Source
@@ -24,7 +25,7 @@ from swquant.engine.block import Job, split_validation
 from swquant.engine.pace import tail_of
 from swquant.engine.precision import PRECISIONS
 from swquant.errors import SwquantError
-from swquant.families import family_for
+from swquant.families import begins_each_window, family_for
 from swquant.formats.base import Format, check_dtype
 from swquant.losses import WeightedSum, parse_loss
 from swquant.losses.base import LossContext
@@ -39,6 +40,7 @@ from swquant.quant.spec import QuantSpec
 from swquant.recipe import PRESETS, Recipe
 from swquant.targets import choose_format, load_target, require_loads, require_together
 from swquant.targets.base import Target
+from swquant.tokenizer import Reading, digest, open_reading
 
 LONGEST = 2048
 SHOWN = 4
@@ -101,6 +103,8 @@ class Plan:
                 site.name: _label(site.spec) for block in self.layout.blocks for site in block if site.spec != self.spec
             },
             **{name: text and hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()},
+            "tokenizer": digest(self.disk.directory) if any(text is not None for text in texts.values()) else None,
+            "begin_each_window": begins_each_window(self.disk.config),
             "versions": versions(),
         }
 
@@ -121,6 +125,14 @@ class Plan:
             + (f"; kept as they are: {apart}" if apart else "")
             + "".join(f"; {note}" for note in note_of_left_out(self.skeleton.names))
         )
+
+    def reading(self) -> Reading:
+        """The model's tokenizer.
+
+        Raises:
+            SwquantError: There is none that loads.
+        """
+        return open_reading(self.disk.directory, trusted=trusts_code(self.disk.config))
 
     def job(self) -> Job:
         """What stays the same from block to block."""

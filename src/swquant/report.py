@@ -244,6 +244,7 @@ class Report:
         finish: The report of the training after the last block, its seconds, and a :class:`FinalBlock` for each block
             under ``blocks``; ``None`` where there was none.
         advice: What to try next, see :mod:`swquant.advice`.
+        reading: What to know of how the model reads text: what windows begin with, and where other readers differ.
     """
 
     source: str
@@ -259,6 +260,7 @@ class Report:
     key: Mapping[str, Any] = field(default_factory=dict[str, Any])
     finish: Mapping[str, Any] | None = None
     advice: tuple[str, ...] = ()
+    reading: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         """The text of ``report.json``."""

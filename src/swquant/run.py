@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swquant.calibration import draw_from_model, eval_windows, load_tokenizer, sample_windows, tokenize
+from swquant.calibration import draw_from_model, eval_windows, sample_windows, tokenize
 from swquant.checkpoint.opening import SourceOptions, note_of
+from swquant.checkpoint.own_code import trusts_code
 from swquant.checkpoint.widened import Widened
 from swquant.checkpoint.writer import destination, publish, require_disk, require_unused
 from swquant.distributed.ranks import Alone, Ranks
@@ -39,6 +40,7 @@ from swquant.quant.deferred import in_float
 from swquant.quant.spec import QuantSpec
 from swquant.recipe import Recipe
 from swquant.report import Quality, Report
+from swquant.tokenizer import Reading
 
 OUTPUT = "output"
 """What of a report's key tells how the output is written; a run state's key has no such part."""
@@ -294,7 +296,10 @@ def _start(plan: Plan, run_state: RunState, out: Path, watching: Observer, ranks
     require_disk(out, disk_of(plan, shape_of(plan), ranks).asked)
     plan.checkpoint.sidecars()
     plan.checkpoint.require_finite(site.weight for site in plan.layout.sites)
-    calibration, evaluation = _samples(plan, watching)
+    reading = None if plan.text is None and plan.evaluation is None else plan.reading()
+    for note in () if reading is None else reading.notes:
+        watching.stage(note[0].upper() + note[1:])
+    calibration, evaluation = _samples(plan, reading, watching)
     tokens = torch.cat((calibration, evaluation))
     shape = (tokens.shape[0], tokens.shape[1], plan.hidden_size)
     front = Front.load(plan.skeleton, plan.checkpoint, plan.device)
@@ -303,34 +308,39 @@ def _start(plan: Plan, run_state: RunState, out: Path, watching: Observer, ranks
         for index, hidden in enumerate(capture(front, plan.checkpoint, tokens, stored=stored)):
             cache[index] = hidden
     try_block(plan, Calls.prepare(front, plan.checkpoint, tokens), cached[0][:1])
-    run_state.begin({"tokens": tokens}, shape, {"evaluation_samples": evaluation.shape[0]})
+    told = {"evaluation_samples": evaluation.shape[0], "reading": [] if reading is None else list(reading.notes)}
+    run_state.begin({"tokens": tokens}, shape, told)
 
 
-def _samples(plan: Plan, watching: Observer) -> tuple[Tensor, Tensor]:
+def _samples(plan: Plan, reading: Reading | None, watching: Observer) -> tuple[Tensor, Tensor]:
     """Tokens to train on and tokens to measure on, ``[samples, tokens]`` each."""
-    recipe, directory = plan.recipe, plan.checkpoint.directory
+    recipe = plan.recipe
     samples, length, held = recipe.samples, recipe.seq_len, recipe.evaluation_samples
     assert samples is not None
     assert length is not None
     measured = torch.empty(0, length, dtype=torch.long)
-    if held and plan.evaluation is not None:
-        measured = eval_windows(tokenize(load_tokenizer(directory), plan.evaluation), length, held)
+    if held and plan.evaluation is not None and reading is not None:
+        measured = eval_windows(tokenize(reading.tokenizer, plan.evaluation), length, held, reading.begin)
         held = 0
-    if plan.text is None:
+    if plan.text is None or reading is None:
         watching.stage(f"Drawing {samples + held} samples of {length} tokens from the model")
         drawn = draw_from_model(_drawn_from(plan), samples + held, length, recipe.seed, plan.device, watching.stage)
         return drawn[:samples], torch.cat((measured, drawn[samples:]))
-    tokens = tokenize(load_tokenizer(directory), plan.text)
+    tokens = tokenize(reading.tokenizer, plan.text)
     held = min(held, len(tokens) // length // EVALUATION_SHARE)
     if held:
-        measured = eval_windows(tokens[-held * length :], length, held)
+        measured = eval_windows(tokens[-held * length :], length, held, reading.begin)
         tokens = tokens[: -held * length]
-    return sample_windows(tokens, samples, length, recipe.seed), measured
+    return sample_windows(tokens, samples, length, recipe.seed, reading.begin), measured
 
 
 def _drawn_from(plan: Plan) -> Path | Callable[[], Any]:
-    """The model as it was before any rotation; transformers would want packages of its own for some quantized ones."""
-    return partial(model_of, plan.disk) if isinstance(plan.disk, Widened) else plan.disk.directory
+    """The model as it was before any rotation; transformers would want packages of its own for some quantized ones.
+
+    Code of the model's own, too, is run where its weights are read.
+    """
+    seen = isinstance(plan.disk, Widened) or trusts_code(plan.disk.config)
+    return partial(model_of, plan.disk) if seen else plan.disk.directory
 
 
 def _quality(plan: Plan, run_state: RunState, watching: Observer) -> Quality | None:

@@ -17,7 +17,7 @@ from rich.text import Text
 from swquant.engine.observer import Observer
 from swquant.engine.pace import Pace
 from swquant.evaluation import Evaluation, Gain, Measured
-from swquant.html.facts import opened
+from swquant.html.facts import notes_of, opened
 from swquant.inspection import Inspection
 from swquant.output import PAGE
 from swquant.report import Output, Report
@@ -202,6 +202,8 @@ def print_measured(found: Measured) -> None:
     if found.tasks:
         versions = ", ".join(f"{task.task} {task.version}" for task in found.tasks)
         console.print(f"lm-eval {found.tasks[0].harness}; {versions}")
+    for note in found.notes:
+        console.print(f"note: {note}", soft_wrap=True, markup=False)
 
 
 def print_gain(gain: Gain) -> None:
@@ -219,6 +221,8 @@ def print_gain(gain: Gain) -> None:
     some = next(iter(gain.recovered.values()))
     over = "windows, items and seeds" if max(some.seeds) > 1 else "windows and items; with one seed, not over seeds"
     console.print(f"{some.level:.0%} intervals over {over}", soft_wrap=True)
+    for note in dict.fromkeys(note for model in (*gain.models, *gain.baselines) for note in model.notes):
+        console.print(f"note: {note}", soft_wrap=True, markup=False)
 
 
 def _text_facts(result: Evaluation) -> Iterator[tuple[str, str]]:
@@ -267,8 +271,7 @@ def _facts(report: Report, recipe: str | None) -> Iterator[tuple[str, str]]:
     yield "time", span(report.seconds)
     named = f"{recipe}: " if recipe else ""
     yield "recipe", f"{named}{report.recipe['method']}; all of it in swquant.yaml ({report.recipe_hash})"
-    notes = (note for output in report.outputs for note in output.notes)
-    for text in (*dict.fromkeys(notes), *report.events):
+    for text in (*notes_of(report), *report.events):
         yield "note", text
 
 

@@ -14,11 +14,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from swquant import SwquantError, evaluate
-from swquant.calibration import load_tokenizer, sample_windows, tokenize
+from swquant.calibration import sample_windows, tokenize
 from swquant.cli import main
 from swquant.evaluation.gain import recovered_by_metric
 from swquant.evaluation.harness import TaskRun, TaskScore
 from swquant.evaluation.results import Measured
+from swquant.tokenizer import load_tokenizer
 
 MakeModel = Callable[..., Path]
 WORDS = ("the", "model", "reads", "a", "long", "text", "and", "writes", "short", "codes", "for", "each", "weight")

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from swquant import Recipe, SwquantError, quantize
-from swquant.calibration import load_tokenizer
 from swquant.evaluation.harness import run_tasks
 from swquant.evaluation.models import load_model
+from swquant.tokenizer import load_tokenizer
 
 MakeModel = Callable[..., Path]
 

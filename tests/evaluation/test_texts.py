@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from swquant import SwquantError, evaluate
-from swquant.calibration import load_tokenizer
 from swquant.evaluation.texts import PROTOCOLS, measured_windows
+from swquant.tokenizer import load_tokenizer
 
 LENGTHS = [5, 90, 40, 120, 17, 60, 33, 200]
 
@@ -125,7 +125,12 @@ def test_a_document_as_long_as_a_window_is_passed_over(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "part"),
-    [(b"", "holds no document"), (b"{}\n", "line 1"), (b'{"text": 3}\n', "'3', expected a string"), (b"\xff", "JSON")],
+    [
+        (b"", "holds no document"),
+        (b"{}\n", "line 1: the object has no field 'text'"),
+        (b'{"text": 3}\n', "'3', expected a string"),
+        (b"\xff", "as UTF-8: invalid start byte at byte 0"),
+    ],
 )
 def test_damaged_documents_are_refused(tmp_path: Path, content: bytes, part: str) -> None:
     path = tmp_path / "shard.jsonl"
@@ -138,7 +143,7 @@ def test_a_file_that_is_cut_short_or_missing_is_refused(tmp_path: Path, document
     path = tmp_path / "shard.json.gz"
     path.write_bytes(gzip.compress(json.dumps({"text": documents[0]}).encode())[:-9])
     for source in (path, tmp_path / "nowhere.jsonl"):
-        with pytest.raises(SwquantError, match="cannot be read as lines of JSON"):
+        with pytest.raises(SwquantError, match=r"cannot be read: (Compressed file ended|No such file)"):
             measured_windows(f"ptb={source}", Words(), 4, None)
 
 

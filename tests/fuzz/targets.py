@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from swquant import Recipe, SwquantError, quantize
-from swquant.calibration import load_tokenizer, tokenize
+from swquant.calibration import tokenize
 from swquant.card import licence_of
 from swquant.checkpoint.reader import open_checkpoint
 from swquant.compare import read_report
@@ -34,6 +34,7 @@ from swquant.inspection import inspect
 from swquant.losses import parse_loss
 from swquant.methods import parse_methods
 from swquant.plan import make_plan
+from swquant.tokenizer import load_tokenizer
 
 Target = Callable[[bytes], None]
 INDEX = "model.safetensors.index.json"

@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 from transformers import AutoModelForCausalLM
 
 import swquant
-from swquant.calibration import eval_windows, load_tokenizer, tokenize
+from swquant.calibration import eval_windows, tokenize
 from swquant.checkpoint.reader import read_config
 from swquant.formats.gguf import Gguf
 from swquant.formats.gguf_blocks import block_type
@@ -24,6 +24,7 @@ from swquant.quant.ktensor import KTensor
 from swquant.quant.qtensor import QTensor
 from swquant.recipe import Recipe
 from swquant.run import quantize
+from swquant.tokenizer import load_tokenizer
 from tiny_models import save_tiny
 
 pytestmark = pytest.mark.slow

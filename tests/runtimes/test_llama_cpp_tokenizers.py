@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 import swquant
 from swquant.errors import SwquantError
 from swquant.formats.gguf_tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, read_vocabulary
+from swquant.tokenizer import load_tokenizer
 
 MakeModel = Callable[..., Path]
 VOCABULARY = 900
@@ -105,6 +106,15 @@ def spaced() -> Tokenizer:
     return bpe
 
 
+def llama2() -> Tokenizer:
+    """As Llama 2's published file: a space put in front of each piece of a text, a begin token in front of the text."""
+    bpe = sentencepiece(normalizers.Sequence([normalizers.Prepend("▁"), SPACES]), None)
+    bpe.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s>:1 $B:1", special_tokens=[("<s>", 1)]
+    )
+    return bpe
+
+
 SMOLLM2_LACKS = "ÀÁñòõö÷øùúûüýþÿĄĆēĔĖĝ"
 """Control characters and bytes that no text has, as the byte-level alphabet writes them."""
 
@@ -117,6 +127,7 @@ KNOWN: dict[str, Callable[[], Tokenizer]] = {
     "qwen2": lambda: byte_level(QWEN2, nfc=True),
     "llama, prepended": lambda: sentencepiece(normalizers.Sequence([normalizers.Prepend("▁"), SPACES]), None),
     "llama, replaced": lambda: sentencepiece(SPACES, None),
+    "llama, of a class that transformers builds otherwise": llama2,
     "llama, first": lambda: sentencepiece(None, metaspace("first")),
     "llama, never": lambda: sentencepiece(None, metaspace("never")),
     "llama, spaced": spaced,
@@ -127,7 +138,7 @@ def save(tokenizer: Tokenizer, folder: Path, **settings: Any) -> PreTrainedToken
     tokenizer.add_tokens([AddedToken("<tool>", normalized=False), AddedToken("</tool>", normalized=False)])
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", **settings)
     fast.save_pretrained(folder)
-    return AutoTokenizer.from_pretrained(folder)
+    return load_tokenizer(folder)
 
 
 @pytest.fixture(scope="session")
@@ -138,7 +149,13 @@ def trained(make_model: MakeModel) -> Callable[[str], tuple[Path, Any]]:
         folder = make_model("llama", 1, torch.float32, fresh=True, vocab_size=VOCABULARY)
         for path in folder.glob("tokenizer*"):
             path.unlink()
-        return folder, save(KNOWN[kind](), folder)
+        tokenizer = save(KNOWN[kind](), folder)
+        if "of a class" in kind:
+            path = folder / "tokenizer_config.json"
+            path.write_text(json.dumps({**json.loads(path.read_text()), "tokenizer_class": "LlamaTokenizer"}))
+            tokenizer = load_tokenizer(folder)
+            assert tokenizer.tokenize(" x") != AutoTokenizer.from_pretrained(folder).tokenize(" x")
+        return folder, tokenizer
 
     return make
 
@@ -149,12 +166,21 @@ def test_llama_cpp_cuts_a_varied_text_into_the_same_tokens(
     kind: str, trained: Callable[[str], tuple[Path, Any]], write_plain: Callable[[Path], Path], llama_cpp: Any
 ) -> None:
     folder, tokenizer = trained(kind)
-    texts = [*VARIED, TRAINING[:5000], " ".join(VARIED[:4])]
+    texts = [
+        *VARIED,
+        TRAINING[:5000],
+        " ".join(VARIED[:4]),
+        " begins with a space",
+        "   with three",
+        "</s> after <s>one",
+    ]
     if "first" in kind:  # what the note is about
         texts = [text for text in texts if not text.startswith(("<", " "))]
         texts = [text for text in texts if "<s>" not in text and "</s>" not in text]
     expected = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     assert llama_cpp.tokens(write_plain(folder), texts) == expected
+    truth = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    assert [truth.encode(text, add_special_tokens=False).ids for text in texts] == expected
     assert len({token for tokens in expected for token in tokens}) > 250
 
 
@@ -182,7 +208,7 @@ def test_tokens_kinds_and_special_ids(tmp_path: Path) -> None:
     )
     found = vocabulary_of(tmp_path / "gpt2", tokenizer, chat_template="{{ messages }}")
     assert (found.model, found.words, found.add_bos, found.add_eos) == ("gpt2", "gpt-2", True, True)
-    assert found.template == "{{ messages }}"
+    assert found.templates == {"default": "{{ messages }}"}
     assert found.special == {"bos": 0, "eos": 1}
     assert len(found.tokens) == len(found.kinds) == VOCABULARY
     assert found.kinds[:3] == (CONTROL, CONTROL, NORMAL)
@@ -215,7 +241,7 @@ def test_runs_of_spaces_are_pieces_though_they_are_added(tmp_path: Path) -> None
 def test_every_kind_is_recognised(kind: str, tmp_path: Path) -> None:
     found = vocabulary_of(tmp_path, KNOWN[kind]())
     assert kind.startswith("llama," if found.model == "llama" else found.words)
-    assert found.add_space == (kind in ("llama, prepended", "llama, first"))
+    assert found.add_space == ("prepended" in kind or "first" in kind or "of a class" in kind)
 
 
 def lowered() -> Tokenizer:

@@ -49,12 +49,19 @@ def require_subfolder(folder: str) -> None:
         raise SwquantError(f"--subfolder is {folder!r}, expected a folder inside the model, such as 'original'")
 
 
-def download(name: str, patterns: Sequence[str], revision: str | None = None, subfolder: str | None = None) -> Path:
+def download(
+    name: str,
+    patterns: Sequence[str],
+    deeper: Sequence[str] = (),
+    revision: str | None = None,
+    subfolder: str | None = None,
+) -> Path:
     """Bring a model's files to the local cache, or find them there.
 
     Args:
         name: A model on the Hub, e.g. ``meta-llama/Llama-3.2-1B``.
         patterns: The files wanted, as shell patterns.
+        deeper: Those wanted in folders inside.
         revision: A branch, a tag or a commit; the main branch if ``None``.
         subfolder: The folder of the repository that the model lies in.
 
@@ -68,6 +75,8 @@ def download(name: str, patterns: Sequence[str], revision: str | None = None, su
     wanted, ignored = ([inside + pattern for pattern in some] for some in (patterns, _IGNORED))
     try:
         found = Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=ignored))
+        if deeper:  # of the same commit, whose name the folder has
+            snapshot_download(name, revision=found.name, allow_patterns=[inside + pattern for pattern in deeper])
     except HFValidationError as error:
         raise SwquantError(
             f"the model {name!r} is neither a directory nor a valid hub name; give a path or 'owner/name'"

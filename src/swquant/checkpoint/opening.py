@@ -37,11 +37,13 @@ class SourceOptions:
         revision: A branch, tag or commit on the hub.
         subfolder: Where in its directory or repository the model lies.
         dequantize: Take one that has been quantized by a method of :data:`ASKED`.
+        trust_remote_code: Run the Python code that comes with the model, and hand it on.
     """
 
     revision: str | None = None
     subfolder: str | None = None
     dequantize: bool = False
+    trust_remote_code: bool = False
 
 
 def open_source(source: str | Path, options: SourceOptions | None = None) -> Checkpoint | Widened:
@@ -56,11 +58,12 @@ def open_source(source: str | Path, options: SourceOptions | None = None) -> Che
             that is not read, or not without being asked for.
     """
     given = options or SourceOptions()
-    directory = find_model(source, given.revision, given.subfolder)
+    trusted = given.trust_remote_code
+    directory = find_model(source, given.revision, given.subfolder, trusted=trusted)
     with read_errors(directory):
         found = quantization_of(read_config(directory))
     if found is None:
-        return open_checkpoint(directory)
+        return open_checkpoint(directory, trusted=trusted)
     method, settings = found
     if method in ASKED and not given.dequantize:
         instead = "give the original model, or --dequantize-source to begin with what is left of it"
@@ -68,7 +71,7 @@ def open_source(source: str | Path, options: SourceOptions | None = None) -> Che
     find = {**ALWAYS, **ASKED}.get(method)
     if find is None:
         raise already_quantized(directory, method, "give the original model")
-    files = open_checkpoint(directory, quantized=True)
+    files = open_checkpoint(directory, quantized=True, trusted=trusted)
     return widen(files, find(files, settings))
 
 

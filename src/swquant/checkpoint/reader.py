@@ -1,7 +1,8 @@
 """Checkpoints on their way in: found, checked from their headers alone, and read tensor by tensor.
 
 Whatever lies in a model directory may come from a stranger. Weights are read from safetensors files only, nothing is
-unpickled, no code of the model's is imported, and what is wrong with a file is said in one sentence.
+unpickled, no code of the model's is imported unless the user trusts it, and what is wrong with a file is said in one
+sentence.
 """
 
 from __future__ import annotations
@@ -21,24 +22,33 @@ import torch
 from torch import Tensor
 
 from swquant.checkpoint.hub import download, require_subfolder, split_revision
+from swquant.checkpoint.own_code import CODE, CONFIG, names_code, trusts_code, without_code
 from swquant.checkpoint.shards import Stored, find_shards, opened, read_errors, read_headers, read_json, shown
 from swquant.checkpoint.values import MOST, finite, require_range, runs, wanted_rows
 from swquant.errors import SwquantError
 
-CONFIG = "config.json"
-_SIDECARS = (
+TEMPLATES = "additional_chat_templates"
+"""Folder of the chat templates that have names."""
+_OF_TOKENIZER = (
     "tokenizer*.json",
     "tokenizer*.txt",
     "*.model",
     "*.tiktoken",
+    "tekken.json",
     "vocab*.json",
     "vocab*.txt",
     "merges*.txt",
     "special_tokens_map.json",
     "added_tokens.json",
+)
+_SIDECARS = (
+    *_OF_TOKENIZER,
     "generation_config.json",
     "chat_template*.jinja",
     "chat_template*.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
 )
 _NOTICES = ("license*", "licence*", "notice*", "use_policy*")
 _WEIGHTS = ("*.safetensors", "model.gguf", "model.onnx", "model.onnx.data")
@@ -177,31 +187,39 @@ class Checkpoint:
         return sizes.most_common(1)[0][0]
 
     def sidecars(self) -> tuple[Path, ...]:
-        """The files that belong beside the weights of any version of this model: tokenizer, chat template, licence.
+        """The files that belong beside the weights of any version of this model: tokenizer, chat templates, licence.
+
+        The model's own code is among them if it is trusted.
 
         Raises:
             SwquantError: One is a link to a file that is not the model's; a copy of it might publish something private.
         """
-        found = tuple(path for path in sorted(self.directory.iterdir()) if _is_sidecar(path.name) and path.is_file())
+        files = [path for path in sorted(self.directory.iterdir()) if path.is_file()]
+        found = tuple(path for path in files if _is_sidecar(path.name) or path in self._code())
+        found += tuple(sorted((self.directory / TEMPLATES).glob("*.jinja")))
         for path in found:
             require_own(path, self.directory)
         return found
 
     def fingerprint(self) -> str:
-        """SHA-256 over ``config.json`` and every shard, name and content; where the directory lies does not matter.
+        """SHA-256 over ``config.json``, trusted code and every shard, name and content, wherever the directory lies.
 
         Raises:
             SwquantError: A file cannot be read, or has changed since it was opened.
         """
         digest = hashlib.sha256()
         files = {stored.file for stored in self.tensors.values()}
-        for path in (self.directory / CONFIG, *sorted(files)):
+        for path in (self.directory / CONFIG, *self._code(), *sorted(files)):
             with read_errors(path), path.open("rb") as file:
                 digest.update(json.dumps([path.name, os.fstat(file.fileno()).st_size]).encode())
                 while chunk := file.read(_CHUNK):
                     digest.update(chunk)
             self._require_unchanged(path)
         return digest.hexdigest()
+
+    def _code(self) -> list[Path]:
+        """The files of the model's own code, if it is trusted."""
+        return sorted(self.directory.glob("*.py")) if trusts_code(self.config) else []
 
     def _require_unchanged(self, file: Path) -> None:
         with read_errors(file):
@@ -216,7 +234,7 @@ class Checkpoint:
         return self.tensors[name]
 
 
-def open_checkpoint(source: str | Path, *, quantized: bool = False) -> Checkpoint:
+def open_checkpoint(source: str | Path, *, quantized: bool = False, trusted: bool = False) -> Checkpoint:
     """Find a model and check everything that its configuration and headers tell; no weight is read.
 
     What a run begins with may be quantized in some ways: :func:`swquant.checkpoint.opening.open_source` opens that.
@@ -224,20 +242,21 @@ def open_checkpoint(source: str | Path, *, quantized: bool = False) -> Checkpoin
     Args:
         source: A model directory, or the name of a model on the hub, which is downloaded if need be.
         quantized: Take one that is quantized as well; tensors are then as they are stored.
+        trusted: See :func:`read_config`.
 
     Raises:
         SwquantError: There is no such model, or it is not a whole safetensors checkpoint, unquantized if need be.
     """
     directory = find_model(source)
     with read_errors(directory):
-        config = read_config(directory)
+        config = read_config(directory, trusted=trusted)
         if not quantized:
             _refuse_quantized(directory, config)
         shards = find_shards(directory)
         stamps = {file: _stamp(file) for file in (directory / CONFIG, *shards)}
         tensors = read_headers(shards, narrow=quantized)
     if not any(stored.dtype.is_floating_point for stored in tensors.values()):
-        raise SwquantError(f"{directory} holds no floating-point tensor, expected a model's weights; download it again")
+        raise SwquantError(f"{directory} holds no floating-point tensor, expected a model's weights")
     return Checkpoint(directory, config, dict(sorted(tensors.items())), stamps)
 
 
@@ -246,13 +265,16 @@ def _stamp(file: Path) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def find_model(source: str | Path, revision: str | None = None, subfolder: str | None = None) -> Path:
+def find_model(
+    source: str | Path, revision: str | None = None, subfolder: str | None = None, *, trusted: bool = False
+) -> Path:
     """The model's directory; a hub name's is downloaded if need be.
 
     Args:
         source: A directory, ``owner/name`` on the hub, or ``owner/name@revision``.
         revision: A branch, tag or commit on the hub.
         subfolder: Where in the directory or the repository the model lies.
+        trusted: Download the model's own code, too.
 
     Raises:
         SwquantError: There is no such model.
@@ -271,7 +293,7 @@ def find_model(source: str | Path, revision: str | None = None, subfolder: str |
         )
     name, revision = split_revision(source, revision)
     wanted = (*_WEIGHTS, "*.json", *_BESIDE, *_SIDECARS, *_NOTICES, *map(str.upper, _NOTICES))
-    return download(name, wanted, revision, subfolder)
+    return download(name, (*wanted, *(["*.py"] if trusted else [])), (f"{TEMPLATES}/*.jinja",), revision, subfolder)
 
 
 def _inside(path: Path, revision: str | None, subfolder: str | None) -> Path:
@@ -300,8 +322,12 @@ def _looks_like_path(source: str) -> bool:
     )
 
 
-def read_config(directory: Path) -> dict[str, Any]:
+def read_config(directory: Path, *, trusted: bool = False) -> dict[str, Any]:
     """The content of ``config.json``.
+
+    Args:
+        directory: Where it is.
+        trusted: The user trusts the model's own code: :data:`CODE` stays, and is there if only the tokenizer has any.
 
     Raises:
         SwquantError: There is none, or it is not a mapping.
@@ -311,7 +337,10 @@ def read_config(directory: Path) -> dict[str, Any]:
         inside = sorted(str(found.parent) for found in directory.glob("*/config.json"))[:8]
         hint = f"give one of {', '.join(inside)}" if inside else "give the directory that save_pretrained wrote"
         raise SwquantError(f"{directory} has no config.json; {hint}")
-    return read_json(path)
+    values = read_json(path)
+    if not trusted:
+        return without_code(values)
+    return {CODE: {}, **values} if names_code(directory) else values
 
 
 def quantization_of(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]] | None:
@@ -341,6 +370,11 @@ def _is_sidecar(name: str) -> bool:
     if lower.endswith(_NEVER_COPIED):
         return False
     return any(fnmatchcase(lower, pattern) for pattern in (*_SIDECARS, *_NOTICES))
+
+
+def is_of_tokenizer(name: str) -> bool:
+    """Whether a file of this name decides which tokens a text has."""
+    return any(fnmatchcase(name.lower(), pattern) for pattern in _OF_TOKENIZER)
 
 
 def require_own(path: Path, directory: Path) -> None:

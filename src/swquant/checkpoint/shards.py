@@ -41,6 +41,10 @@ _NARROW = {
     "F8_E8M0": torch.float8_e8m0fnu,
 }
 """Floats of 8 bits, which only a quantized model has: alone they are not its weights."""
+_HEADS = ("lm_head", "embed_out")
+"""Modules that an index may name though no file has their weights: heads that are the embedding, whose index was made
+before they were left out. Where such a head is a matrix of its own, the model misses it when it is put together."""
+_POINTER = b"version https://git-lfs"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _JSON_LIMIT = 100 << 20
 _CONVERT = (
@@ -77,7 +81,7 @@ def find_shards(directory: Path) -> dict[Path, set[str]]:
         _refuse_weightless(directory)
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise SwquantError(f"{index} has no weight_map; download it again")
+        raise SwquantError(f"{index} has no weight_map; take the index that the model's author published")
     shards: dict[Path, set[str]] = {}
     for name, file in weight_map.items():
         if not isinstance(file, str) or not _is_plain(file):
@@ -127,10 +131,15 @@ def read_headers(shards: Mapping[Path, set[str]], *, narrow: bool = False) -> di
         with opened(file) as shard:
             found = {name: _stored(file, name, shard.get_slice(name), known) for name in shard.keys()}  # noqa: SIM118
         for name in sorted(promised - found.keys()):
-            raise SwquantError(f"{file} lacks {shown(name)}, which {INDEX} promises; download the model again")
+            if name.rpartition(".")[0].rpartition(".")[2] not in _HEADS:
+                raise SwquantError(
+                    f"{file} lacks {shown(name)}, which {INDEX} promises: they are not of one model; "
+                    "take both as the model's author published them"
+                )
         for name in sorted(found.keys() & tensors.keys()):
             raise SwquantError(
-                f"both {tensors[name].file} and {file.name} hold {shown(name)}; download the model again"
+                f"both {tensors[name].file} and {file.name} hold {shown(name)}; save the model again, or take "
+                "the files that its author published"
             )
         tensors.update(found)
     return tensors
@@ -159,7 +168,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise SwquantError(f"{path} is not valid JSON ({_plain(str(error))}); download it again") from error
     if not isinstance(value, dict):
-        raise SwquantError(f"{path} does not hold a JSON object; download it again")
+        raise SwquantError(f"{path} does not hold a JSON object; take the file that the model's author published")
     return value
 
 
@@ -170,9 +179,18 @@ def opened(file: Path) -> Generator[Any]:
         with read_errors(file), _mapped(file) as shard:
             yield shard
     except SafetensorError as error:
+        if _is_pointer(file):
+            raise SwquantError(
+                f"{file} is a pointer of Git LFS and not the file itself; 'git lfs pull' in its directory brings it"
+            ) from error
         raise SwquantError(
             f"{file} is damaged or not a safetensors file ({_plain(str(error))}); download it again"
         ) from error
+
+
+def _is_pointer(file: Path) -> bool:
+    with file.open("rb") as content:
+        return content.read(len(_POINTER)) == _POINTER
 
 
 def _mapped(file: Path) -> Any:

@@ -9,11 +9,15 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from swquant.checkpoint.own_code import CODE, without_code
+from swquant.checkpoint.reader import TEMPLATES
+from swquant.checkpoint.shards import read_json
 from swquant.errors import SwquantError
 
 SHARD_BYTES = 16 << 20
@@ -86,10 +90,31 @@ def write_checkpoint(
 
 
 def copy_sidecars(directory: Path, sidecars: Iterable[Path]) -> None:
-    """Copy files into ``directory`` and flush them; symbolic links are followed."""
+    """Copy files into ``directory`` and flush them; symbolic links are followed.
+
+    Settings that name code lose its name, unless code is among the files.
+    """
+    sidecars = tuple(sidecars)
+    code = any(source.suffix == ".py" for source in sidecars)
     for source in sidecars:
-        shutil.copyfile(source, directory / source.name)
-        _sync(directory / source.name)
+        place = directory / TEMPLATES if source.parent.name == TEMPLATES else directory
+        place.mkdir(exist_ok=True)
+        if not code and source.suffix == ".json" and (settings := _naming_code(source)) is not None:
+            _write_file(place / source.name, json.dumps(without_code(settings), indent=2, ensure_ascii=False) + "\n")
+        else:
+            shutil.copyfile(source, place / source.name)
+            _sync(place / source.name)
+
+
+def _naming_code(path: Path) -> dict[str, Any] | None:
+    """The content of settings that name code, or nothing; a vocabulary is no such settings and may be large."""
+    if path.name.startswith(("tokenizer.json", "vocab")) or f'"{CODE}"'.encode() not in path.read_bytes():
+        return None
+    try:
+        settings = read_json(path)
+    except SwquantError:  # whatever it is, nobody reads it
+        return None
+    return settings if CODE in settings else None
 
 
 def write_beside(directory: Path, config: Mapping[str, object], extra_files: Mapping[str, str | bytes]) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from swquant.calibration import load_tokenizer
 from swquant.checkpoint.opening import SourceOptions
 from swquant.checkpoint.reader import find_model
 from swquant.device import resolve_device
@@ -21,6 +20,7 @@ from swquant.evaluation.recovered import Contrast, Recovered
 from swquant.evaluation.results import Evaluation, Gain, Measured
 from swquant.evaluation.scores import TokenScores, score_windows
 from swquant.evaluation.texts import measured_windows
+from swquant.tokenizer import Reading, load_tokenizer, open_reading
 
 __all__ = [
     "Contrast",
@@ -51,6 +51,7 @@ class What:
         items: Ask only the first so many items of each task.
         device: Where to compute.
         packed: Keep the models' linears packed, as :func:`swquant.load` has them; never the original's.
+        trust_remote_code: Run the Python code that comes with the models.
     """
 
     text: str | None = None
@@ -60,6 +61,7 @@ class What:
     items: int | None = None
     device: str = "auto"
     packed: bool = False
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         if self.text is None and not self.tasks:
@@ -78,6 +80,7 @@ def evaluate(
     windows: int | None = None,
     device: str = "auto",
     packed: bool = False,
+    trust_remote_code: bool = False,
 ) -> Evaluation:
     """Measure a model by the field's protocol: the text tokenised once, cut in windows that do not overlap.
 
@@ -89,11 +92,12 @@ def evaluate(
         windows: Measure on the first so many windows only.
         device: Where to compute.
         packed: Keep the model's linears packed, as :func:`swquant.load` has them.
+        trust_remote_code: Run the Python code that comes with the models.
 
     Raises:
         SwquantError: If a model does not load, the text is too short, or the two vocabularies differ.
     """
-    what = What(text, (), context, windows, None, device, packed)
+    what = What(text, (), context, windows, None, device, packed, trust_remote_code)
     found = measure(model, what, reference=reference).text
     assert found is not None
     return found
@@ -141,7 +145,8 @@ def measure_gain(
         SwquantError: As :func:`measure`.
     """
     place, original = _load(reference, what, source_options)
-    runs = run_tasks(original, load_tokenizer(place), what.tasks, items=what.items) if what.tasks else ()
+    tokenizer = load_tokenizer(place, trusted=what.trust_remote_code) if what.tasks else None
+    runs = run_tasks(original, tokenizer, what.tasks, items=what.items) if what.tasks else ()
     full = Measured(str(reference), None, tuple(run.score for run in runs), runs=runs)
     sides = [
         tuple(_measure(Path(model), what, original, packed=what.packed) for model in side)
@@ -153,22 +158,23 @@ def measure_gain(
 def _load(reference: str | Path, what: What, options: SourceOptions | None) -> tuple[Path, Any]:
     """Where the original is, and the original."""
     given = options or SourceOptions()
-    place = find_model(reference, given.revision, given.subfolder)
-    return place, load_model(place, resolve_device(what.device), dequantize=given.dequantize)
+    trusted = what.trust_remote_code
+    place = find_model(reference, given.revision, given.subfolder, trusted=trusted)
+    return place, load_model(place, resolve_device(what.device), dequantize=given.dequantize, trusted=trusted)
 
 
 def _measure(directory: Path, what: What, original: Any | None, *, packed: bool) -> Measured:
     place = resolve_device(what.device)
-    model = load_model(directory, place, packed=packed)
-    tokenizer = load_tokenizer(directory)
-    scores = None if what.text is None else _scores(directory, model, tokenizer, original, what, place)
-    runs = run_tasks(model, tokenizer, what.tasks, items=what.items) if what.tasks else ()
+    model = load_model(directory, place, packed=packed, trusted=what.trust_remote_code)
+    reading = open_reading(directory, trusted=what.trust_remote_code)
+    scores = None if what.text is None else _scores(directory, model, reading, original, what, place)
+    runs = run_tasks(model, reading.tokenizer, what.tasks, items=what.items) if what.tasks else ()
     text = None if scores is None else Evaluation.of(str(directory), str(what.text), scores)
-    return Measured(str(directory), text, tuple(run.score for run in runs), scores, runs)
+    return Measured(str(directory), text, tuple(run.score for run in runs), reading.notes, scores, runs)
 
 
 def _scores(
-    directory: Path, model: Any, tokenizer: Any, original: Any | None, what: What, place: torch.device
+    directory: Path, model: Any, reading: Reading, original: Any | None, what: What, place: torch.device
 ) -> TokenScores:
     limit = int(model.config.max_position_embeddings)
     context = what.context or min(LONGEST, limit)
@@ -180,5 +186,5 @@ def _scores(
             "give the model that it was made of"
         )
     assert what.text is not None
-    rows = measured_windows(what.text, tokenizer, context, what.windows)
+    rows = measured_windows(what.text, reading.tokenizer, context, what.windows, reading.begin)
     return score_windows(model, original, rows, place)

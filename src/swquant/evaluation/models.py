@@ -23,7 +23,9 @@ from swquant.phases.micro_batch import ran_out
 from swquant.runtime import load
 
 
-def load_model(directory: Path, device: torch.device, *, packed: bool = False, dequantize: bool = False) -> Any:
+def load_model(
+    directory: Path, device: torch.device, *, packed: bool = False, dequantize: bool = False, trusted: bool = False
+) -> Any:
     """The model in ``directory`` in float32.
 
     Plain checkpoints are loaded by transformers; quantized ones are read and dequantized here, by transformers where
@@ -34,36 +36,38 @@ def load_model(directory: Path, device: torch.device, *, packed: bool = False, d
         device: Where to.
         packed: Load it by :func:`swquant.load` instead, so that its linears compute on packed codes.
         dequantize: Read it as a run reads such a source, which knows more layouts of compressed-tensors and GPTQ.
+        trusted: Run the Python code that comes with the model.
 
     Raises:
-        SwquantError: If there is no model that loads without code of its own.
+        SwquantError: If there is no model that loads, or none without code of its own that is not trusted.
     """
     if not directory.is_dir():
         raise SwquantError(f"{directory} is no model directory")
-    config = read_config(directory)
+    config = read_config(directory, trusted=trusted)
     if packed:
-        return load(directory, device=str(device), dtype=torch.float32)
+        return load(directory, device=str(device), dtype=torch.float32, trust_remote_code=trusted)
     method = _method(config)
     if method in ALWAYS or (dequantize and method in ASKED):
-        return model_of(open_source(directory, SourceOptions(dequantize=True))).to(device).eval()
+        options = SourceOptions(dequantize=True, trust_remote_code=trusted)
+        return model_of(open_source(directory, options)).to(device).eval()
     if method is None and _has_weights(directory):
-        return load_by_transformers(directory, device)
+        return load_by_transformers(directory, device, trusted=trusted)
     try:
-        quantized = read_quantized(directory)[1]
+        quantized = read_quantized(directory, trusted=trusted)[1]
     except SwquantError:
         if method != "compressed-tensors":
             raise
-        return load_by_transformers(directory, device)
+        return load_by_transformers(directory, device, trusted=trusted)
     return _assembled(quantized).to(device).eval()
 
 
-def load_by_transformers(directory: Path, device: torch.device) -> Any:
+def load_by_transformers(directory: Path, device: torch.device, *, trusted: bool = False) -> Any:
     """The model in ``directory`` in float32 as transformers loads it, which dequantizes compressed-tensors.
 
     Raises:
         SwquantError: It does not load.
     """
-    config = read_config(directory)
+    config = read_config(directory, trusted=trusted)
     extra: dict[str, Any] = {}
     if _method(config) is not None and _groups(config) < 2:
         # Of several groups it would take the first one's grid for all weights; without, it takes each its own.
@@ -71,7 +75,7 @@ def load_by_transformers(directory: Path, device: torch.device) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="You passed `quantization_config`")
-            model: Any = model_class(config, parse_config(config)).from_pretrained(
+            model: Any = model_class(config, parse_config(config, directory), directory).from_pretrained(
                 directory,
                 dtype=torch.float32,
                 use_safetensors=True,

@@ -78,6 +78,7 @@ class Measured:
         model: The directory.
         text: What was measured on the text.
         tasks: Each task's score.
+        notes: What to know of how the model reads text, see :class:`swquant.tokenizer.Reading`.
         scores: What ``text`` was computed from, token by token.
         runs: What ``tasks`` was computed from, item by item.
     """
@@ -85,13 +86,15 @@ class Measured:
     model: str
     text: Evaluation | None
     tasks: tuple[TaskScore, ...]
+    notes: tuple[str, ...] = ()
     scores: TokenScores | None = field(default=None, repr=False)
     runs: tuple[TaskRun, ...] = field(default=(), repr=False)
 
     def to_mapping(self) -> dict[str, object]:
         """The text's evaluation as :meth:`Evaluation.to_json` has it, with the tasks beside it."""
         values: dict[str, object] = {"model": self.model} if self.text is None else asdict(self.text)
-        return values | ({"tasks": [asdict(task) for task in self.tasks]} if self.tasks else {})
+        tasks = {"tasks": [asdict(task) for task in self.tasks]} if self.tasks else {}
+        return values | tasks | ({"notes": list(self.notes)} if self.notes else {})
 
     def to_json(self) -> str:
         """One JSON object."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from swquant.calibration import eval_windows, read_text, tokenize
+from swquant.calibration import begun, eval_windows, read_text, tokenize
+from swquant.documents import read_documents
 from swquant.errors import SwquantError, reason_of
 
 WINDOWS = 256
@@ -64,7 +63,7 @@ PROTOCOLS: Mapping[str, Protocol] = {
 }
 
 
-def measured_windows(source: str, tokenizer: Any, context: int, limit: int | None) -> Tensor:
+def measured_windows(source: str, tokenizer: Any, context: int, limit: int | None, begin: int | None = None) -> Tensor:
     """The windows to measure on, ``int64 [windows, context]``.
 
     Args:
@@ -73,6 +72,7 @@ def measured_windows(source: str, tokenizer: Any, context: int, limit: int | Non
         tokenizer: The model's.
         context: Tokens of a window.
         limit: Only the first so many windows.
+        begin: See :func:`swquant.calibration.begun`.
 
     Raises:
         SwquantError: There is no such text, or it is too short.
@@ -80,14 +80,14 @@ def measured_windows(source: str, tokenizer: Any, context: int, limit: int | Non
     name, given, file = source.partition("=")
     protocol = None if Path(source).is_file() else PROTOCOLS.get(name)
     if protocol is None:
-        return eval_windows(tokenize(tokenizer, read_text(source)), context, limit)
-    documents = _read_documents(Path(file), protocol.field) if given else _load(name, protocol)
+        return eval_windows(tokenize(tokenizer, read_text(source)), context, limit, begin)
+    documents = read_documents(Path(file), protocol.field) if given else _load(name, protocol)
     if protocol.windows is not None:
         limit = min(limit or protocol.windows, protocol.windows)
     if protocol.cut == "drawn":
-        return draw_windows(documents, tokenizer, context, limit or WINDOWS)
+        return begun(draw_windows(documents, tokenizer, context, limit or WINDOWS), begin)
     text = protocol.joint.join(documents[: protocol.documents])
-    return eval_windows(tokenize(tokenizer, text), context, limit)
+    return eval_windows(tokenize(tokenizer, text), context, limit, begin)
 
 
 def draw_windows(documents: Sequence[str], tokenizer: Any, context: int, count: int) -> Tensor:
@@ -136,28 +136,3 @@ def _load(name: str, protocol: Protocol) -> list[str]:
         raise SwquantError(
             f"{name} ({protocol.dataset}) cannot be read: {reason}; or give a file, {name}=FILE.jsonl"
         ) from error
-
-
-def _read_documents(path: Path, field: str) -> list[str]:
-    """The field of each line of a jsonl file, gzipped or not."""
-    documents: list[str] = []
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    documents.append(_document(line, field, f"{path}, line {number}"))
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise SwquantError(f"{path} cannot be read as lines of JSON: {error}") from error
-    if not documents:
-        raise SwquantError(f"{path} holds no document; expected a line of JSON for each")
-    return documents
-
-
-def _document(line: str, field: str, where: str) -> str:
-    try:
-        text = json.loads(line)[field]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise SwquantError(f'{where}: expected a JSON object with a "{field}" field') from error
-    if not isinstance(text, str):
-        raise SwquantError(f'{where}: "{field}" is {str(text)[:40]!r}, expected a string')
-    return text

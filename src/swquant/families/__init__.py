@@ -13,7 +13,24 @@ from swquant import registry
 from swquant.errors import SwquantError
 from swquant.families.base import Family
 
-__all__ = ["Family", "family_for"]
+__all__ = ["Family", "begins_each_window", "family_for"]
+
+BEGIN_EACH_WINDOW = "gemma"
+"""In the ``model_type`` of models that predict badly without a token that begins the text."""
+
+
+def begins_each_window(config: Mapping[str, Any]) -> bool:
+    """Whether a window of text needs the token that begins a text, wherever the window was cut.
+
+    Gemma in all its versions and wrappers does: without it its perplexity is several times as high, and what it is
+    calibrated on is not what it is used on. LLaMA and others are measured without it by all papers.
+
+    Args:
+        config: The content of ``config.json``.
+    """
+    parts = (config, config.get("text_config"))
+    kinds = (str(part.get("model_type")) for part in parts if isinstance(part, Mapping))
+    return any(BEGIN_EACH_WINDOW in kind for kind in kinds)
 
 
 def family_for(config: Mapping[str, Any], wanted: str) -> Family:

@@ -11,13 +11,17 @@ from swquant.errors import SwquantError
 from swquant.formats.base import Format
 
 
-def read_quantized(directory: Path) -> tuple[Format, QuantizedModel]:
+def read_quantized(directory: Path, *, trusted: bool = False) -> tuple[Format, QuantizedModel]:
     """A quantized model of any format, and the format it is in; tensors are read when they are asked for.
+
+    Args:
+        directory: Where it is.
+        trusted: See :func:`swquant.checkpoint.reader.read_config`.
 
     Raises:
         SwquantError: There is none in a format that keeps codes.
     """
-    config = read_config(directory)
+    config = read_config(directory, trusted=trusted)
     for name in registry.names(__name__):
         form: Format = registry.load(__name__, name)()
         model = form.read(directory, config)

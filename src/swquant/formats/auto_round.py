@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from swquant.checkpoint.own_code import trusts_code
 from swquant.checkpoint.quantized import QUANTIZATION_CONFIG, Outline, QuantizedModel, read_codes, write_codes
 from swquant.checkpoint.reader import open_checkpoint
 from swquant.checkpoint.shards import Stored
@@ -104,7 +105,7 @@ class AutoRound:
             return None
         require_plain(directory, settings, _PLAIN)
         spec = spec_of(directory, settings, "packing_format", settings.get("packing_format"), _PACKINGS)
-        checkpoint = open_checkpoint(directory, quantized=True)
+        checkpoint = open_checkpoint(directory, quantized=True, trusted=trusts_code(config))
         return read_codes(checkpoint, spec, SUFFIXES, shape_of, self.decode)
 
     def loading(self, spec: QuantSpec) -> str:

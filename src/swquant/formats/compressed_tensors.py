@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from swquant.checkpoint.own_code import trusts_code
 from swquant.checkpoint.quantized import QUANTIZATION_CONFIG, Outline, QuantizedModel, read_codes, write_codes
 from swquant.checkpoint.reader import Checkpoint, open_checkpoint
 from swquant.checkpoint.shards import Stored
@@ -145,7 +146,7 @@ class CompressedTensors:
         settings = config.get(QUANTIZATION_CONFIG)
         if not isinstance(settings, dict) or settings.get("quant_method") != "compressed-tensors":
             return None
-        checkpoint = open_checkpoint(directory, quantized=True)
+        checkpoint = open_checkpoint(directory, quantized=True, trusted=trusts_code(config))
         return read_codes(checkpoint, _specs_of(directory, settings), _SUFFIXES, _shape_of, self.decode)
 
     def loading(self, spec: QuantSpec) -> str:

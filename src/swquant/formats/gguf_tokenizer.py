@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from swquant.errors import SwquantError, reason_of
+from swquant.errors import SwquantError
+from swquant.tokenizer import load_tokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """Kinds of tokens in a GGUF file."""
@@ -51,7 +52,7 @@ class Vocabulary:
         add_bos: Whether texts begin with ``bos``.
         add_eos: Whether they end with ``eos``.
         add_space: Whether a space is put in front; of ``llama``.
-        template: The chat template.
+        templates: Chat templates by name; the one that is used unasked is ``default``.
         notes: Where tokens may differ from the original's.
     """
 
@@ -65,7 +66,7 @@ class Vocabulary:
     add_bos: bool
     add_eos: bool
     add_space: bool
-    template: str | None
+    templates: Mapping[str, str]
     notes: tuple[str, ...]
 
 
@@ -97,8 +98,7 @@ def read_vocabulary(directory: Path, config: Mapping[str, Any]) -> Vocabulary:
         raise _unknown(directory, "names no token that ends a text")
     merges = tuple(" ".join(pair) for pair in _pairs(parts["model"])) if kind.model == "gpt2" else ()
     template: Any = tokenizer.chat_template
-    if isinstance(template, dict):
-        template = template.get("default")
+    templates = template if isinstance(template, dict) else {"default": template}
     return Vocabulary(
         model=kind.model,
         words=kind.words,
@@ -110,17 +110,13 @@ def read_vocabulary(directory: Path, config: Mapping[str, Any]) -> Vocabulary:
         add_bos=first is not None,
         add_eos=last is not None,
         add_space=kind.add_space,
-        template=template if isinstance(template, str) else None,
+        templates={name: text for name, text in templates.items() if isinstance(text, str)},
         notes=kind.notes,
     )
 
 
 def _load(directory: Path) -> PreTrainedTokenizerFast:
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # tokenizer files fail in as many ways as there are tokenizers
-        reason = reason_of(error)
-        raise SwquantError(f"{directory} has no tokenizer that loads: {reason}") from error
+    tokenizer = load_tokenizer(directory)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise _unknown(directory, "has no tokenizer.json and cannot be converted to one")
     return tokenizer

@@ -243,8 +243,9 @@ def _add_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
     writer.add_add_bos_token(vocabulary.add_bos)
     writer.add_add_eos_token(vocabulary.add_eos)
     writer.add_add_space_prefix(vocabulary.add_space)
-    if vocabulary.template is not None:
-        writer.add_chat_template(vocabulary.template)
+    if vocabulary.templates:
+        named = [{"name": name, "template": text} for name, text in vocabulary.templates.items()]
+        writer.add_chat_template(named if len(named) > 1 else named[0]["template"])
 
 
 _LONG: Mapping[str, str] = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}

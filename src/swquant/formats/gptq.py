@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from swquant.checkpoint.own_code import trusts_code
 from swquant.checkpoint.quantized import QUANTIZATION_CONFIG, Outline, QuantizedModel, read_codes, write_codes
 from swquant.checkpoint.reader import open_checkpoint
 from swquant.checkpoint.shards import Stored
@@ -126,7 +127,7 @@ class Gptq:
         require_plain(directory, settings, _PLAIN)
         version = settings.get("checkpoint_format", settings.get("format", "gptq"))
         spec = spec_of(directory, settings, "checkpoint_format", version, _VERSIONS)
-        checkpoint = open_checkpoint(directory, quantized=True)
+        checkpoint = open_checkpoint(directory, quantized=True, trusted=trusts_code(config))
         return read_codes(checkpoint, spec, (*SUFFIXES, "g_idx"), shape_of, self.decode)
 
     def loading(self, spec: QuantSpec) -> str:

@@ -161,7 +161,7 @@ def _inputs(name: str, words: int, spec: QuantSpec) -> int:
     if rest or inputs % FEATURES or inputs % spec.group_width(inputs):
         raise SwquantError(
             f"{name} has {words} rows, which are not the {spec.bits}-bit codes of whole groups "
-            f"of {spec.group_size or FEATURES}; download the file again"
+            f"of {spec.group_size or FEATURES}; give the original model"
         )
     return inputs
 

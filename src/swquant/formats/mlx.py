@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from swquant.checkpoint.own_code import trusts_code
 from swquant.checkpoint.quantized import QUANTIZATION_CONFIG, Outline, QuantizedModel, read_codes, write_codes
 from swquant.checkpoint.reader import Checkpoint, open_checkpoint
 from swquant.checkpoint.shards import Stored
@@ -136,7 +137,8 @@ class Mlx:
                 f"{settings['group_size']!r:.40}, expected 'affine' and a number"
             )
         spec = spec_from(directory, settings.get("bits"), settings["group_size"], settings.get("symmetric", False))
-        model = read_codes(open_checkpoint(directory, quantized=True), spec, _SUFFIXES, _shape_of, self.decode)
+        files = open_checkpoint(directory, quantized=True, trusted=trusts_code(config))
+        model = read_codes(files, spec, _SUFFIXES, _shape_of, self.decode)
         blocks_of(model.outline)
         return model
 

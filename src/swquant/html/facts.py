@@ -129,8 +129,8 @@ def opened(output: Output) -> str:
 
 
 def notes_of(report: Report) -> list[str]:
-    """What to know about the outputs, each sentence once."""
-    return list(dict.fromkeys(note for output in report.outputs for note in output.notes))
+    """What to know about the reading of text and the outputs, each sentence once."""
+    return list(dict.fromkeys((*report.reading, *(note for output in report.outputs for note in output.notes))))
 
 
 def _quality_facts(quality: Quality) -> Iterator[Fact]:

@@ -5,22 +5,29 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from swquant.checkpoint.own_code import CODE, names_code, trusts_code
 from swquant.errors import SwquantError
 
 DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth", "encoder_layers", "decoder_layers")
 """Keys of a configuration that say how many layers there are, of the language model or of a tower."""
 
 
-def read_config(values: Mapping[str, Any]) -> Any:
+def read_config(values: Mapping[str, Any], place: Path) -> Any:
     """transformers' configuration for the content of a ``config.json``.
+
+    Args:
+        values: The content. Where it names code, it was read with trust in that code, and the code is run.
+        place: The directory of the file, and of the code.
 
     Raises:
         SwquantError: Its ``model_type`` is none that the installed transformers knows.
@@ -29,24 +36,44 @@ def read_config(values: Mapping[str, Any]) -> Any:
     given = copy.deepcopy({key: value for key, value in values.items() if key not in _QUANTIZATION})
     given = PreTrainedConfig._decode_special_floats(given)  # infinity, which JSON cannot say  # pyright: ignore
     kind = given.get("model_type")
-    if kind in CONFIG_MAPPING:
-        return CONFIG_MAPPING[kind].from_dict(given)
+    own = _own_class(values, "AutoConfig", place)
+    if own is not None or kind in CONFIG_MAPPING:
+        return (own or CONFIG_MAPPING[kind]).from_dict(given)
     if kind is None:
         raise SwquantError("config.json has no model_type; take the configuration that the model's author published")
-    raise SwquantError(
-        f"model_type {kind!r:.200} is none that transformers {transformers.__version__} knows; a newer release may"
-    )
+    unknown = f"model_type {kind!r:.200} is none that transformers {transformers.__version__} knows"
+    if not trusts_code(values) and names_code(place):
+        raise SwquantError(
+            f"{unknown}, and Python code comes with the model: read that code, and give --trust-remote-code to run it"
+        )
+    raise SwquantError(f"{unknown}; a newer release may")
+
+
+def _own_class(values: Mapping[str, Any], auto: str, place: Path) -> Any:
+    """The class that the model's own trusted code has for one of transformers' ``Auto`` classes, if it has one."""
+    named = values.get(CODE) if trusts_code(values) else None
+    reference = named.get(auto) if isinstance(named, Mapping) else None
+    return get_class_from_dynamic_module(reference, place) if isinstance(reference, str) else None
 
 
 _QUANTIZATION = ("quantization_config", "quantization")
 
 
-def model_class(values: Mapping[str, Any], config: Any) -> type[PreTrainedModel]:
+def model_class(values: Mapping[str, Any], config: Any, place: Path) -> type[PreTrainedModel]:
     """The class with a language-model head: the architecture that ``config.json`` names, or the one for its type.
+
+    Args:
+        values: The content of ``config.json``; see :func:`read_config`.
+        config: What was read of it.
+        place: The directory of the file.
 
     Raises:
         SwquantError: There is no such class for this kind of model.
     """
+    for auto in ("AutoModelForCausalLM", "AutoModelForImageTextToText"):
+        own = _own_class(values, auto, place)
+        if own is not None:
+            return own
     known = _classes(config)
     if not known:
         raise SwquantError(
@@ -77,23 +104,24 @@ def _classes(config: Any) -> list[type[PreTrainedModel]]:
     return found
 
 
-def build_empty(values: Mapping[str, Any], dtype: torch.dtype, most_layers: int | None = None) -> Any:
+def build_empty(values: Mapping[str, Any], dtype: torch.dtype, place: Path, most_layers: int | None = None) -> Any:
     """The model for the content of a ``config.json``: parameters on ``meta``, buffers that it computes itself real.
 
     Args:
         values: The content.
         dtype: Of the parameters.
+        place: The directory of the file.
         most_layers: Refuse more layers than this before any is made; a file may say anything.
 
     Raises:
         SwquantError: There is no class for it, or it asks for too many layers.
         Exception: Whatever else the content makes transformers run into.
     """
-    config = read_config(values)
+    config = read_config(values, place)
     for key, count in _depths(values):
         if most_layers is not None and not 0 <= count <= max(most_layers, 1):
             raise SwquantError(f"{key} is {count}, and the files hold {most_layers} tensors")
-    chosen = model_class(values, config)
+    chosen = model_class(values, config, place)
     tie = values.get("tie_word_embeddings")
     if isinstance(tie, bool):
         config.tie_word_embeddings = tie

@@ -177,7 +177,7 @@ def build_model(
     """
     config = place / "config.json"
     try:
-        model = build_empty(values, dtype, len(shapes))
+        model = build_empty(values, dtype, place, len(shapes))
         names = _unfuse(model, *analyse(model, shapes), shapes)
     except SwquantError as error:
         raise SwquantError(f"{config}: {error}") from error

@@ -31,7 +31,14 @@ from swquant.runtime.linear import PackedLinear
 GENERATION = "generation_config.json"
 
 
-def load(directory: str | Path, *, device: str = "auto", dtype: torch.dtype | None = None, kernel: str = AUTO) -> Any:
+def load(
+    directory: str | Path,
+    *,
+    device: str = "auto",
+    dtype: torch.dtype | None = None,
+    kernel: str = AUTO,
+    trust_remote_code: bool = False,
+) -> Any:
     """Load what ``swquant quantize`` wrote, in any format that keeps codes, without dequantizing it.
 
     The result is the model of transformers, ready for ``generate``, ``torch.compile`` and ``save_pretrained`` (which
@@ -43,6 +50,7 @@ def load(directory: str | Path, *, device: str = "auto", dtype: torch.dtype | No
         device: Where to; ``auto`` is the accelerator if there is one.
         dtype: Of everything that is not codes; by default as stored.
         kernel: Which kernel multiplies, ``auto`` for the best that runs; see ``docs/runtime.md``.
+        trust_remote_code: Run the Python code that comes with the model.
 
     Returns:
         A ``PreTrainedModel`` in eval mode.
@@ -50,9 +58,9 @@ def load(directory: str | Path, *, device: str = "auto", dtype: torch.dtype | No
     Raises:
         SwquantError: There is no such model, it is damaged, or the device, the dtype or the kernel cannot be used.
     """
-    place = find_model(directory)
+    place = find_model(directory, trusted=trust_remote_code)
     target = resolve_device(device)
-    _, quantized = read_quantized(place)
+    _, quantized = read_quantized(place, trusted=trust_remote_code)
     outline = quantized.outline
     for spec in outline.specs:
         if spec.grid != UNIFORM:

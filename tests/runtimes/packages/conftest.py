@@ -19,11 +19,12 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from swquant import Recipe, quantize
-from swquant.calibration import eval_windows, load_tokenizer, read_text, tokenize
+from swquant.calibration import eval_windows, read_text, tokenize
 from swquant.evaluation.perplexity import window_nll
 from swquant.formats import read_quantized
 from swquant.quant.qtensor import QTensor
 from swquant.quant.spec import QuantSpec
+from swquant.tokenizer import load_tokenizer
 
 MakeModel = Callable[..., Path]
 WINDOWS, LENGTH = 8, 32

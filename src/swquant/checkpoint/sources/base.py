@@ -15,7 +15,7 @@ from swquant.checkpoint.reader import Checkpoint
 from swquant.checkpoint.shards import Stored, shown
 from swquant.errors import SwquantError
 
-AGAIN = "download the model again, or give the original model"
+INSTEAD = "give the original model"
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 EIGHT_BIT_FLOATS = (torch.float8_e4m3fn, torch.float8_e5m2)
 _NAMED = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -109,12 +109,12 @@ def require_tensor(
         SwquantError: It is missing, or has another dtype or shape.
     """
     if not files.has(name):
-        raise SwquantError(f"{files.directory} has no tensor {shown(name)}, which its weight needs; {AGAIN}")
+        raise SwquantError(f"{files.directory} has no tensor {shown(name)}, which its weight needs; {INSTEAD}")
     stored = files.tensors[name]
     if stored.dtype not in dtypes:
         kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise SwquantError(
-            f"{shown(name)} in {stored.file} is {str(stored.dtype).removeprefix('torch.')}, expected {kinds}; {AGAIN}"
+            f"{shown(name)} in {stored.file} is {str(stored.dtype).removeprefix('torch.')}, expected {kinds}; {INSTEAD}"
         )
     if shape is not None and stored.shape != shape:
         raise wrong_shape(name, stored, str(list(shape)))
@@ -124,7 +124,7 @@ def require_tensor(
 def wrong_shape(name: str, stored: Stored, expected: str) -> SwquantError:
     """The refusal of a shape."""
     return SwquantError(
-        f"{shown(name)} in {stored.file} has the shape {list(stored.shape)}, expected {expected}; {AGAIN}"
+        f"{shown(name)} in {stored.file} has the shape {list(stored.shape)}, expected {expected}; {INSTEAD}"
     )
 
 
@@ -137,10 +137,12 @@ def require_plain_rest(files: Checkpoint, widened: Mapping[str, object], used: f
     for name, stored in files.tensors.items():
         if name not in widened and name not in used and stored.dtype.is_floating_point and stored.dtype.itemsize == 1:
             raise SwquantError(
-                f"{shown(name)} in {stored.file} has 8 bits and no scale that {method} tells of; {AGAIN}"
+                f"{shown(name)} in {stored.file} has 8 bits and no scale that {method} tells of; {INSTEAD}"
             )
     if not widened:
-        raise SwquantError(f"{files.directory} says that it is quantized by {method} and holds no such tensor; {AGAIN}")
+        raise SwquantError(
+            f"{files.directory} says that it is quantized by {method} and holds no such tensor; {INSTEAD}"
+        )
 
 
 def unreadable(directory: Path, method: str, what: str) -> SwquantError:

@@ -22,8 +22,8 @@ from torch import Tensor
 from swquant.checkpoint.reader import Checkpoint
 from swquant.checkpoint.shards import Stored, shown
 from swquant.checkpoint.sources.base import (
-    AGAIN,
     FLOATS,
+    INSTEAD,
     Found,
     dtype_of,
     require_plain_rest,
@@ -91,7 +91,7 @@ class Gptq:
         if bool((group < 0).any()) or bool((group >= self.groups).any()):
             raise SwquantError(
                 f"{shown(name)} in {files.tensors[name].file} names groups from {int(group.min())} to "
-                f"{int(group.max())}, expected 0 to {self.groups - 1}; {AGAIN}"
+                f"{int(group.max())}, expected 0 to {self.groups - 1}; {INSTEAD}"
             )
         return group
 
@@ -114,7 +114,7 @@ def find(files: Checkpoint, settings: Mapping[str, Any]) -> Found:
             continue
         module = name.removesuffix(".qweight")
         if files.has(f"{module}.weight"):
-            raise SwquantError(f"{files.directory} holds {shown(module)} both packed and plain; {AGAIN}")
+            raise SwquantError(f"{files.directory} holds {shown(module)} both packed and plain; {INSTEAD}")
         found[f"{module}.weight"] = _weight(files, module, bits, size, first_version=first_version)
         used |= {f"{module}.{part}" for part in _PARTS if files.has(f"{module}.{part}")}
     require_plain_rest(files, found, frozenset(used), f"'{METHOD}'")

@@ -23,8 +23,8 @@ from torch import Tensor
 from swquant.checkpoint.reader import Checkpoint
 from swquant.checkpoint.shards import Stored, shown
 from swquant.checkpoint.sources.base import (
-    AGAIN,
     FLOATS,
+    INSTEAD,
     Found,
     ScaleGrid,
     dtype_of,
@@ -136,7 +136,7 @@ def _weight(files: Checkpoint, module: str, schemes: tuple[Scheme, ...]) -> tupl
     """
     packed = files.has(f"{module}.weight_packed")
     if packed and files.has(f"{module}.weight"):
-        raise SwquantError(f"{files.directory} holds {shown(module)} both packed and plain; {AGAIN}")
+        raise SwquantError(f"{files.directory} holds {shown(module)} both packed and plain; {INSTEAD}")
     fitting: dict[Packed, Stored] = {}
     problem: SwquantError | None = None
     for scheme in schemes:
