@@ -24,8 +24,8 @@ from swquant.formats.base import Format
 from swquant.html.page import report_page
 from swquant.model.calls import Front
 from swquant.plan import Plan, versions
-from swquant.quant.ktensor import KTensor
-from swquant.quant.qtensor import QTensor, row_bits
+from swquant.quant.kind import row_bits
+from swquant.quant.qtensor import QTensor
 from swquant.quant.spec import QuantSpec
 from swquant.report import Output, Quality, Report
 from swquant.targets.base import Target
@@ -185,13 +185,13 @@ def _parts(plan: Plan, run_state: RunState) -> Iterator[Part]:
             yield {name: plan.disk.read(name)}
     for index, block in enumerate(skeleton.blocks):
         committed = run_state.block(index, plan.layout.grids(index))
-        values: dict[str, Tensor | QTensor | KTensor] = {**committed.params, **committed.quantized}
+        values: dict[str, Tensor | QTensor] = {**committed.params, **committed.quantized}
         yield _on_disk(names, {f"{block.prefix}.{name}": value for name, value in values.items()})
 
 
-def _on_disk(names: Names, part: Mapping[str, Tensor | QTensor | KTensor]) -> Part:
+def _on_disk(names: Names, part: Mapping[str, Tensor | QTensor]) -> Part:
     """``part`` under its names on disk; what is put together from plain tensors alone is put together here."""
-    out: dict[str, Tensor | QTensor | KTensor | Stack | Blend] = {}
+    out: dict[str, Tensor | QTensor | Stack | Blend] = {}
     for key, value in to_disk(names, part):
         if isinstance(value, Stack) and all(isinstance(one, Tensor) for one in value.values):
             out[key] = value.assemble(value.values)

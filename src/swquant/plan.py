@@ -32,14 +32,12 @@ from swquant.model.calls import probe
 from swquant.model.layout import Layout, lay_out
 from swquant.model.opening import Model, open_model, untied
 from swquant.model.skeleton import Skeleton
-from swquant.quant.kgrids import UNIFORM
-from swquant.quant.spec import QuantSpec
+from swquant.quant.spec import UNIFORM, QuantSpec
 from swquant.recipe import PRESETS, Recipe
 from swquant.targets import choose_format, load_target, require_loads, require_together
 from swquant.targets.base import Target
 
 LONGEST = 2048
-DEFAULT_FORMAT = "compressed_tensors"
 
 
 @dataclass(frozen=True)
@@ -157,26 +155,29 @@ def make_plan(
         recipe: What to do.
         source: A model directory, or a hub name.
         options: Which of its files, and whether it may be quantized already.
-        grids: Other grids than the recipe's, or ``None`` to keep a matrix as it is, by shell patterns of names.
+        grids: As the recipe's, on top of these.
 
     Raises:
         SwquantError: If any part is unknown, out of range, or does not fit another.
     """
+    known = {name: grid for name, grid in recipe.grids.items() if name not in (grids or {})}
+    recipe = replace(recipe, grids=known | dict(grids or {}))
+    others = tuple(filter(None, recipe.grids.values()))
     spec, device = recipe.spec, resolve_device(recipe.device)
     loss = None if recipe.loss is None else parse_loss(recipe.loss)
     target = None if recipe.runtime is None else load_target(recipe.runtime)
-    names = choose_formats(recipe.formats, target, (spec, *filter(None, (grids or {}).values())))
+    names = choose_formats(recipe.formats, target, (spec, *others))
     formats: tuple[Format, ...] = tuple(registry.load("swquant.formats", name)() for name in names)
     preset = PRESETS[recipe.preset]
     steps = parse_methods(recipe.method, recipe.options, recipe.epochs)
     model = open_model(open_source(source, options))
     disk = model.checkpoint.inner
     hidden_size = probe(model.skeleton)
-    pipeline = build_pipeline(steps, Setting(spec, _norm_biases(model.skeleton), preset.effort))
+    pipeline = build_pipeline(steps, Setting(spec, _norm_biases(model.skeleton), preset.effort, others=others))
     if loss is not None and not any(part.trained for part in pipeline.parts if part.work in pipeline.phases):
         raise SwquantError(f"nothing in {recipe.method!r} trains block by block, so no loss is used: leave it out")
     check_dtype(disk.dtype)
-    layout = lay_out(model.skeleton, spec, grids)
+    layout = lay_out(model.skeleton, spec, recipe.grids)
     checkpoint, skeleton = _rotated(model, recipe.seed) if pipeline.rotate else (model.checkpoint, model.skeleton)
     outline = make_outline(checkpoint, skeleton, layout)
     notes = tuple(form.check(outline) for form in formats)
@@ -224,7 +225,7 @@ def choose_formats(names: tuple[str, ...], target: Target | None, specs: tuple[Q
         SwquantError: The runtime reads none of them, or not such weights from one that it reads.
     """
     if target is None:
-        return names or (DEFAULT_FORMAT if all(spec.grid == UNIFORM for spec in specs) else "gguf",)
+        return names or (next((spec.kind.form for spec in specs if spec.grid != UNIFORM), specs[0].kind.form),)
     names = names or (choose_format(target, specs[0]),)
     for name in [name for name in names if name in target.formats] or names[:1]:
         for spec in specs:

@@ -14,11 +14,10 @@ from swquant.checkpoint.converted import Blend, Stack
 from swquant.checkpoint.reader import Checkpoint
 from swquant.checkpoint.writer import Written, write_checkpoint
 from swquant.errors import SwquantError
-from swquant.quant.ktensor import KTensor
 from swquant.quant.qtensor import QTensor
 from swquant.quant.spec import QuantSpec
 
-Part = Mapping[str, Tensor | QTensor | KTensor | Stack | Blend]
+Part = Mapping[str, Tensor | QTensor | Stack | Blend]
 """Some of a model's tensors by their names on disk, e.g. a block's; a quantized weight has the name of the weight.
 
 A tensor that is put together from several quantized ones is a :class:`Stack`, or a :class:`Blend` with others.
@@ -162,7 +161,7 @@ def read_codes(
     return QuantizedModel(outline, parts, checkpoint.sidecars())
 
 
-def entries(part: Part) -> Iterator[tuple[str, Tensor | QTensor | KTensor]]:
+def entries(part: Part) -> Iterator[tuple[str, Tensor | QTensor]]:
     """Tensors and codes by name, for a format that holds nothing else.
 
     Raises:
@@ -197,8 +196,6 @@ def model_dtype(config: Mapping[str, Any]) -> torch.dtype | None:
 def _encoded(part: Part, encode: Encode, dtype: torch.dtype) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, value in entries(part):
-        if isinstance(value, KTensor):
-            raise SwquantError(f"{name} is on the grid {value.spec.grid}, which the formats gguf and dequantized hold")
         if isinstance(value, QTensor):
             tensors.update(encode(name.removesuffix(".weight"), value, dtype))
         else:
