@@ -125,13 +125,13 @@ def test_a_run_writes_weights_on_the_papers_levels(
 
 
 def test_searches_and_training_lose_less_than_rounding(model: Path, recipe: Recipe, tmp_path: Path) -> None:
-    recipe = replace(recipe, bits=2, samples=48, seq_len=48)
-    methods = ("rtn", "gptq", "block_ap(epochs=4)", "gptq + block_ap(epochs=2) + end_to_end(epochs=2)")
+    recipe = replace(recipe, bits=2, samples=32, seq_len=32)
+    methods = ("rtn", "gptq + end_to_end(epochs=2)", "block_ap(epochs=4)")
     reports = [quantize(replace(recipe, method=name), model, tmp_path / name) for name in methods]
-    rtn, gptq, trained, _ = (float(report.blocks[0]["drift"]) for report in reports)
+    rtn, gptq, trained = (float(report.blocks[0]["drift"]) for report in reports)
     assert gptq < 0.9 * rtn
     assert trained < 0.9 * rtn
-    finish = reports[-1].finish
+    finish = reports[1].finish
     assert finish is not None
     assert finish["after"] < finish["before"]
 
@@ -191,12 +191,12 @@ def test_a_codebook_has_no_zero_points(recipe: Recipe) -> None:
 
 
 def test_the_estimate_knows_its_bytes(model: Path, recipe: Recipe, tmp_path: Path) -> None:
-    recipe = replace(recipe, method="gptq + block_ap(epochs=1) + end_to_end(epochs=1)", format="codebook_format")
+    recipe = replace(recipe, method="end_to_end(epochs=1)", format="codebook_format")
     expected = estimate(recipe, model, tmp_path / "out", measure=False)
     assert expected.bits_per_weight == 4.5
     assert expected.disk["outputs"]["codebook_format"] == quantize(recipe, model, tmp_path / "out").outputs[0].bytes
-    stored = {f"codes:{64 * 32}", "shape:16", "scale:256"}
-    assert block_weight_bytes(recipe.spec, 64, 64) == sum(int(part.rpartition(":")[2]) for part in stored)
+    codes, shape, scales = 64 * 64 // 2, 2 * 8, 64 * 2 * 2
+    assert block_weight_bytes(recipe.spec, 64, 64) == codes + shape + scales
 
 
 def test_a_format_that_holds_it_is_inspected_and_converted(

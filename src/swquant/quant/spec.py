@@ -62,7 +62,7 @@ class QuantSpec:
         Raises:
             SwquantError: If there is none of this name.
         """
-        values = {"bits": bits, "group_size": group_size, "symmetric": symmetric, **fixed_by(grid)}
+        values: dict[str, Any] = {"bits": bits, "group_size": group_size, "symmetric": symmetric, **fixed_by(grid)}
         return QuantSpec(**values, grid=grid)
 
     @property
