@@ -28,8 +28,9 @@ from torch.nn import functional
 
 from peer_steps import OURS, Side, Size, prepare
 from swquant.engine.hidden_states import batches, create_hidden, on_device, open_hidden, read_ahead
+from swquant.grids.uniform import MAX_SCALE, MIN_SCALE
 from swquant.quant.draft import Slot, snap
-from swquant.quant.grid import MAX_SCALE, MIN_SCALE, Extent, extent_of, group
+from swquant.quant.grid import Extent, extent_of, group
 from swquant.quant.rounding import Rounding
 from swquant.quant.spec import QuantSpec
 

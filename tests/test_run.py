@@ -365,6 +365,43 @@ def test_grids_that_the_runtime_does_not_load_are_refused_before_the_work(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_recipe_of_an_output_has_its_grids_and_repeats_the_run(llama: Path, recipe: Recipe, tmp_path: Path) -> None:
+    recipe, grids = replace(recipe, method="rtn", epochs=None), finer() | {"*.0.*.o_proj": None}
+    report = quantize(recipe, llama, tmp_path / "out", grids=grids)
+    own = {"bits": 4, "group_size": 32, "symmetric": True, "grid": "uniform"}
+    held = json.loads((tmp_path / "out" / "report.json").read_text())["recipe"]["grids"]
+    assert held == report.recipe["grids"] == {**dict.fromkeys(finer(), own), "*.0.*.o_proj": None}
+    again = Recipe.load(tmp_path / "out" / "swquant.yaml")
+    assert again.grids == grids
+    assert again.digest() == report.recipe_hash != recipe.digest()
+    assert quantize(again, llama, tmp_path / "out").to_json() == report.to_json()
+    quantize(again, llama, tmp_path / "again")
+    one, other = ((tmp_path / place / "model.safetensors").read_bytes() for place in ("out", "again"))
+    assert one == other
+    assert "other grids: *.q_proj" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_other_grids_of_a_recipe_are_over_its_own() -> None:
+    written = "bits: 3\ngroup_size: channel\ngrids: {'*.v_proj': {bits: 4}, '*.o_proj': null, a: {grid: q2_k}}"
+    recipe = Recipe.from_text(written, "it")
+    grids = {"*.v_proj": QuantSpec(4, None, True), "*.o_proj": None, "a": QuantSpec.named("q2_k")}
+    assert recipe.grids == grids
+    assert Recipe.from_text(recipe.to_yaml(), "it") == recipe
+    assert recipe.override({"seed": 1}).grids == grids
+    assert "grids" not in Recipe().to_mapping()
+    for given, said in (
+        ("[1]", r"grids is \[1\]"),
+        ("{a: 4}", "grids: a is 4, expected null or a mapping"),
+        ("{a: {bit: 4}}", "grids: a has no key 'bit'"),
+        ("{a: {bits: four}}", "grids: a: bits is 'four'"),
+        ("{a: {bits: 5}}", "bits is 5, expected one of"),
+        ("{a: {grid: q4_k, bits: 2}}", "the grid q4_k has 4 bits"),
+        ("{1: {bits: 4}}", "grids"),
+    ):
+        with pytest.raises(SwquantError, match=said):
+            Recipe.from_text(f"grids: {given}", "it")
+
+
 def test_grids_are_a_part_of_what_a_run_depends_on(llama: Path, recipe: Recipe, tmp_path: Path) -> None:
     class Stop:
         stage = begin = step = staticmethod(lambda *_: None)

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from itertools import pairwise
 from statistics import median
 
+from swquant.grids.uniform import SCALE_BITS
 from swquant.phases.base import PhaseReport
 from swquant.phases.scale_training import LEARNED_BYTES
-from swquant.quant.qtensor import SCALE_BITS
 from swquant.report import Report
 from swquant.units import size
 

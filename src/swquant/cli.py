@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from swquant.estimate.budget import Budget
     from swquant.recipe import Recipe
 
-KINDS = ("methods", "losses", "families", "formats", "targets", "recipes")
+KINDS = ("methods", "losses", "families", "formats", "grids", "targets", "recipes")
 USER_ERROR = 2
 FAILURE = 1
 INTERRUPTED = 130

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,18 +12,18 @@ from torch import Tensor
 
 from swquant import registry
 from swquant.card import licence_of
-from swquant.checkpoint.quantized import Outline, QuantizedModel, shapes_of
+from swquant.checkpoint.quantized import Outline, QuantizedModel, shapes_of, without
 from swquant.checkpoint.reader import find_model, require_own
 from swquant.checkpoint.writer import destination, publish, require_disk, require_unused
 from swquant.errors import SwquantError
 from swquant.formats import read_quantized
-from swquant.formats.base import Format
+from swquant.formats.base import Format, examine
 from swquant.model.opening import two_heads, untied
 from swquant.model.settings import in_full
 from swquant.model.skeleton import build_skeleton
 from swquant.model.whole import require_called_for
 from swquant.output import PLAIN, RECIPE, REPORT, described, load_report, output_of, place_of
-from swquant.plan import choose_formats, note_of_left_out, unquantized
+from swquant.plan import choose_formats, unquantized
 from swquant.recipe import Recipe
 from swquant.report import Output
 from swquant.targets import load_target
@@ -61,11 +60,11 @@ def convert(
         raise SwquantError("no format to convert to; give --format or --for")
     out, directory = Path(out), find_model(source, trusted=trust_remote_code)
     _, model = read_quantized(directory, trusted=trust_remote_code)
-    model, left_out = as_the_model_has_it(model)
+    model = as_the_model_has_it(model)
     target = None if runtime is None else load_target(runtime)
     names = choose_formats(Recipe(format=format, runtime=runtime).formats, target, model.outline.specs)
     forms: tuple[Format, ...] = tuple(registry.load("swquant.formats", name)() for name in names)
-    notes = [(*left_out, *form.check(model.outline)) for form in forms]
+    notes = [examine(form, model.outline) for form in forms]
     require_unused(out)
     require_disk(out, sum(_most_bytes(form, model.outline, directory) for form in forms))
     run = _directory_of_the_run(directory)
@@ -77,8 +76,9 @@ def convert(
         outputs: list[Output] = []
         for form, said in zip(forms, notes, strict=True):
             place = place_of(form, forms)
-            written = form.write(staging / "output" / place, model)
-            verified = verify(form, staging / "output" / place, model, None)
+            held = model if form.carries else without(model, model.outline.carried)
+            written = form.write(staging / "output" / place, held)
+            verified = verify(form, staging / "output" / place, held, None)
             outputs.append(output_of(form, place, written.tensor_bytes, said, model.outline, target, verified))
         _describe(run, staging / "output", outputs, ",".join(names), runtime)
         publish(staging / "output", out)
@@ -87,15 +87,14 @@ def convert(
     return outputs
 
 
-def as_the_model_has_it(model: QuantizedModel) -> tuple[QuantizedModel, tuple[str, ...]]:
-    """The model without tensors that no module reads, and with the names of its linears that are not quantized.
+def as_the_model_has_it(model: QuantizedModel) -> QuantizedModel:
+    """The model with the names of tensors that no module reads and of linears that are not quantized.
 
-    Files need not tell either. The notes are :func:`swquant.plan.note_of_left_out`'s.
+    Files need not tell either.
     """
     outline = model.outline
     skeleton = build_skeleton(outline.config, shapes_of(model), outline.directory)
     require_called_for(skeleton.names, outline.linears, outline.directory)
-    model = without(model, skeleton.names.carried)
     if (keys := two_heads(skeleton)) is not None:
         model = with_one_head(model, *keys)
     outline = model.outline
@@ -106,8 +105,10 @@ def as_the_model_has_it(model: QuantizedModel) -> tuple[QuantizedModel, tuple[st
     config = outline.config
     if not config.get("architectures"):
         config = {**config, "architectures": [type(skeleton.model).__name__]}
-    outline = replace(outline, config=in_full(config), ignored=ignored)
-    return replace(model, outline=outline), note_of_left_out(skeleton.names)
+    carried = skeleton.names.carried
+    plain = outline.plain and {name: shape for name, shape in outline.plain.items() if name not in carried}
+    full = in_full(config, outline.directory)
+    return replace(model, outline=replace(outline, config=full, ignored=ignored, plain=plain, carried=carried))
 
 
 def with_one_head(model: QuantizedModel, head: str, embedding: str) -> QuantizedModel:
@@ -122,19 +123,6 @@ def with_one_head(model: QuantizedModel, head: str, embedding: str) -> Quantized
     if not (isinstance(one, Tensor) and isinstance(other, Tensor) and torch.equal(one, other)):
         return replace(model, outline=replace(outline, config=untied(outline.config)))
     return without(model, (head,))
-
-
-def without(model: QuantizedModel, left_out: Collection[str]) -> QuantizedModel:
-    """The model without these of its plain tensors."""
-    if not left_out:
-        return model
-    parts, plain = model.parts, model.outline.plain
-    kept = plain and {name: shape for name, shape in plain.items() if name not in left_out}
-    return replace(
-        model,
-        outline=replace(model.outline, plain=kept),
-        parts=lambda: ({name: value for name, value in part.items() if name not in left_out} for part in parts()),
-    )
 
 
 def _most_bytes(form: Format, outline: Outline, directory: Path) -> int:

@@ -14,7 +14,6 @@ from swquant.checkpoint.quantized import QuantizedModel, entries
 from swquant.checkpoint.reader import find_model
 from swquant.formats import read_quantized
 from swquant.quant.codes import code_entropy, share_at_ends
-from swquant.quant.ktensor import KTensor
 from swquant.quant.qtensor import QTensor
 
 FORMATS_SUFFIXES = (".safetensors", ".gguf", ".onnx", ".data")
@@ -113,7 +112,7 @@ def inspect(source: str | Path) -> Inspection:
     )
 
 
-def _values(model: QuantizedModel) -> Iterator[tuple[str, Tensor | QTensor | KTensor]]:
+def _values(model: QuantizedModel) -> Iterator[tuple[str, Tensor | QTensor]]:
     for part in model.parts():
         yield from entries(part)
 
@@ -125,7 +124,7 @@ def _within_block(name: str) -> str:
     return ".".join(parts[number + 1 :])
 
 
-def _count(tally: _Tally, value: QTensor | KTensor) -> None:
+def _count(tally: _Tally, value: QTensor) -> None:
     codes, bits = value.codes, value.spec.bits
     rows, columns = codes.shape
     tally.shapes.append((rows, columns))

@@ -18,7 +18,7 @@ from swquant.card import CARD, licence_of, model_card
 from swquant.checkpoint.converted import Blend, Stack, to_disk
 from swquant.checkpoint.names import Names
 from swquant.checkpoint.own_code import trusts_code
-from swquant.checkpoint.quantized import Outline, Part, QuantizedModel
+from swquant.checkpoint.quantized import Outline, Part, QuantizedModel, without
 from swquant.checkpoint.source import stored
 from swquant.engine.head import predictions
 from swquant.engine.run_state import RunState
@@ -26,8 +26,8 @@ from swquant.formats.base import Format
 from swquant.html.page import report_page
 from swquant.model.calls import Front
 from swquant.plan import Plan, versions
-from swquant.quant.ktensor import KTensor
-from swquant.quant.qtensor import QTensor, row_bits
+from swquant.quant.kind import row_bits
+from swquant.quant.qtensor import QTensor
 from swquant.report import Output, Quality, Report
 from swquant.targets.base import Target
 from swquant.verification import Verification, verify
@@ -119,6 +119,7 @@ def _write_format(
 ) -> Output:
     """Write one format, and open it again."""
     place = place_of(form, plan.formats)
+    model = model if form.carries else without(model, model.outline.carried)
     written = form.write(staging / place, model)
     served = plan.target is not None and form.name in plan.target.formats
     verified = verify(form, staging / place, model, sample if served else None)
@@ -202,17 +203,17 @@ def _parts(plan: Plan, run_state: RunState) -> Iterator[Part]:
         for name in outside:
             yield _on_disk(names, {name: stored(plan.checkpoint, name)})
     for name in plan.disk.tensors:
-        if name not in inside and name not in changed and name not in names.left_out:
+        if name not in inside and name not in changed and name not in names.dropped:
             yield {name: plan.disk.read(name)}
     for index, block in enumerate(skeleton.blocks):
         committed = run_state.block(index, plan.layout.grids(index))
-        values: dict[str, Tensor | QTensor | KTensor] = {**committed.params, **committed.quantized}
+        values: dict[str, Tensor | QTensor] = {**committed.params, **committed.quantized}
         yield _on_disk(names, {f"{block.prefix}.{name}": value for name, value in values.items()})
 
 
-def _on_disk(names: Names, part: Mapping[str, Tensor | QTensor | KTensor]) -> Part:
+def _on_disk(names: Names, part: Mapping[str, Tensor | QTensor]) -> Part:
     """``part`` under its names on disk; what is put together from plain tensors alone is put together here."""
-    out: dict[str, Tensor | QTensor | KTensor | Stack | Blend] = {}
+    out: dict[str, Tensor | QTensor | Stack | Blend] = {}
     for key, value in to_disk(names, part):
         if isinstance(value, Stack) and all(isinstance(one, Tensor) for one in value.values):
             out[key] = value.assemble(value.values)

@@ -14,7 +14,7 @@ import torch
 
 from swquant import registry
 from swquant.calibration import read_text
-from swquant.checkpoint.names import Names, Piece
+from swquant.checkpoint.names import Piece
 from swquant.checkpoint.opening import SourceOptions, open_source
 from swquant.checkpoint.own_code import trusts_code
 from swquant.checkpoint.quantized import Outline
@@ -26,7 +26,7 @@ from swquant.engine.pace import tail_of
 from swquant.engine.precision import PRECISIONS
 from swquant.errors import SwquantError
 from swquant.families import begins_each_window, family_for
-from swquant.formats.base import Format, check_dtype
+from swquant.formats.base import Format, check_dtype, examine, listed
 from swquant.losses import WeightedSum, parse_loss
 from swquant.losses.base import LossContext
 from swquant.methods import Pipeline, Setting, build_pipeline, parse_methods
@@ -35,17 +35,13 @@ from swquant.model.layout import Layout, lay_out
 from swquant.model.opening import Model, open_model, untied
 from swquant.model.settings import in_full
 from swquant.model.skeleton import Skeleton
-from swquant.quant.kgrids import UNIFORM
-from swquant.quant.spec import QuantSpec
+from swquant.quant.spec import UNIFORM, QuantSpec
 from swquant.recipe import PRESETS, Recipe
 from swquant.targets import choose_format, load_target, require_loads, require_together
 from swquant.targets.base import Target
 from swquant.tokenizer import Reading, digest, open_reading
 
 LONGEST = 2048
-SHOWN = 4
-"""So many names are said, the others counted."""
-DEFAULT_FORMAT = "compressed_tensors"
 OUTPUT_KEYS = ("format", "runtime")
 """Keys of a recipe on which nothing depends but how the output is written. Whether the grid fits is checked anew."""
 
@@ -123,7 +119,7 @@ class Plan:
             f"{type(self.skeleton.model).__name__}: {len(self.skeleton.blocks)} blocks in {self.skeleton.path} with "
             f"{len(sites)} matrices to quantize"
             + (f"; kept as they are: {apart}" if apart else "")
-            + "".join(f"; {note}" for note in note_of_left_out(self.skeleton.names))
+            + (f"; no module of it reads {listed(carried)}" if (carried := self.skeleton.names.carried) else "")
         )
 
     def reading(self) -> Reading:
@@ -182,30 +178,32 @@ def make_plan(
         recipe: What to do.
         source: A model directory, or a hub name.
         options: Which of its files, and whether it may be quantized already.
-        grids: Other grids than the recipe's, or ``None`` to keep a matrix as it is, by shell patterns of names.
+        grids: As the recipe's, on top of these.
 
     Raises:
         SwquantError: If any part is unknown, out of range, or does not fit another.
     """
+    known = {name: grid for name, grid in recipe.grids.items() if name not in (grids or {})}
+    recipe = replace(recipe, grids=known | dict(grids or {}))
+    others = tuple(filter(None, recipe.grids.values()))
     spec, device = recipe.spec, resolve_device(recipe.device)
     loss = None if recipe.loss is None else parse_loss(recipe.loss)
     target = None if recipe.runtime is None else load_target(recipe.runtime)
-    names = choose_formats(recipe.formats, target, (spec, *filter(None, (grids or {}).values())))
+    names = choose_formats(recipe.formats, target, (spec, *others))
     formats: tuple[Format, ...] = tuple(registry.load("swquant.formats", name)() for name in names)
     preset = PRESETS[recipe.preset]
     steps = parse_methods(recipe.method, recipe.options, recipe.epochs)
     model = open_model(open_source(source, options))
     disk = model.checkpoint.inner
     hidden_size = probe(model.skeleton)
-    pipeline = build_pipeline(steps, Setting(spec, _norm_biases(model.skeleton), preset.effort))
+    pipeline = build_pipeline(steps, Setting(spec, _norm_biases(model.skeleton), preset.effort, others=others))
     if loss is not None and not any(part.trained for part in pipeline.parts if part.work in pipeline.phases):
         raise SwquantError(f"nothing in {recipe.method!r} trains block by block, so no loss is used: leave it out")
     check_dtype(disk.dtype)
-    layout = lay_out(model.skeleton, spec, grids)
+    layout = lay_out(model.skeleton, spec, recipe.grids)
     checkpoint, skeleton = _rotated(model, recipe.seed) if pipeline.rotate else (model.checkpoint, model.skeleton)
     outline = make_outline(disk, checkpoint, skeleton, layout)
-    left_out = note_of_left_out(skeleton.names)
-    notes = tuple((*left_out, *form.check(outline)) for form in formats)
+    notes = tuple(examine(form, outline) for form in formats)
     limit = skeleton.longest
     if recipe.seq_len is not None and limit is not None and recipe.seq_len > limit:
         raise SwquantError(f"the sequence length is {recipe.seq_len}, the model takes at most {limit} tokens")
@@ -254,7 +252,7 @@ def choose_formats(names: tuple[str, ...], target: Target | None, specs: tuple[Q
         SwquantError: The runtime reads none of them, or not such weights from one that it reads.
     """
     if target is None:
-        return names or (DEFAULT_FORMAT if all(spec.grid == UNIFORM for spec in specs) else "gguf",)
+        return names or (next((spec.kind.form for spec in specs if spec.grid != UNIFORM), specs[0].kind.form),)
     names = names or (choose_format(target, specs[0]),)
     for name in [name for name in names if name in target.formats] or names[:1]:
         for spec in specs:
@@ -282,19 +280,6 @@ def _rotated(model: Model, seed: int) -> tuple[Source, Skeleton]:
     return replace(rotated, config=untied(rotated.config)), replace(skeleton, names=names, tied=False)
 
 
-def note_of_left_out(names: Names) -> tuple[str, ...]:
-    """What the user should know of tensors that no module of the model reads; none where there are none.
-
-    Runtimes differ in what they make of such a tensor: transformers passes over it, llama.cpp, vLLM and mlx-lm refuse
-    the file.
-    """
-    if not names.carried:
-        return ()
-    shown, rest = ", ".join(names.carried[:SHOWN]), len(names.carried) - SHOWN
-    more = f" and {rest} more" if rest > 0 else ""
-    return (f"left out, because no module of the model reads them: {shown}{more}",)
-
-
 def make_outline(disk: Source, checkpoint: Source, skeleton: Skeleton, layout: Layout) -> Outline:
     """What formats need to know of the output: modules by their names on disk."""
     linears: dict[str, tuple[int, int]] = {}
@@ -308,20 +293,21 @@ def make_outline(disk: Source, checkpoint: Source, skeleton: Skeleton, layout: L
         linears[module or site.name], grids[module or site.name] = site.shape, site.spec
     return Outline(
         checkpoint.directory,
-        in_full(checkpoint.config),
+        in_full(checkpoint.config, checkpoint.directory),
         checkpoint.dtype,
         linears,
         grids,
         unquantized(skeleton, {site.name for site in layout.sites}),
         tuple(dict.fromkeys(apart)),
         _plain(disk, skeleton, layout),
+        skeleton.names.carried,
     )
 
 
 def _plain(disk: Source, skeleton: Skeleton, layout: Layout) -> dict[str, tuple[int, ...]]:
     """Names on disk and shapes of what the output holds as it is."""
     names = skeleton.names
-    others = names.keys_of(site.weight for site in layout.sites) | names.left_out
+    others = names.keys_of(site.weight for site in layout.sites) | {*names.carried, *names.dropped}
     plain = {name: stored.shape for name, stored in disk.tensors.items() if name not in others}
     head = names.pieces.get(f"{skeleton.head}.weight")
     if head is not None and head.key not in plain:  # a rotation has made it

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from importlib import resources
 from itertools import product
@@ -16,15 +16,11 @@ import yaml
 from pydantic import Field
 
 from swquant.errors import SwquantError, did_you_mean
-from swquant.quant.kgrids import K_GRIDS, UNIFORM
-from swquant.quant.spec import QuantSpec
+from swquant.quant.spec import GRID_KEYS, UNIFORM, QuantSpec, fixed_by
 from swquant.validation import build, read_yaml
 
 CHANNEL = "channel"
-GRID_KEYS = ("bits", "group_size", "symmetric")
-"""Keys that follow from a K grid."""
-
-LATER_KEYS = ("grid", "precision")
+LATER_KEYS = ("grid", "grids", "precision")
 """Keys younger than the first recipes, whose hashes stay."""
 
 PresetName = Literal["fast", "default", "best"]
@@ -53,8 +49,9 @@ class Recipe:
         bits: Width of a weight's code: 2, 3, 4 or 8.
         group_size: Weights that share a scale: 32, 64, 128; ``None`` (``channel`` in files) is one per output channel.
         symmetric: Fixed zero point and free sign of the scale, or a zero point per group.
-        grid: ``uniform``, or a double-quantized grid of llama.cpp: ``q2_k``, ``q3_k``, ``q4_k``. Of these the three
-            fields above follow; where they are left at their defaults, they are set.
+        grid: A kind of grid (``swquant list grids``): ``uniform``, or a double-quantized one of llama.cpp: ``q2_k``,
+            ``q3_k``, ``q4_k``. Of the three fields above those that follow from it, and are left at their defaults,
+            are set.
         method: Name of a method (``swquant list methods``), or several with ``+`` between them and their options in
             parentheses: ``gptq + block_ap(epochs=4) + tesseraq``.
         options: Options of the method, where there is only one.
@@ -75,6 +72,9 @@ class Recipe:
             written into a directory each from the same codes; ``None`` is what the runtime reads best, or
             compressed-tensors.
         runtime: What is to serve the output, see ``swquant list targets``; what it cannot load is refused.
+        grids: Other grids than the recipe's, or ``None`` (``null``) to keep a matrix as it is, by shell patterns of
+            names in memory, such as ``*.v_proj``; the last that matches counts. In files a grid is a mapping of
+            ``bits``, ``group_size``, ``symmetric`` and ``grid``, which are the recipe's where they are left out.
 
     Raises:
         SwquantError: From :meth:`from_mapping` and :meth:`load`, if a value has the wrong type or is out of range.
@@ -99,12 +99,12 @@ class Recipe:
     device: str = "auto"
     format: str | None = None
     runtime: str | None = None
+    grids: Mapping[str, QuantSpec | None] = field(default_factory=dict[str, "QuantSpec | None"])
 
     def __post_init__(self) -> None:
-        kind = K_GRIDS.get(self.grid)
-        for key in GRID_KEYS if kind is not None else ():
+        for key, value in fixed_by(self.grid).items():
             if vars(self)[key] == _DEFAULTS[key]:
-                object.__setattr__(self, key, vars(kind)[key])
+                object.__setattr__(self, key, value)
 
     @staticmethod
     def load(name: str | Path) -> Recipe:
@@ -136,13 +136,15 @@ class Recipe:
     @staticmethod
     def from_mapping(values: Mapping[str, Any], what: str = "the recipe") -> Recipe:
         """The recipe with these values over the defaults; ``group_size`` may be ``channel``."""
-        values = dict(values)
-        if values.get("group_size") == CHANNEL:
-            values["group_size"] = None
-        if values.get("grid") in K_GRIDS:
-            own = vars(K_GRIDS[values["grid"]])
-            QuantSpec(**{key: values.get(key, own[key]) for key in GRID_KEYS}, grid=values["grid"])
-        return build(Recipe, values, what)
+        values = _from_file(values)
+        grids = values.pop("grids", {})
+        recipe = build(Recipe, values, what)
+        for key, value in fixed_by(recipe.grid).items():
+            if values.get(key, value) != value:
+                replace(recipe.spec, **{key: values[key]})  # which says what the grid has
+        if isinstance(grids, Mapping):
+            grids = {name: _other_grid(given, recipe.spec, f"{what}: grids: {name}") for name, given in grids.items()}
+        return build(Recipe, {**vars(recipe), "grids": grids}, what)
 
     @staticmethod
     def recommended(values: Mapping[str, Any]) -> tuple[str, Recipe]:
@@ -204,8 +206,9 @@ class Recipe:
     def to_mapping(self) -> dict[str, Any]:
         """Keys to plain values, the form of the YAML file; without :data:`LATER_KEYS` at their defaults."""
         values = {key: value for key, value in asdict(self).items() if key not in LATER_KEYS or value != _DEFAULTS[key]}
-        values["group_size"] = CHANNEL if self.group_size is None else self.group_size
-        return values
+        if "grids" in values:
+            values["grids"] = {name: grid and _to_file(grid) for name, grid in values["grids"].items()}
+        return _to_file(values)
 
     def to_yaml(self) -> str:
         """The recipe as a YAML file."""
@@ -216,7 +219,7 @@ class Recipe:
         """The recipe in a line."""
         loss = f"loss {self.loss}, " if self.loss else ""
         if self.grid != UNIFORM:
-            return f"grid {self.grid}, {self.method}, {loss}preset {self.preset}"
+            return f"grid {self.spec.label}, {self.method}, {loss}preset {self.preset}"
         groups = "per channel" if self.group_size is None else f"groups of {self.group_size}"
         symmetry = "symmetric" if self.symmetric else "asymmetric"
         return f"{self.bits} bits, {groups}, {symmetry}, {self.method}, {loss}preset {self.preset}"
@@ -226,7 +229,26 @@ class Recipe:
         return hashlib.sha256(json.dumps(self.to_mapping(), sort_keys=True).encode()).hexdigest()[:16]
 
 
-_DEFAULTS = {field.name: field.default for field in fields(Recipe)}
+_DEFAULTS = vars(Recipe())
+
+
+def _from_file(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: None if key == "group_size" and value == CHANNEL else value for key, value in values.items()}
+
+
+def _to_file(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: CHANNEL if key == "group_size" and value is None else value for key, value in values.items()}
+
+
+def _other_grid(given: Any, spec: QuantSpec, what: str) -> QuantSpec | None:
+    """The grid that a recipe's ``grids`` gives to some matrices, over the recipe's own."""
+    if given is None or isinstance(given, QuantSpec):
+        return given
+    if not isinstance(given, Mapping):
+        raise SwquantError(f"{what} is {given!r}, expected null or a mapping of {', '.join(GRID_KEYS)} and grid")
+    own = _from_file(given)
+    kind = fixed_by(str(own.get("grid", spec.grid)))
+    return build(QuantSpec, {**asdict(spec), **kind, **own}, what)
 
 
 _GROUPS: Mapping[int, tuple[int | None, ...]] = {2: (64, 128), 3: (128, None), 4: (128,)}

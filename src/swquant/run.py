@@ -75,8 +75,8 @@ def quantize(
         budget: Memory that the run may take. A batch then goes through a block in micro-batches that fit, which changes
             the result by rounding alone; where one sample does not fit, the run is refused before it starts. From then
             on glibc gives freed memory back at once in this process, see :func:`swquant.engine.memory.keep_little`.
-        grids: Other grids than the recipe's, or ``None`` to keep a matrix as it is, by shell patterns of names in
-            memory, e.g. ``{"*.v_proj": QuantSpec(4, 64, True)}``; the last pattern that matches counts.
+        grids: As the recipe's ``grids``, on top of these, e.g. ``{"*.v_proj": QuantSpec(4, 64, True)}``. The report
+            and ``swquant.yaml`` have them in the recipe.
         source_options: Which of the source's files, and whether it may be quantized already.
 
     Returns:

@@ -30,7 +30,7 @@ from swquant.model.calls import Front, capture
 from swquant.phases.scale_training import ScaleTraining
 from swquant.plan import make_plan
 from swquant.quant import deferred
-from swquant.quant.qtensor import QTensor
+from swquant.quant.qtensor import QTensor, uniform
 
 from .stage import behind_the_last_block, calls_of
 
@@ -59,7 +59,7 @@ def whole_model(job: Job, run_state: RunState) -> tuple[dict[str, Tensor], dict[
         committed = run_state.block(index, job.layout.grids(index))
         for name, old in committed.quantized.items():
             leaf = leaves[f"{block.prefix}.{name}"] = old.scale.clone().requires_grad_()
-            params[f"{block.prefix}.{name}"] = QTensor(old.codes, leaf, old.zero, old.spec).dequantize()
+            params[f"{block.prefix}.{name}"] = uniform(old.codes, leaf, old.zero, old.spec).dequantize()
         for name, value in committed.params.items():
             if "norm" in name and name.endswith("weight"):
                 params[f"{block.prefix}.{name}"] = leaves[f"{block.prefix}.{name}"] = value.clone().requires_grad_()

@@ -11,8 +11,8 @@ from outlines import outline_of
 from swquant.checkpoint.quantized import Part, QuantizedModel
 from swquant.checkpoint.reader import open_checkpoint
 from swquant.families import family_for
-from swquant.quant.grid import MIN_SCALE
-from swquant.quant.qtensor import QTensor
+from swquant.grids.uniform import MIN_SCALE
+from swquant.quant.qtensor import QTensor, uniform
 from swquant.quant.spec import QuantSpec
 
 MakeModel = Callable[..., Path]
@@ -37,7 +37,7 @@ def make_qtensor() -> Callable[[QuantSpec, int, int, int], QTensor]:
         if spec.symmetric:
             scale = scale * (torch.randint(2, scale.shape, generator=generator) * 2 - 1)
             zero = torch.full((out_features, groups), spec.mid_code, dtype=torch.uint8)
-        return QTensor(codes, scale, zero, spec)
+        return uniform(codes, scale, zero, spec)
 
     return make
 

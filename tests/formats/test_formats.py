@@ -16,7 +16,7 @@ from swquant import registry
 from swquant.checkpoint.quantized import Outline
 from swquant.errors import SwquantError
 from swquant.formats.base import Format, weights_are_exact
-from swquant.quant.qtensor import QTensor
+from swquant.quant.qtensor import QTensor, uniform
 from swquant.quant.spec import BITS, GROUP_SIZES, QuantSpec
 
 Make = Callable[[QuantSpec, int, int, int], QTensor]
@@ -88,7 +88,9 @@ def test_wrong_dtypes_and_missing_tensors_are_refused(name: str, make_qtensor: M
         FORMATS[name].decode("model.proj", {}, spec)
     q = make_qtensor(spec, 4, 1, 0)
     with pytest.raises(SwquantError, match="float16"):
-        FORMATS[name].encode("model.proj", replace(q, scale=torch.full_like(q.scale, 2.0**17)), torch.float16)
+        FORMATS[name].encode(
+            "model.proj", uniform(q.codes, torch.full_like(q.scale, 2.0**17), q.zero, q.spec), torch.float16
+        )
 
 
 @pytest.mark.parametrize("name", FORMATS)

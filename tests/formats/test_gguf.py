@@ -39,7 +39,7 @@ def quiet() -> None:
 
 def same(a: object, b: object) -> bool:
     if isinstance(a, QTensor) and isinstance(b, QTensor):
-        return a.spec == b.spec and all(torch.equal(vars(a)[k], vars(b)[k]) for k in ("codes", "scale", "zero"))
+        return a.spec == b.spec and all(torch.equal(getattr(a, k), getattr(b, k)) for k in ("codes", "scale", "zero"))
     assert isinstance(a, Tensor)
     assert isinstance(b, Tensor)
     return a.dtype == b.dtype and torch.equal(a, b)

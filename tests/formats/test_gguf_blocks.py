@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import replace
 
 import gguf
 import pytest
@@ -15,7 +14,7 @@ from hypothesis import strategies as st
 from swquant.errors import SwquantError
 from swquant.formats.gguf import Gguf
 from swquant.formats.gguf_blocks import BLOCK_TYPES, block_type
-from swquant.quant.qtensor import QTensor
+from swquant.quant.qtensor import QTensor, uniform
 from swquant.quant.spec import BITS, GROUP_SIZES, QuantSpec
 
 Make = Callable[[QuantSpec, int, int, int], QTensor]
@@ -116,7 +115,7 @@ def test_what_blocks_cannot_hold_is_refused(make_qtensor: Make) -> None:
         packed(make_qtensor(QuantSpec(3, 64, True), 2, 1, 0))
     wide = make_qtensor(QuantSpec(4, 32, False), 2, 1, 0)
     with pytest.raises(SwquantError, match="beyond 65504"):
-        packed(replace(wide, scale=torch.full_like(wide.scale, 60000.0), zero=torch.full_like(wide.zero, 15)))
+        packed(uniform(wide.codes, torch.full_like(wide.scale, 60000.0), torch.full_like(wide.zero, 15), wide.spec))
 
 
 def test_damaged_blocks_are_refused(make_qtensor: Make) -> None:

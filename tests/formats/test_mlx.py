@@ -16,7 +16,7 @@ from swquant.checkpoint.quantized import QuantizedModel
 from swquant.errors import SwquantError
 from swquant.formats.base import weights_are_exact
 from swquant.formats.mlx import Mlx
-from swquant.quant.qtensor import QTensor
+from swquant.quant.qtensor import QTensor, uniform
 from swquant.quant.spec import BITS, GROUP_SIZES, QuantSpec
 
 Make = Callable[[QuantSpec, int, int, int], QTensor]
@@ -118,7 +118,7 @@ def test_notes_are_about_rounding_and_families() -> None:
 
 def test_biases_beyond_float16_are_refused(make_qtensor: Make) -> None:
     q = make_qtensor(QuantSpec(8, 32, True), 1, 1, 0)
-    large = QTensor(q.codes, torch.full_like(q.scale, 1024.0), q.zero, q.spec)
+    large = uniform(q.codes, torch.full_like(q.scale, 1024.0), q.zero, q.spec)
     with pytest.raises(SwquantError, match=r"proj\.biases exceeds the range of float16"):
         Mlx().encode("proj", large, torch.float16)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ SIZES = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "m
 
 
 def told(kind: str, **given: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
-    return settings_for_mlx(in_full({"model_type": kind, **SIZES, **given}))
+    return settings_for_mlx(in_full({"model_type": kind, **SIZES, **given}, Path()))
 
 
 def rope(kind: str, **settings: Any) -> dict[str, Any]:

@@ -13,16 +13,15 @@ from safetensors.torch import load_file
 
 from swquant import Recipe, SwquantError, quantize
 from swquant.engine.run_state import RunState
-from swquant.formats.kquant_blocks import encode_blocks
+from swquant.formats.kquant_blocks import K_GRIDS, block_bytes, encode_blocks
 from swquant.learnables.base import BlockFacts
-from swquant.learnables.k_grid_params import KGridParams
+from swquant.learnables.grid_params import GridParams
 from swquant.learnables.weights import Weights
 from swquant.phases import column_grids
 from swquant.phases.column_grids import open_groups
 from swquant.plan import make_plan
 from swquant.quant.draft import Slot, commit, grid_of, open_draft, realize
-from swquant.quant.kgrids import K_GRIDS
-from swquant.quant.ktensor import KTensor
+from swquant.quant.qtensor import QTensor
 from swquant.quant.spec import QuantSpec
 from swquant.registry import names
 
@@ -66,14 +65,14 @@ def recipe(text: Path) -> Recipe:
 
 
 @pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch) -> list[KTensor]:
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[QTensor]:
     """The quantized weights that were last read from the run state: those that are written."""
-    weights: list[KTensor] = []
+    weights: list[QTensor] = []
     block = RunState.block
 
     def watched(self: RunState, index: int, grids: Mapping[str, QuantSpec]):
         committed = block(self, index, grids)
-        weights[:] = [value for value in committed.quantized.values() if isinstance(value, KTensor)]
+        weights[:] = list(committed.quantized.values())
         return committed
 
     monkeypatch.setattr(RunState, "block", watched)
@@ -89,12 +88,11 @@ def test_every_method_of_the_folder_is_here() -> None:
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 @pytest.mark.parametrize("grid", ["q2_k", "q3_k"])
 def test_a_run_writes_the_weights_of_its_blocks(
-    wide_llama: Path, recipe: Recipe, seen: list[KTensor], method: str, grid: str, tmp_path: Path
+    wide_llama: Path, recipe: Recipe, seen: list[QTensor], method: str, grid: str, tmp_path: Path
 ) -> None:
     recipe = Recipe.from_mapping({**recipe.to_mapping(), "method": method}).override({"grid": grid})
     report = quantize(recipe, wide_llama, tmp_path / "out")
-    kind = K_GRIDS[grid]
-    assert report.bits_per_weight == kind.block_bytes / 32
+    assert report.bits_per_weight == block_bytes(grid) / 32
     assert report.quality is not None
     assert report.recipe["grid"] == grid
     assert len(seen) == 7
@@ -102,8 +100,8 @@ def test_a_run_writes_the_weights_of_its_blocks(
     stored = [value for name, value in written.items() if name.endswith("_proj.weight")]
     assert len(stored) == len(seen)
     for q in seen:
-        assert encode_blocks(q).shape == (q.codes.shape[0], q.codes.shape[1] // 256 * kind.block_bytes)
-        assert int(q.sc.abs().min()) >= 1
+        assert encode_blocks(q).shape == (q.codes.shape[0], q.codes.shape[1] // 256 * block_bytes(grid))
+        assert int(q.parts["sc"].abs().min()) >= 1
         assert any(value.shape == q.codes.shape and torch.equal(value, q.dequantize().bfloat16()) for value in stored)
 
 
@@ -129,11 +127,11 @@ def test_training_improves_on_rounding(wide_llama: Path, recipe: Recipe, grid: s
 
 
 def test_scales_trained_end_to_end_are_those_that_are_written(
-    wide_llama: Path, recipe: Recipe, seen: list[KTensor], tmp_path: Path
+    wide_llama: Path, recipe: Recipe, seen: list[QTensor], tmp_path: Path
 ) -> None:
     method = "gptq + end_to_end(epochs=2)"
     recipe = replace(recipe, samples=48, seq_len=48)
-    weights: list[list[KTensor]] = []
+    weights: list[list[QTensor]] = []
     for name in ("gptq", method):
         report = quantize(replace(recipe, method=name), wide_llama, tmp_path / name)
         weights.append(list(seen))
@@ -214,27 +212,23 @@ def test_late_grids_see_the_weights_as_they_are_when_their_turn_comes(grid: str,
         assert found.scale.shape == (6, 1, 1)
         if column % kind.group_size == kind.group_size - 1:
             current[:, column + 1 :] *= 0.97
-    final = groups.grid.factors
-    assert final is not None
+    final = groups.grid.parts
     fresh = column_grids.searched(
         at_start[:, :256].contiguous(), spec, 1.0, 1.0, None if blocks is None else blocks[: kind.groups]
     )
-    assert fresh.factors is not None
-    assert torch.equal(final.d[:, :1], fresh.factors.d)
-    if final.dmin is not None:
-        assert final.m is not None
-        assert fresh.factors.dmin is not None
-        assert torch.equal(final.dmin[:, :1], fresh.factors.dmin)
+    for name in final.keys() & {"d", "dmin"}:
+        assert torch.equal(final[name][:, :1], fresh.parts[name])
     last = kind.groups - 1
-    assert (final.sc[:, last].abs() < fresh.factors.sc[:, last].abs()).any()
-    assert (final.sc[:, last].abs() <= fresh.factors.sc[:, last].abs() + 1).all()
+    scales, first = final["sc"][:, last].abs(), fresh.parts["sc"][:, last].abs()
+    assert (scales < first).any()
+    assert (scales <= first + 1).all()
 
 
 @pytest.mark.parametrize("grid", K_GRIDS)
 def test_block_ap_starts_where_the_draft_is_and_ends_where_files_can_be(grid: str) -> None:
     draft = open_draft({"w": random_weight(2)}, ("w",), QuantSpec.named(grid))
     facts = BlockFacts((), lambda: (), 1, 1, lambda linears: {})
-    parts = (Weights(0.0), KGridParams(1e-3, 1e-2))
+    parts = (Weights(0.0), GridParams(1e-3, 1e-2))
     thetas = [part.init(draft, facts) for part in parts]
     moved = draft
     for part, theta in zip(parts, thetas, strict=True):
@@ -256,5 +250,5 @@ def test_block_ap_starts_where_the_draft_is_and_ends_where_files_can_be(grid: st
         moved = part.apply(theta, moved, facts)
     assert torch.equal(commit(moved).floats()["w"], realize(moved)["w"])
     before, after = grid_of(draft.params["w"], draft.slots["w"]), moved.slots["w"].grid
-    assert torch.equal(before.factors.sc.sign(), after.factors.sc.sign())
-    assert bool(after.factors.d.gt(0).all())
+    assert torch.equal(before.parts["sc"].sign(), after.parts["sc"].sign())
+    assert bool(after.parts["d"].gt(0).all())

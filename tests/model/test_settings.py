@@ -119,11 +119,11 @@ TABLE: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 @pytest.mark.parametrize(("kind", "given", "said"), TABLE)
 def test_what_readers_would_fill_in_otherwise_is_said(kind: str, given: dict[str, Any], said: dict[str, Any]) -> None:
     config = {"model_type": kind, **SIZES, **given}
-    full = in_full(config)
+    full = in_full(config, Path())
     assert {name: full.get(name) for name in said} == said
     assert {name: full[name] for name in SIZES} == SIZES
     assert json.loads(json.dumps(full)) == full
-    assert in_full(full) == full
+    assert in_full(full, Path()) == full
 
 
 def meant(config: dict[str, Any]) -> dict[str, Any]:
@@ -142,7 +142,7 @@ def meant(config: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize(("kind", "given", "said"), [row for row in TABLE if "rope_scaling" not in row[1]])
 def test_transformers_reads_the_same(kind: str, given: dict[str, Any], said: dict[str, Any]) -> None:
     config = {"model_type": kind, **SIZES, **given}
-    assert meant(in_full(config)) == meant(config)
+    assert meant(in_full(config, Path())) == meant(config)
 
 
 @pytest.mark.parametrize("kind", ["gemma4_text", "moshi", "qwen2_vl", "llama4", "gpt2", "mamba"])
@@ -151,7 +151,7 @@ def test_unusual_configurations_are_never_read_otherwise(kind: str) -> None:
     config: Any = CONFIG_MAPPING[kind]()
     assert isinstance(config, PreTrainedConfig)
     given = json.loads(config.to_json_string())
-    assert meant(in_full(given)) == meant(given)
+    assert meant(in_full(given, Path())) == meant(given)
 
 
 @pytest.mark.parametrize("form", ["compressed_tensors", "gptq", "auto_round", "mlx", "gguf", "onnx", "dequantized"])

@@ -18,6 +18,7 @@ from block_facts import facts_of
 from closed import closed
 from swquant import Recipe, quantize
 from swquant.families.base import Family, NormLinears
+from swquant.grids.uniform import MIN_SCALE
 from swquant.learnables.grid_params import GridParams
 from swquant.learnables.norm_weights import NormWeights
 from swquant.learnables.weights import Weights
@@ -25,7 +26,6 @@ from swquant.methods import Setting, build_pipeline, parse_methods
 from swquant.phases.base import Problem
 from swquant.phases.train import Train
 from swquant.quant.draft import Draft, commit, grid_of, open_draft, realize
-from swquant.quant.grid import MIN_SCALE
 from swquant.quant.spec import QuantSpec
 from swquant.seeds import generator
 

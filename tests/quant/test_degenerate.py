@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from swquant.errors import SwquantError
+from swquant.formats.kquant_blocks import K_GRIDS
+from swquant.grids.double import SUPER
+from swquant.grids.uniform import MAX_SCALE, MIN_SCALE
 from swquant.quant.draft import Draft, Slot, commit, open_draft, realize
-from swquant.quant.grid import MAX_SCALE, MIN_SCALE, extent_of, group, minmax_grid, stored_step
-from swquant.quant.kgrids import K_GRIDS, SUPER
+from swquant.quant.grid import extent_of, group, minmax_grid
 from swquant.quant.qtensor import QTensor
 from swquant.quant.spec import QuantSpec
 
@@ -61,17 +63,17 @@ def test_k_grids(name: str, weight: Tensor) -> None:
     quantized = committed.quantized["w"]
     for part in quantized.parts.values():
         assert bool(part.float().isfinite().all())
-    assert torch.equal(quantized.d, quantized.d.to(torch.float16).float())
+    assert torch.equal(quantized.parts["d"], quantized.parts["d"].to(torch.float16).float())
     assert int(quantized.codes.max()) <= spec.max_code
-    assert int(quantized.sc.abs().max()) <= kind.max_scale
+    assert int(quantized.parts["sc"].abs().max()) <= kind.max_scale
     out = committed.floats()["w"]
     assert bool(out.isfinite().all())
     assert torch.equal(out, realize(draft)["w"])
     low, high = extent_of(weight, spec).low.squeeze(-1), extent_of(weight, spec).high.squeeze(-1)
     reach = torch.maximum(high, -low).view(weight.shape[0], -1, kind.groups).amax(-1, keepdim=True)
     step = quantized.steps.abs().view(weight.shape[0], -1, kind.groups)
-    unit = quantized.d.unsqueeze(-1) * spec.max_code
-    shift = 0.0 if quantized.dmin is None else quantized.dmin.unsqueeze(-1)
+    unit = quantized.parts["d"].unsqueeze(-1) * spec.max_code
+    shift = quantized.parts["dmin"].unsqueeze(-1) if "dmin" in quantized.parts else 0.0
     error = worst_error(weight, out, spec).view_as(step)
     assert bool((error <= step + unit / 2 + shift / 2 + reach * 2.0**-8).all())
 
@@ -99,7 +101,8 @@ def test_scales_never_leave_what_both_16_bit_formats_hold(spec: QuantSpec, value
     weight = torch.full((2, 32), value)
     weight[1, 3:] *= -1
     grid = minmax_grid(extent_of(weight, spec), spec, 1.0, 1.0, None)
-    for scale in (grid.scale, stored_step(grid.scale, gain), stored_step(-grid.scale, gain)):
+    part = spec.kind.parts(QuantSpec(spec.bits, spec.group_size, True))["scale"]
+    for scale in (grid.scale, part.stored(grid.scale * gain), part.stored(-grid.scale * gain)):
         assert bool((scale.abs() >= MIN_SCALE).all())
         assert bool((scale.abs() <= MAX_SCALE).all())
         assert torch.equal(scale, scale.to(torch.float16).float())

@@ -15,13 +15,11 @@ from block_facts import facts_of
 from closed import closed
 from swquant.errors import SwquantError
 from swquant.families.llama import LLAMA
-from swquant.formats.kquant_blocks import decode_blocks, encode_blocks
-from swquant.learnables.k_grid_params import KGridParams
-from swquant.quant.double import LEAST
+from swquant.formats.kquant_blocks import K_GRIDS, decode_blocks, encode_blocks
+from swquant.grids.double import LEAST
+from swquant.learnables.grid_params import GridParams
 from swquant.quant.draft import Draft, Slot, commit, detach, grid_of, open_draft, realize
-from swquant.quant.grid import grid_from
-from swquant.quant.kgrids import K_GRIDS
-from swquant.quant.ktensor import KTensor
+from swquant.quant.qtensor import QTensor
 from swquant.quant.rounding import Rounding
 from swquant.quant.spec import QuantSpec
 
@@ -59,10 +57,8 @@ def random_draft(grid: str, seed: int, dtype: torch.dtype, rounding: str, explic
     return replace(draft, slots={NAME: slot})
 
 
-def committed(draft: Draft) -> KTensor:
-    found = commit(draft).quantized[NAME]
-    assert isinstance(found, KTensor)
-    return found
+def committed(draft: Draft) -> QTensor:
+    return commit(draft).quantized[NAME]
 
 
 @settings(deadline=None, max_examples=80)
@@ -82,13 +78,12 @@ def test_what_is_trained_is_what_is_committed_and_what_blocks_hold(
     read = decode_blocks(encode_blocks(q), grid, 5, 512)
     assert torch.equal(read.dequantize(), q.dequantize())
     assert torch.equal(read.codes, q.codes)
-    assert int(q.sc.abs().min()) >= 1
-    assert int(q.sc.abs().max()) <= kind.max_scale
-    assert bool((q.d >= LEAST).all())
-    assert torch.equal(q.d, q.d.half().float())
-    if q.m is not None and q.dmin is not None:
-        assert int(q.m.max()) <= kind.max_scale
-        assert torch.equal(q.dmin, q.dmin.half().float())
+    assert int(q.parts["sc"].abs().min()) >= 1
+    assert int(q.parts["sc"].abs().max()) <= kind.max_scale
+    assert bool((q.parts["d"] >= LEAST).all())
+    assert all(torch.equal(value, value.half().float()) for value in q.factors.values())
+    if "m" in q.parts:
+        assert int(q.parts["m"].max()) <= kind.max_scale
 
 
 @settings(deadline=None, max_examples=40)
@@ -96,10 +91,10 @@ def test_what_is_trained_is_what_is_committed_and_what_blocks_hold(
 def test_a_grid_taken_apart_and_a_detached_draft_are_the_same(grid: str, seed: int) -> None:
     draft = random_draft(grid, seed, torch.float32, "nearest", True)
     slot = draft.slots[NAME]
-    again = replace(draft, slots={NAME: replace(slot, grid=grid_from(slot.grid.tensors(), slot.spec))})
+    again = replace(draft, slots={NAME: replace(slot, grid=slot.spec.kind.grid(slot.grid.parts, slot.spec))})
     for other in (again, detach(draft)):
         assert torch.equal(realize(other)[NAME], realize(draft)[NAME])
-        assert torch.equal(committed(other).sc, committed(draft).sc)
+        assert torch.equal(committed(other).parts["sc"], committed(draft).parts["sc"])
 
 
 @pytest.mark.parametrize("grid", GRIDS)
@@ -108,10 +103,10 @@ def test_errors_are_within_half_a_step_and_what_double_quantization_adds(grid: s
     draft = open_draft({NAME: weight}, (NAME,), spec)
     parts = grid_of(weight, draft.slots[NAME])
     error = (realize(draft)[NAME] - weight).view(40, -1, spec.group_size).abs()
-    unit = parts.factors.d.repeat_interleave(kind.groups, 1)
+    unit = parts.parts["d"].repeat_interleave(kind.groups, 1)
     allowed = parts.scale.abs() / 2 + unit * spec.max_code * 0.51
-    if parts.factors.dmin is not None:
-        allowed = allowed + parts.factors.dmin.repeat_interleave(kind.groups, 1) * 0.51
+    if "dmin" in parts.parts:
+        allowed = allowed + parts.parts["dmin"].repeat_interleave(kind.groups, 1) * 0.51
     else:
         allowed = allowed + parts.scale.abs() / 2
     assert bool((error <= allowed * 1.01).all())
@@ -200,7 +195,7 @@ def test_gradients_are_those_of_a_transcription_that_is_differentiated_automatic
 def test_a_k_grids_parts_have_the_gradients_of_a_transcription(grid: str) -> None:
     """Away from the start: moves beyond the integers' range, weights beyond the grid."""
     spec, kind, weight = QuantSpec.named(grid), K_GRIDS[grid], random_weight(5, dtype=torch.double)
-    draft, learnable = open_draft({NAME: weight}, (NAME,), spec), KGridParams(1e-3, 1e-2)
+    draft, learnable = open_draft({NAME: weight}, (NAME,), spec), GridParams(1e-3, 1e-2)
     facts = facts_of(LLAMA)
     theta = learnable.init(draft, facts)
     rng = torch.Generator().manual_seed(6)
@@ -215,13 +210,13 @@ def test_a_k_grids_parts_have_the_gradients_of_a_transcription(grid: str) -> Non
     own = {key: value.detach().clone().requires_grad_() for key, value in trained.items()}
 
     def part(name: str) -> Tensor:
-        start = theta[f"{NAME}.{name}.start"]
+        start = theta[f"{NAME}.{name}.start"].abs()
         if name in ("d", "dmin"):
             return half(start * own[f"{NAME}.{name}.ratio"])
         moved = start + 10 * own[f"{NAME}.{name}.move"]
         return rounded(moved, 1 if name == "sc" else 0, kind.max_scale).view(5, 2, kind.groups)
 
-    scale = (part("d") * part("sc")).view(5, -1, 1) * theta[f"{NAME}.sc.sign"]
+    scale = (part("d") * part("sc")).view(5, -1, 1) * theta[f"{NAME}.sc.start"].sign()
     shift = 0 if grid == "q3_k" else (part("dmin") * part("m")).view(5, -1, 1)
     low, high = (-4, 3) if grid == "q3_k" else (0, spec.max_code)
     u = (weight.view(5, spec.groups(512), -1) + shift) / scale
@@ -238,9 +233,9 @@ def test_a_k_grids_parts_have_the_gradients_of_a_transcription(grid: str) -> Non
 @pytest.mark.parametrize("grid", GRIDS)
 def test_rescaling_trains_what_files_hold(grid: str) -> None:
     q = committed(open_draft({NAME: random_weight(1)}, (NAME,), QuantSpec.named(grid)))
-    same = q.rescaled({name: torch.ones_like(value) for name, value in q.scales.items()})
+    same = q.rescaled({name: torch.ones_like(value) for name, value in q.factors.items()})
     assert torch.equal(same.dequantize(), q.dequantize())
-    gains = {name: (torch.rand(value.shape) + 0.5).requires_grad_() for name, value in q.scales.items()}
+    gains = {name: (torch.rand(value.shape) + 0.5).requires_grad_() for name, value in q.factors.items()}
     moved = q.rescaled(gains)
     weight = moved.dequantize()
     weight.square().sum().backward()

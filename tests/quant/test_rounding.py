@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from closed import closed
+from swquant.grids.uniform import MIN_SCALE
 from swquant.quant.draft import Slot, better_sign, commit, grid_of, open_draft, realize
-from swquant.quant.grid import MIN_SCALE, Grid, extent_of, minmax_grid
+from swquant.quant.grid import Grid, extent_of, minmax_grid
 from swquant.quant.rounding import fake_quantize
 from swquant.quant.spec import QuantSpec
 

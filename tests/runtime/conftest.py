@@ -14,7 +14,7 @@ from swquant.checkpoint.quantized import Outline, Part, QuantizedModel
 from swquant.checkpoint.reader import open_checkpoint
 from swquant.families import family_for
 from swquant.quant.draft import commit, open_draft
-from swquant.quant.qtensor import QTensor
+from swquant.quant.qtensor import QTensor, uniform
 from swquant.quant.spec import QuantSpec
 
 MakeQuantized = Callable[..., Path]
@@ -68,6 +68,6 @@ def make_packed() -> Callable[[QuantSpec, int, int, int], QTensor]:
         if spec.symmetric:
             scale = scale * (torch.randint(2, shape, generator=generator) * 2 - 1)
             zero = torch.full(shape, spec.mid_code, dtype=torch.uint8)
-        return QTensor(codes, scale, zero, spec)
+        return uniform(codes, scale, zero, spec)
 
     return make

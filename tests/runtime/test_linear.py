@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from swquant import registry
 from swquant.errors import SwquantError
-from swquant.quant.qtensor import QTensor
+from swquant.quant.qtensor import QTensor, uniform
 from swquant.quant.spec import BITS, GROUP_SIZES, QuantSpec
 from swquant.runtime import PackedLinear
 from swquant.runtime.kernels.plain import WEIGHTS_AT_ONCE
@@ -142,7 +142,7 @@ def test_a_weight_of_another_grid_or_with_other_scales_is_refused(make_packed: M
     q = make_packed(QuantSpec(2, 32, True), 24, 64, 0)
     with pytest.raises(SwquantError, match="expected w3g32"):
         PackedLinear(QuantSpec(3, 32, True), 64, 24, bias=False, dtype=torch.float32).fill(q, CPU)
-    wide = QTensor(q.codes, torch.full_like(q.scale, 2.0**17), q.zero, q.spec)
+    wide = uniform(q.codes, torch.full_like(q.scale, 2.0**17), q.zero, q.spec)
     with pytest.raises(SwquantError, match="float16 cannot represent the scales"):
         PackedLinear(q.spec, 64, 24, bias=False, dtype=torch.float16).fill(wide, CPU)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from swquant.quant.bits import pack
-from swquant.quant.qtensor import QTensor
+from swquant.quant.qtensor import QTensor, uniform
 from swquant.quant.spec import BITS, GROUP_SIZES, QuantSpec
 from swquant.runtime.kernels import PackedWeight, kernel_for
 
@@ -119,7 +119,7 @@ def test_threads_share_the_rows(rows: int, make_packed: Make, threads: None, mon
 
 def test_scales_of_any_value_count(make_packed: Make) -> None:
     q = make_packed(QuantSpec(4, 32, True), 20, 64, 0)
-    q = QTensor(q.codes, q.scale * 1.001, q.zero, q.spec)
+    q = uniform(q.codes, q.scale * 1.001, q.zero, q.spec)
     x = torch.randn(2, 64)
     assert torch.allclose(product(x, packed(q, torch.float32)).double(), exact(x, q), atol=1e-4)
 

@@ -20,7 +20,6 @@ from swquant.calibration import eval_windows, tokenize
 from swquant.checkpoint.reader import read_config
 from swquant.formats.gguf import Gguf
 from swquant.formats.gguf_blocks import block_type
-from swquant.quant.ktensor import KTensor
 from swquant.quant.qtensor import QTensor
 from swquant.recipe import Recipe
 from swquant.run import quantize
@@ -217,7 +216,7 @@ def _compare_blocks(name: str, out: Path, llama_cpp: Any) -> None:
     checked = 0
     for part in model.parts():
         for full, weight in part.items():
-            if not isinstance(weight, QTensor | KTensor):
+            if not isinstance(weight, QTensor):
                 continue
             blocks = Gguf().encode("proj", weight, torch.bfloat16)["proj.weight"]
             found, expected = llama_cpp.dequantize(name, blocks, weight.codes.shape[1]), weight.dequantize()

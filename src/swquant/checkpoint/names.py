@@ -140,7 +140,7 @@ class Names:
     Attributes:
         pieces: By name in memory, those that are one tensor on disk or a slice of one.
         mixed: All others.
-        carried: Tensors on disk that the model does not have: they are left out of what is written.
+        carried: Tensors on disk that no module of the model reads: formats that have a place for them copy them.
         dropped: An equal copy of the embedding as the head of a model whose head it is: it is left out.
     """
 
@@ -148,11 +148,6 @@ class Names:
     mixed: tuple[Mixed, ...]
     carried: tuple[str, ...]
     dropped: tuple[str, ...] = ()
-
-    @cached_property
-    def left_out(self) -> frozenset[str]:
-        """Tensors on disk that no output holds."""
-        return frozenset((*self.carried, *self.dropped))
 
     def mixture(self, name: str) -> Mixed | None:
         """The rule that makes the tensor ``name``, if one does."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,10 @@ from swquant.checkpoint.converted import Blend, Stack
 from swquant.checkpoint.reader import Checkpoint
 from swquant.checkpoint.writer import Written, write_checkpoint
 from swquant.errors import SwquantError
-from swquant.quant.ktensor import KTensor
 from swquant.quant.qtensor import QTensor
 from swquant.quant.spec import QuantSpec
 
-Part = Mapping[str, Tensor | QTensor | KTensor | Stack | Blend]
+Part = Mapping[str, Tensor | QTensor | Stack | Blend]
 """Some of a model's tensors by their names on disk, e.g. a block's; a quantized weight has the name of the weight.
 
 A tensor that is put together from several quantized ones is a :class:`Stack`, or a :class:`Blend` with others.
@@ -45,7 +44,8 @@ class Outline:
         ignored: Names of the linear modules that are not quantized, e.g. ``lm_head``.
         apart: Tensors on disk that hold quantized weights and are no module's own: experts in one tensor, transposed
             layers. Formats of codes have no name for them.
-        plain: Names and shapes of all other tensors, where the files tell them without being read.
+        plain: Names and shapes of all other tensors that the model reads, where the files tell them without being read.
+        carried: Tensors on disk that no module of the model reads.
     """
 
     directory: Path
@@ -56,6 +56,7 @@ class Outline:
     ignored: tuple[str, ...]
     apart: tuple[str, ...] = ()
     plain: Mapping[str, tuple[int, ...]] | None = None
+    carried: tuple[str, ...] = ()
 
     @property
     def specs(self) -> tuple[QuantSpec, ...]:
@@ -162,7 +163,7 @@ def read_codes(
     return QuantizedModel(outline, parts, checkpoint.sidecars())
 
 
-def entries(part: Part) -> Iterator[tuple[str, Tensor | QTensor | KTensor]]:
+def entries(part: Part) -> Iterator[tuple[str, Tensor | QTensor]]:
     """Tensors and codes by name, for a format that holds nothing else.
 
     Raises:
@@ -172,6 +173,19 @@ def entries(part: Part) -> Iterator[tuple[str, Tensor | QTensor | KTensor]]:
         if isinstance(value, Stack | Blend):
             raise SwquantError(f"{name} holds several quantized weights in one tensor; choose the format dequantized")
         yield name, value
+
+
+def without(model: QuantizedModel, left_out: Collection[str]) -> QuantizedModel:
+    """The model without these of its plain tensors."""
+    if not left_out:
+        return model
+    parts, plain = model.parts, model.outline.plain
+    kept = plain and {name: shape for name, shape in plain.items() if name not in left_out}
+    return replace(
+        model,
+        outline=replace(model.outline, plain=kept),
+        parts=lambda: ({name: value for name, value in part.items() if name not in left_out} for part in parts()),
+    )
 
 
 def shapes_of(model: QuantizedModel) -> dict[str, tuple[int, ...]]:
@@ -197,8 +211,6 @@ def model_dtype(config: Mapping[str, Any]) -> torch.dtype | None:
 def _encoded(part: Part, encode: Encode, dtype: torch.dtype) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, value in entries(part):
-        if isinstance(value, KTensor):
-            raise SwquantError(f"{name} is on the grid {value.spec.grid}, which the formats gguf and dequantized hold")
         if isinstance(value, QTensor):
             tensors.update(encode(name.removesuffix(".weight"), value, dtype))
         else:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from swquant.losses.transport import gaussian_directions
 from swquant.quant.codes import code_entropy, share_at_ends
-from swquant.quant.ktensor import KTensor
-from swquant.quant.qtensor import QTensor, row_bits
+from swquant.quant.kind import row_bits
+from swquant.quant.qtensor import QTensor
 from swquant.report import CodeUse, FinalCodes, Measured, Shift, Slice
 from swquant.seeds import generator
 
@@ -78,21 +78,21 @@ def final_codes(codes: Tensor, bits: int) -> FinalCodes:
     return FinalCodes(_short(code_entropy(codes, bits)), _short(share_at_ends(codes, bits)))
 
 
-def codes_of(before: Mapping[str, QTensor | KTensor], after: Mapping[str, QTensor | KTensor]) -> dict[str, CodeUse]:
+def codes_of(before: Mapping[str, QTensor], after: Mapping[str, QTensor]) -> dict[str, CodeUse]:
     """How each weight uses its codes, by the name of its linear."""
     return {name.removesuffix(".weight"): _code_use(before[name], value) for name, value in after.items()}
 
 
 def measure_block(
     outputs: tuple[Tensor, Tensor, Tensor],
-    quantized: tuple[Mapping[str, QTensor | KTensor], Mapping[str, QTensor | KTensor]],
+    quantized: tuple[Mapping[str, QTensor], Mapping[str, QTensor]],
 ) -> Measured:
     """All of it: ``outputs`` as :func:`outputs_of` takes them, ``quantized`` as :func:`codes_of` does."""
     rms, before, after, slices = outputs_of(*outputs)
     return Measured(outputs[0].shape[:-1].numel(), rms, before, after, slices, codes_of(*quantized))
 
 
-def _code_use(before: QTensor | KTensor, after: QTensor | KTensor) -> CodeUse:
+def _code_use(before: QTensor, after: QTensor) -> CodeUse:
     bits, (rows, columns) = after.spec.bits, after.codes.shape
     return CodeUse(
         shape=(rows, columns),

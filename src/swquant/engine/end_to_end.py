@@ -8,8 +8,8 @@ After the last block, with codes ``c`` and zero points ``z`` as they are, each g
 which is the second step of EfficientQAT (Chen et al., arXiv 2407.11062, E2E-QP) but for the loss and the logarithm.
 Adam's steps in ``g`` are shares of a scale, whatever its magnitude, and no scale changes its sign. ``s`` is rounded to
 bfloat16 inside of the differentiable path (straight-through), so the model that is trained is the one that is written.
-On a K grid it is ``d`` and ``dmin`` of each super-block that have a ``g`` and are rounded to float16; the integers
-``sc`` and ``m`` of the groups stay as the codes do.
+Of grids that have something else for a scale it is the factors that have a ``g`` (``d`` and ``dmin`` of a K grid's
+super-blocks, rounded to float16); integers stay as the codes do.
 
 With ``weights`` the codes are trained as well: each weight has a position ``v`` in units of its scale, ``c = z +
 round(v)``, and gradients pass straight through the rounding where ``c`` is not clamped. That is quantization-aware

@@ -23,8 +23,7 @@ from swquant.engine.hidden_states import open_hidden
 from swquant.errors import DamagedRunError, SwquantError
 from swquant.quant.bits import pack, unpack
 from swquant.quant.draft import Committed
-from swquant.quant.ktensor import KTensor, ktensor
-from swquant.quant.qtensor import QTensor
+from swquant.quant.qtensor import QTensor, as_parts
 from swquant.quant.spec import QuantSpec
 
 MANIFEST, LOCK = "manifest.json", "lock"
@@ -37,7 +36,6 @@ _OURS = re.compile(
     r"(?:manifest|tokens|final|block-\d+|training-\d+)\.(?:safetensors|part)"
     rf"|kept-\d+\.state|augmented\.stream|(?:{'|'.join((*HIDDEN_STATES, TRAINED))})-\d+\.stream|output"
 )
-_PART_DTYPES = {"scale": torch.bfloat16, "d": torch.float16, "dmin": torch.float16}
 
 
 @dataclass
@@ -308,13 +306,14 @@ def _to_tensors(committed: Committed) -> dict[str, Tensor]:
     for name, quantized in committed.quantized.items():
         out[f"{name}:codes"] = pack(quantized.codes, quantized.spec.bits)
         out[f"{name}:shape"] = torch.tensor(quantized.codes.shape)
-        out |= {f"{name}:{part}": stored_part(part, value) for part, value in quantized.parts.items()}
+        out |= {f"{name}:{part}": value for part, value in stored_parts(quantized).items()}
     return {name: value.detach().cpu().contiguous() for name, value in out.items()}
 
 
-def stored_part(part: str, value: Tensor) -> Tensor:
-    """One of a quantized weight's ``parts`` in the dtype in which a run state holds it, without loss."""
-    return value.to(_PART_DTYPES.get(part, value.dtype))
+def stored_parts(quantized: QTensor) -> dict[str, Tensor]:
+    """A quantized weight's parts in the dtypes in which a run state holds them, without loss."""
+    parts = quantized.spec.kind.parts(quantized.spec)
+    return {name: quantized.parts[name].to(part.dtype) for name, part in parts.items()}
 
 
 def _from_tensors(tensors: Mapping[str, Tensor], grids: Mapping[str, QuantSpec]) -> Committed:
@@ -326,11 +325,8 @@ def _from_tensors(tensors: Mapping[str, Tensor], grids: Mapping[str, QuantSpec])
     return Committed(quantized, {name: part["plain"] for name, part in parts.items() if "plain" in part})
 
 
-def _quantized(part: Mapping[str, Tensor], spec: QuantSpec) -> QTensor | KTensor:
-    codes = unpack(part["codes"], spec.bits, int(part["shape"][1]))
-    if spec.k_grid is not None:
-        return ktensor(part, codes, spec)
-    return QTensor(codes, part["scale"].float(), part["zero"], spec)
+def _quantized(part: Mapping[str, Tensor], spec: QuantSpec) -> QTensor:
+    return QTensor(unpack(part["codes"], spec.bits, int(part["shape"][1])), as_parts(part, spec), spec)
 
 
 def _sealed(state: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 from swquant.engine.block import Job
 from swquant.engine.bound import BoundBlock, own_batches
 from swquant.engine.precision import at_precision
-from swquant.engine.run_state import RunState, stored_part
+from swquant.engine.run_state import RunState, stored_parts
 from swquant.learnables.base import Theta
 from swquant.model.calls import Calls
 from swquant.phases.scale_training import ScaleTraining
@@ -19,7 +19,6 @@ from swquant.quant.deferred import defer
 from swquant.quant.draft import Committed
 from swquant.quant.finite import is_finite
 from swquant.quant.grid import Grid, group
-from swquant.quant.ktensor import KTensor
 from swquant.quant.qtensor import QTensor
 from swquant.quant.rounding import codes_of, fake_quantize
 from swquant.quant.through import stored_as
@@ -36,7 +35,7 @@ class TrainedModel:
 
     Attributes:
         thetas: For each block what is learned, float32 leaves. Logarithms of factors: by a weight's name on its scales
-            (``[out, groups]``), or with ``:d`` and ``:dmin`` after it on a K grid's factors (``[out, supers]``); by a
+            (``[out, groups]``), or with a factor's name after it where that is another (``:d`` and ``:dmin``); by a
             norm's name on its weight (``[dim]``). After them, where weights are trained, their positions in units of
             the scale (``[out, in]``), by a weight's name with :data:`POSITION` after it: the code is the zero point
             plus the nearest integer.
@@ -60,7 +59,7 @@ class TrainedModel:
         shapes = {
             _key(name, part): value.shape
             for name, quantized in block.quantized.items()
-            for part, value in quantized.scales.items()
+            for part, value in quantized.factors.items()
         }
         if self._work.norms:
             shapes |= {name: value.shape for name, value in block.params.items() if _is_norm(name, value)}
@@ -73,7 +72,7 @@ class TrainedModel:
         return {
             name + POSITION: self._position(index, name, quantized).to(self._job.device)
             for name, quantized in self._run_state.block(index, self._job.layout.grids(index)).quantized.items()
-            if isinstance(quantized, QTensor)
+            if "codes" in quantized.spec.kind.learned
         }
 
     def _position(self, index: int, name: str, quantized: QTensor) -> Tensor:
@@ -90,7 +89,7 @@ class TrainedModel:
         """The block with its present scales and norms, differentiable in their gains, and its first codes."""
         block, theta = self._read(index), self.thetas[index]
         quantized = {
-            name: old.rescaled({part: theta[_key(name, part)].exp() for part in old.scales})
+            name: old.rescaled({part: theta[_key(name, part)].exp() for part in old.factors})
             for name, old in block.quantized.items()
         }
         params = {
@@ -178,17 +177,16 @@ class TrainedModel:
         for index, theta in enumerate(self.thetas):
             block = self._rescaled(index)
             for name, quantized in block.quantized.items():
-                for part, value in quantized.scales.items():
-                    out[f"{index}/{name}:{part}"] = stored_part(part, value)
+                stored = stored_parts(quantized)
+                out |= {f"{index}/{name}:{part}": stored[part] for part in quantized.factors}
             for name, codes in _trained_codes(theta, block).items():
                 out[f"{index}/{name}:codes"] = pack(codes, block.quantized[name].spec.bits)
             out |= {f"{index}/{name}:plain": value for name, value in block.params.items() if name in theta}
         return {name: value.cpu().contiguous() for name, value in out.items()}
 
 
-def _snapped_later(position: Tensor, quantized: QTensor | KTensor) -> Tensor:
+def _snapped_later(position: Tensor, quantized: QTensor) -> Tensor:
     """The weight ``(code - zero) * scale`` of a position, straight through the rounding; deferred."""
-    assert isinstance(quantized, QTensor)
 
     def make(position: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         return fake_quantize(position, _unit_grid(zero), quantized.spec, scale.unsqueeze(-1))
@@ -205,9 +203,8 @@ def _trained_codes(theta: Theta, block: Committed) -> dict[str, Tensor]:
     }
 
 
-def _codes(position: Tensor, quantized: QTensor | KTensor) -> Tensor:
+def _codes(position: Tensor, quantized: QTensor) -> Tensor:
     """The codes of a position, ``uint8 [out, in]``."""
-    assert isinstance(quantized, QTensor)
     levels = codes_of(group(position, quantized.spec), _unit_grid(quantized.zero), quantized.spec)
     return levels.to(torch.uint8).view(position.shape)
 

@@ -26,7 +26,7 @@ from swquant.estimate.disk import VALUES, disk_of, learned_bytes
 from swquant.estimate.memory import memory_of
 from swquant.estimate.timing import Time, time_of
 from swquant.plan import Plan, make_plan
-from swquant.quant.qtensor import row_bits
+from swquant.quant.kind import row_bits
 from swquant.recipe import Recipe
 from swquant.units import size
 

@@ -11,7 +11,7 @@ from swquant.formats.base import Format, packed_bytes
 from swquant.model.layout import Site
 from swquant.phases.train import Train
 from swquant.plan import Plan
-from swquant.quant.kgrids import SUPER
+from swquant.quant.kind import factors_of
 from swquant.quant.spec import QuantSpec
 
 CACHES_IN_A_BLOCK = 4
@@ -74,11 +74,7 @@ def run_state_bytes(plan: Plan) -> int:
 def block_weight_bytes(spec: QuantSpec, rows: int, columns: int) -> int:
     """One weight in a run state."""
     codes = packed_bytes(spec, rows, columns) + 2 * 8
-    groups, kind = rows * spec.groups(columns), spec.k_grid
-    if kind is None:
-        return codes + 3 * groups
-    halves = rows * (columns // SUPER) * 2
-    return codes + (halves + groups) * (1 if kind.symmetric else 2)
+    return codes + rows * sum(part.count(columns) * part.dtype.itemsize for part in spec.kind.parts(spec).values())
 
 
 def kept_bytes(plan: Plan) -> int:
@@ -110,9 +106,8 @@ def output_bytes(form: Format, plan: Plan) -> int:
     outline = plan.outline
     names = plan.skeleton.names
     quantized = names.keys_of(site.weight for site in plan.layout.sites)
-    plain = [
-        stored for name, stored in plan.disk.tensors.items() if name not in quantized and name not in names.left_out
-    ]
+    left_out = {*names.dropped, *(() if form.carries else names.carried)}
+    plain = [stored for name, stored in plan.disk.tensors.items() if name not in quantized and name not in left_out]
     head = plan.skeleton.head_weight
     if plan.pipeline.rotate and (head not in plan.disk.tensors or head in names.dropped):
         plain.append(plan.checkpoint.tensors[head])  # which a rotation unties
@@ -124,8 +119,7 @@ def output_bytes(form: Format, plan: Plan) -> int:
 
 
 def _scales(spec: QuantSpec, columns: int) -> int:
-    kind = spec.k_grid
-    return spec.groups(columns) if kind is None else (columns // SUPER) * (1 if kind.symmetric else 2)
+    return sum(part.count(columns) for part in factors_of(spec).values())
 
 
 def _grids(sites: tuple[Site, ...]) -> Iterator[tuple[tuple[int, int], QuantSpec]]:

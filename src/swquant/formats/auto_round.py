@@ -16,7 +16,7 @@ from swquant.checkpoint.quantized import QUANTIZATION_CONFIG, Outline, Quantized
 from swquant.checkpoint.reader import open_checkpoint
 from swquant.checkpoint.shards import Stored
 from swquant.checkpoint.writer import Written
-from swquant.formats.base import require_fits, stored_bytes, uniform_only
+from swquant.formats.base import require_fits, stored_bytes
 from swquant.formats.gptq_layout import (
     SUFFIXES,
     decode_weight,
@@ -30,7 +30,7 @@ from swquant.formats.gptq_layout import (
 )
 from swquant.formats.reading import blocks_of, require_plain
 from swquant.quant.qtensor import QTensor
-from swquant.quant.spec import QuantSpec
+from swquant.quant.spec import UNIFORM, QuantSpec
 
 SETTINGS = "quantization_config.json"
 
@@ -52,10 +52,11 @@ class AutoRound:
     """
 
     name: ClassVar[str] = "auto_round"
+    kinds: ClassVar[tuple[str, ...] | None] = (UNIFORM,)
+    carries: ClassVar[bool] = True
 
-    def refusal(self, spec: QuantSpec) -> str | None:
+    def refusal(self, spec: QuantSpec) -> None:
         """Every uniform grid fits."""
-        return uniform_only(spec)
 
     def check(self, outline: Outline) -> tuple[str, ...]:
         """The notes say which programs read it, and where readers round."""

@@ -14,10 +14,11 @@ from swquant.checkpoint.shards import Stored
 from swquant.checkpoint.writer import Written
 from swquant.errors import SwquantError
 from swquant.quant.bits import packed_words
-from swquant.quant.kgrids import UNIFORM
-from swquant.quant.ktensor import KTensor
 from swquant.quant.qtensor import QTensor
-from swquant.quant.spec import QuantSpec
+from swquant.quant.spec import UNIFORM, QuantSpec
+
+SHOWN = 4
+"""So many names are said, the others counted."""
 
 WORD_BYTES = 4
 STORED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -29,13 +30,17 @@ class Format(Protocol):
     """A container for quantized weights; implementations hold no state and take no arguments.
 
     ``encode`` and ``decode`` are pure. What is not quantized (norms, biases, embeddings) is the same plain tensor in
-    every format and does not pass through here.
+    every format and does not pass through here. ``kinds`` are the kinds of grids that it holds, ``None`` for all.
+    ``carries`` says whether it has a place for tensors that no module of the model reads (layers for further tokens,
+    which vLLM reads; a value head): they are copied as they are, and left out of formats that have none.
     """
 
     name: ClassVar[str]
+    kinds: ClassVar[tuple[str, ...] | None]
+    carries: ClassVar[bool]
 
     def refusal(self, spec: QuantSpec) -> str | None:
-        """Why the format cannot hold weights on such a grid, as the end of a sentence; ``None`` if it can."""
+        """Why it cannot hold such a grid, of one of its kinds, as the end of a sentence; ``None`` if it can."""
         ...
 
     def check(self, outline: Outline) -> tuple[str, ...]:
@@ -65,7 +70,7 @@ class Format(Protocol):
         """
         ...
 
-    def decode(self, name: str, tensors: Mapping[str, Tensor], spec: QuantSpec) -> QTensor | KTensor | Tensor:
+    def decode(self, name: str, tensors: Mapping[str, Tensor], spec: QuantSpec) -> QTensor | Tensor:
         """Read back what :meth:`encode` wrote, so that a written file can be checked against what was trained.
 
         Args:
@@ -74,9 +79,8 @@ class Format(Protocol):
             spec: The grid of the quantized weights.
 
         Returns:
-            The same :class:`~swquant.quant.qtensor.QTensor` or, on a K grid,
-            :class:`~swquant.quant.ktensor.KTensor` if the container keeps codes and grid; otherwise, because stored
-            values do not tell them, the weight alone as ``float32 [out, in]``.
+            The same :class:`~swquant.quant.qtensor.QTensor` if the container keeps codes and grid; otherwise, because
+            stored values do not tell them, the weight alone as ``float32 [out, in]``.
 
         Raises:
             SwquantError: If a tensor is missing or has the wrong shape or dtype.
@@ -143,7 +147,7 @@ def require_fits(form: Format, outline: Outline, *, mixed: bool = False, apart: 
         SwquantError: Naming the grid, the dtype, or the tensor.
     """
     for spec in outline.specs:
-        reason = form.refusal(spec)
+        reason = cannot_hold(form, spec)
         if reason is not None:
             raise SwquantError(f"{form.name} cannot hold {spec.label}: {reason}")
     if len(outline.specs) > 1 and not mixed:
@@ -159,9 +163,11 @@ def require_fits(form: Format, outline: Outline, *, mixed: bool = False, apart: 
     check_dtype(outline.dtype)
 
 
-def uniform_only(spec: QuantSpec) -> str | None:
-    """Why a format of a scale for each group cannot hold a K grid; ``None`` if the grid is uniform."""
-    return None if spec.grid == UNIFORM else "llama.cpp's own grids have no other container; choose the format gguf"
+def cannot_hold(form: Format, spec: QuantSpec) -> str | None:
+    """Why ``form`` cannot hold weights on such a grid, as the end of a sentence; ``None`` if it can."""
+    if form.kinds is not None and spec.grid not in form.kinds:
+        return f"of grids it holds {', '.join(form.kinds)} alone; choose the format {spec.kind.form}"
+    return form.refusal(spec)
 
 
 def check_dtype(dtype: torch.dtype) -> None:
@@ -180,7 +186,7 @@ def weights_are_exact(spec: QuantSpec, dtype: torch.dtype) -> bool:
 
     A scale has 8 significant bits, being a bfloat16 value. ``code - zero`` has ``bits - 1`` on a symmetric grid, whose
     largest magnitude is a power of two, and ``bits`` on an asymmetric one; a product has the sum of both, or 8 where
-    no factor has more than one. The differences of K grids are values of float32.
+    no factor has more than one. The weights of other grids are values of float32.
     """
     if spec.grid != UNIFORM:
         return dtype == torch.float32
@@ -222,3 +228,20 @@ def require_tensor(tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype 
 def dtype_name(dtype: torch.dtype) -> str:
     """The name without its package, e.g. ``bfloat16``."""
     return str(dtype).removeprefix("torch.")
+
+
+def examine(form: Format, outline: Outline) -> tuple[str, ...]:
+    """What the user should know of ``form`` holding such a model, before it is made.
+
+    Raises:
+        SwquantError: It cannot hold it.
+    """
+    if form.carries or not outline.carried:
+        return form.check(outline)
+    return (f"left out, because no module of the model reads them: {listed(outline.carried)}", *form.check(outline))
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names for a sentence, of many the first few."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more

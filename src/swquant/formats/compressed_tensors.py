@@ -23,13 +23,12 @@ from swquant.formats.base import (
     require_fits,
     require_tensor,
     stored_bytes,
-    uniform_only,
     weights_are_exact,
 )
 from swquant.formats.reading import require_shape, spec_from
 from swquant.quant.bits import pack, packed_words, unpack
-from swquant.quant.qtensor import QTensor
-from swquant.quant.spec import QuantSpec
+from swquant.quant.qtensor import QTensor, uniform
+from swquant.quant.spec import UNIFORM, QuantSpec
 
 LAYOUT_VERSION = "0.18.0"
 """The compressed-tensors release that first read this layout: before it, 3-bit codes were padded to 10 per word."""
@@ -62,10 +61,11 @@ class CompressedTensors:
     """
 
     name: ClassVar[str] = "compressed_tensors"
+    kinds: ClassVar[tuple[str, ...] | None] = (UNIFORM,)
+    carries: ClassVar[bool] = True
 
-    def refusal(self, spec: QuantSpec) -> str | None:
+    def refusal(self, spec: QuantSpec) -> None:
         """Every uniform grid fits."""
-        return uniform_only(spec)
 
     def check(self, outline: Outline) -> tuple[str, ...]:
         """The notes say how to load an asymmetric model and where readers round."""
@@ -114,7 +114,7 @@ class CompressedTensors:
             words = require_tensor(tensors, f"{name}.weight_zero_point", torch.int32, 2)
             require_shape(f"{name}.weight_zero_point", words, (packed_words(out_features, spec.bits), groups))
             zero = unpack(words.T, spec.bits, out_features).T.contiguous()
-        return QTensor(unpack(packed, spec.bits, in_features), scale.float(), zero, spec)
+        return uniform(unpack(packed, spec.bits, in_features), scale.float(), zero, spec)
 
     def config(self, outline: Outline) -> dict[str, object]:
         """``quantization_config``: all linear modules but those that are ignored; a group with targets for each grid.

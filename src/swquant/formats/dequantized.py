@@ -16,7 +16,6 @@ from swquant.checkpoint.shards import Stored
 from swquant.checkpoint.writer import Written
 from swquant.errors import SwquantError
 from swquant.formats.base import dtype_name, require_fits, require_tensor, stored_bytes, weights_are_exact
-from swquant.quant.ktensor import KTensor
 from swquant.quant.qtensor import QTensor
 from swquant.quant.spec import QuantSpec
 
@@ -34,6 +33,8 @@ class Dequantized:
     """
 
     name: ClassVar[str] = "dequantized"
+    kinds: ClassVar[tuple[str, ...] | None] = None
+    carries: ClassVar[bool] = True
 
     def refusal(self, spec: QuantSpec) -> None:
         """Every grid fits."""
@@ -49,7 +50,7 @@ class Dequantized:
             rounding = f"{stored} rounds the quantized weights, each by at most {digits:.2g} of itself"
         return ("dequantized: the output takes as much space as the original model", rounding)
 
-    def encode(self, name: str, q: QTensor | KTensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    def encode(self, name: str, q: QTensor, dtype: torch.dtype) -> dict[str, Tensor]:
         """The weight in ``dtype``."""
         weight = q.dequantize().to(dtype)
         if not bool(weight.isfinite().all()):
@@ -78,7 +79,7 @@ class Dequantized:
                 tensors[name] = self._dense(name, value, dtype)
         return tensors
 
-    def _dense(self, name: str, value: Tensor | QTensor | KTensor, dtype: torch.dtype) -> Tensor:
+    def _dense(self, name: str, value: Tensor | QTensor, dtype: torch.dtype) -> Tensor:
         """The weight that is stored; a plain tensor as it is."""
         if isinstance(value, Tensor):
             return value

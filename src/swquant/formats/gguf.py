@@ -19,9 +19,9 @@ from swquant.formats.gguf_blocks import block_type
 from swquant.formats.gguf_model import describe_model
 from swquant.formats.gguf_reader import read_gguf
 from swquant.formats.gguf_writer import FILE, import_gguf, rehearse, require_named, tensor_names, write_gguf
-from swquant.quant.ktensor import KTensor
+from swquant.formats.kquant_blocks import K_GRIDS
 from swquant.quant.qtensor import QTensor
-from swquant.quant.spec import QuantSpec
+from swquant.quant.spec import UNIFORM, QuantSpec
 
 _LOAD = """\
 from llama_cpp import Llama  # the package llama-cpp-python
@@ -43,6 +43,8 @@ class Gguf:
     """
 
     name: ClassVar[str] = "gguf"
+    kinds: ClassVar[tuple[str, ...] | None] = (UNIFORM, *K_GRIDS)
+    carries: ClassVar[bool] = False
 
     def refusal(self, spec: QuantSpec) -> str | None:
         """llama.cpp has no blocks for some grids."""
@@ -83,11 +85,11 @@ class Gguf:
             )
         return tuple(notes)
 
-    def encode(self, name: str, q: QTensor | KTensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    def encode(self, name: str, q: QTensor, dtype: torch.dtype) -> dict[str, Tensor]:
         """The weight's blocks, row by row; scales are half floats whatever the model's dtype."""
         return {f"{name}.weight": _pack(name, q)}
 
-    def decode(self, name: str, tensors: Mapping[str, Tensor], spec: QuantSpec) -> QTensor | KTensor:
+    def decode(self, name: str, tensors: Mapping[str, Tensor], spec: QuantSpec) -> QTensor:
         """The exact inverse of :meth:`encode`."""
         kind = block_type(spec)
         if kind is None:
@@ -125,7 +127,7 @@ class Gguf:
         return stored_bytes(others) + 4 * sum(math.prod(stored.shape) for stored in vectors)
 
 
-def _pack(name: str, q: QTensor | KTensor) -> Tensor:
+def _pack(name: str, q: QTensor) -> Tensor:
     kind = block_type(q.spec)
     if kind is None:
         raise SwquantError(f"gguf cannot hold {q.spec.label}: {Gguf().refusal(q.spec)}")

@@ -21,10 +21,9 @@ from torch import Tensor
 
 from swquant.errors import SwquantError
 from swquant.formats.base import cast_exactly
-from swquant.formats.kquant_blocks import decode_blocks, encode_blocks
-from swquant.quant.kgrids import K_GRIDS, SUPER
-from swquant.quant.ktensor import KTensor
-from swquant.quant.qtensor import QTensor
+from swquant.formats.kquant_blocks import block_bytes, decode_blocks, encode_blocks
+from swquant.grids.double import SUPER
+from swquant.quant.qtensor import QTensor, uniform
 from swquant.quant.spec import QuantSpec
 
 
@@ -47,8 +46,8 @@ class BlockType:
     file_type: int
     weights: int
     nbytes: int
-    pack: Callable[[str, QTensor | KTensor], Tensor]
-    unpack: Callable[[str, Tensor, QuantSpec, int], QTensor | KTensor]
+    pack: Callable[[str, QTensor], Tensor]
+    unpack: Callable[[str, Tensor, QuantSpec, int], QTensor]
 
     def row_bytes(self, columns: int) -> int:
         """Bytes of a row."""
@@ -69,15 +68,14 @@ class BlockType:
 
 def block_type(spec: QuantSpec) -> BlockType | None:
     """The block type that holds weights on the grid ``spec``, whatever their width; ``None`` if there is none."""
-    if spec.k_grid is not None:
+    if spec.grid in _K_TYPES:
         return _K_TYPES[spec.grid]
     kind = _UNIFORM_TYPES.get((spec.bits, spec.symmetric))
     return None if kind is None or (spec.group_size or kind.weights) % kind.weights else kind
 
 
-def _cut(q: QTensor | KTensor, weights: int) -> tuple[QTensor, Tensor, Tensor]:
+def _cut(q: QTensor, weights: int) -> tuple[QTensor, Tensor, Tensor]:
     """The weight, its codes ``[blocks, weights]`` and each block's group as an index into ``scale.reshape(-1)``."""
-    assert isinstance(q, QTensor)
     rows, columns = q.codes.shape
     per_group = q.spec.group_width(columns) // weights
     groups = torch.arange(rows * q.spec.groups(columns)).repeat_interleave(per_group)
@@ -89,7 +87,7 @@ def _halves(name: str, values: Tensor) -> Tensor:
     return cast_exactly(name, values, torch.float16).view(-1, 1).view(torch.uint8)
 
 
-def _pack_q2_0(name: str, q: QTensor | KTensor) -> Tensor:
+def _pack_q2_0(name: str, q: QTensor) -> Tensor:
     weight, codes, groups = _cut(q, 64)
     fields = (3 - codes).view(len(codes), 16, 4)
     packed = fields[..., 0] | fields[..., 1] << 2 | fields[..., 2] << 4 | fields[..., 3] << 6
@@ -103,7 +101,7 @@ def _unpack_q2_0(name: str, packed: Tensor, spec: QuantSpec, columns: int) -> QT
     return _grouped(name, codes.view(-1, columns), -d[:, 0], None, spec)
 
 
-def _pack_q4_0(name: str, q: QTensor | KTensor) -> Tensor:
+def _pack_q4_0(name: str, q: QTensor) -> Tensor:
     weight, codes, groups = _cut(q, 32)
     d = _halves(name, weight.scale.reshape(-1)[groups])
     return torch.cat((d, _nibbles(codes)), 1).view(len(weight.codes), -1)
@@ -114,7 +112,7 @@ def _unpack_q4_0(name: str, packed: Tensor, spec: QuantSpec, columns: int) -> QT
     return _grouped(name, _from_nibbles(nibbles).view(-1, columns), d[:, 0], None, spec)
 
 
-def _pack_q4_1(name: str, q: QTensor | KTensor) -> Tensor:
+def _pack_q4_1(name: str, q: QTensor) -> Tensor:
     weight, codes, groups = _cut(q, 32)
     minimum = _minimum(weight.scale, weight.zero).reshape(-1)
     if bool(minimum.isinf().any()):
@@ -134,7 +132,7 @@ def _unpack_q4_1(name: str, packed: Tensor, spec: QuantSpec, columns: int) -> QT
     return _grouped(name, _from_nibbles(nibbles).view(-1, columns), d, zero, spec)
 
 
-def _pack_q8_0(name: str, q: QTensor | KTensor) -> Tensor:
+def _pack_q8_0(name: str, q: QTensor) -> Tensor:
     weight, codes, groups = _cut(q, 32)
     d = _halves(name, weight.scale.reshape(-1)[groups])
     return torch.cat((d, codes ^ 128), 1).view(len(weight.codes), -1)
@@ -145,15 +143,13 @@ def _unpack_q8_0(name: str, packed: Tensor, spec: QuantSpec, columns: int) -> QT
     return _grouped(name, (codes ^ 128).view(-1, columns), d[:, 0], None, spec)
 
 
-def _pack_k(name: str, q: QTensor | KTensor) -> Tensor:
-    assert isinstance(q, KTensor)
+def _pack_k(name: str, q: QTensor) -> Tensor:
     return encode_blocks(q)
 
 
-def _unpack_k(name: str, packed: Tensor, spec: QuantSpec, columns: int) -> KTensor:
+def _unpack_k(name: str, packed: Tensor, spec: QuantSpec, columns: int) -> QTensor:
     q = decode_blocks(packed, spec.grid, len(packed), columns)
-    factors = q.d if q.dmin is None else torch.cat((q.d, q.dmin), 1)
-    _require_finite(name, factors)
+    _require_finite(name, torch.cat(list(q.factors.values()), 1))
     return q
 
 
@@ -188,7 +184,7 @@ def _grouped(name: str, codes: Tensor, scale: Tensor, zero: Tensor | None, spec:
         raise SwquantError(
             f"{name} has blocks of different scales within a group of {spec.group_width(columns)}; the file is damaged"
         )
-    return QTensor(codes.contiguous(), per_block[..., 0].contiguous(), zeros[..., 0].to(torch.uint8).contiguous(), spec)
+    return uniform(codes.contiguous(), per_block[..., 0].contiguous(), zeros[..., 0].to(torch.uint8).contiguous(), spec)
 
 
 def _require_finite(name: str, factors: Tensor) -> None:
@@ -206,7 +202,7 @@ _UNIFORM_TYPES: Mapping[tuple[int, bool], BlockType] = {
 
 _K_NUMBERS = {"q2_k": ("Q2_K", 10, 10), "q3_k": ("Q3_K", 11, 11), "q4_k": ("Q4_K", 12, 14)}
 _K_TYPES: Mapping[str, BlockType] = {
-    grid: BlockType(*_K_NUMBERS[grid], SUPER, kind.block_bytes, _pack_k, _unpack_k) for grid, kind in K_GRIDS.items()
+    grid: BlockType(*numbers, SUPER, block_bytes(grid), _pack_k, _unpack_k) for grid, numbers in _K_NUMBERS.items()
 }
 
 BLOCK_TYPES: Mapping[int, BlockType] = {kind.type_id: kind for kind in (*_UNIFORM_TYPES.values(), *_K_TYPES.values())}

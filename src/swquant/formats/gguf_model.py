@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from copy import deepcopy
@@ -27,7 +26,6 @@ from swquant.formats.gguf_architectures import (
     require_known,
     unknown,
 )
-from swquant.quant.ktensor import KTensor
 from swquant.quant.qtensor import QTensor
 
 _LARGEST = {
@@ -153,12 +151,9 @@ def describe_model(config: Mapping[str, Any]) -> Model:
     return Model(architecture, family, settings, head_dim, rope, fields, notes)
 
 
-def reorder(weight: QTensor | KTensor, order: Tensor | None) -> QTensor | KTensor:
+def reorder(weight: QTensor, order: Tensor | None) -> QTensor:
     """The rows ``order`` of all tensors of a quantized weight."""
-    if order is None:
-        return weight
-    rows = {name: value[order] for name, value in vars(weight).items() if isinstance(value, Tensor)}
-    return dataclasses.replace(weight, **rows)
+    return weight if order is None else weight.rows(order)
 
 
 def _with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,12 +17,10 @@ from swquant.formats.gguf_file import PLAIN_TYPES, Header, open_gguf
 from swquant.formats.gguf_model import ROPE_FREQS, Model, describe_model, reorder
 from swquant.formats.gguf_writer import FILE, tensor_names
 from swquant.formats.reading import spec_from
-from swquant.quant.kgrids import UNIFORM
-from swquant.quant.ktensor import KTensor
 from swquant.quant.qtensor import QTensor
 from swquant.quant.spec import QuantSpec
 
-Decode = Callable[[str, Mapping[str, Tensor], QuantSpec], QTensor | KTensor]
+Decode = Callable[[str, Mapping[str, Tensor], QuantSpec], QTensor]
 
 
 def read_gguf(directory: Path, config: Mapping[str, Any], decode: Decode) -> QuantizedModel:
@@ -68,10 +66,8 @@ def _spec(file: Header, directory: Path) -> QuantSpec:
     fields = file.fields
     if "swquant.grid" not in fields:
         raise SwquantError(f"{file.path} was written by other software; swquant reads back only what it wrote")
-    if fields["swquant.grid"] != UNIFORM:
-        return QuantSpec.named(str(fields["swquant.grid"]))
-    group_size = fields.get("swquant.group_size") or None
-    return spec_from(directory, fields.get("swquant.bits"), group_size, fields.get("swquant.symmetric"))
+    group_size, grid = fields.get("swquant.group_size") or None, str(fields["swquant.grid"])
+    return spec_from(directory, fields.get("swquant.bits"), group_size, fields.get("swquant.symmetric"), grid)
 
 
 def _our_names(file: Header, model: Model) -> dict[str, str]:

@@ -20,7 +20,6 @@ from swquant.errors import SwquantError, reason_of
 from swquant.formats.gguf_blocks import block_type
 from swquant.formats.gguf_model import ROPE_FREQS, Model, Rope, describe_model, reorder
 from swquant.formats.gguf_tokenizer import Vocabulary, read_vocabulary
-from swquant.quant.ktensor import KTensor
 from swquant.quant.qtensor import QTensor
 from swquant.quant.spec import QuantSpec
 
@@ -30,7 +29,7 @@ QUANTIZATION_VERSION = 2
 
 _PLAIN_IDS: Mapping[torch.dtype, int] = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 30}
 
-Pack = Callable[[str, QTensor | KTensor], Tensor]
+Pack = Callable[[str, QTensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -171,7 +170,7 @@ def _plain(tensor: Tensor) -> _Entry:
     return _Entry(stored.view(-1).view(torch.uint8), tuple(stored.shape), _PLAIN_IDS[stored.dtype])
 
 
-def _packed(name: str, weight: QTensor | KTensor, pack: Pack) -> _Entry:
+def _packed(name: str, weight: QTensor, pack: Pack) -> _Entry:
     kind = block_type(weight.spec)
     assert kind is not None
     return _Entry(pack(name, weight).view(-1), tuple(weight.codes.shape), kind.type_id)

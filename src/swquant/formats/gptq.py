@@ -17,7 +17,7 @@ from swquant.checkpoint.reader import open_checkpoint
 from swquant.checkpoint.shards import Stored
 from swquant.checkpoint.writer import Written
 from swquant.errors import SwquantError
-from swquant.formats.base import WORD_BYTES, require_fits, require_tensor, stored_bytes, uniform_only
+from swquant.formats.base import WORD_BYTES, require_fits, require_tensor, stored_bytes
 from swquant.formats.gptq_layout import (
     SUFFIXES,
     decode_weight,
@@ -31,7 +31,7 @@ from swquant.formats.gptq_layout import (
 )
 from swquant.formats.reading import require_plain
 from swquant.quant.qtensor import QTensor
-from swquant.quant.spec import QuantSpec
+from swquant.quant.spec import UNIFORM, QuantSpec
 
 QUANTIZE_CONFIG = "quantize_config.json"
 
@@ -56,10 +56,11 @@ class Gptq:
     """
 
     name: ClassVar[str] = "gptq"
+    kinds: ClassVar[tuple[str, ...] | None] = (UNIFORM,)
+    carries: ClassVar[bool] = True
 
-    def refusal(self, spec: QuantSpec) -> str | None:
+    def refusal(self, spec: QuantSpec) -> None:
         """Every uniform grid fits."""
-        return uniform_only(spec)
 
     def check(self, outline: Outline) -> tuple[str, ...]:
         """The notes say which programs read it, and where readers round."""

@@ -16,7 +16,7 @@ from swquant.errors import SwquantError
 from swquant.formats.base import cast_exactly, dtype_name, packed_bytes, require_tensor, weights_are_exact
 from swquant.formats.reading import require_shape, spec_from
 from swquant.quant.bits import pack, packed_words, unpack
-from swquant.quant.qtensor import QTensor
+from swquant.quant.qtensor import QTensor, uniform
 from swquant.quant.spec import QuantSpec
 
 SUFFIXES = ("qweight", "qzeros", "scales")
@@ -140,7 +140,7 @@ def decode_weight(name: str, tensors: Mapping[str, Tensor], spec: QuantSpec) -> 
             "though its configuration says symmetric; quantize the model again"
         )
     codes = unpack(qweight.T, spec.bits, inputs)
-    return QTensor(codes, scales.T.to(torch.float32).contiguous(), zero, spec)
+    return uniform(codes, scales.T.to(torch.float32).contiguous(), zero, spec)
 
 
 def shape_of(name: str, checkpoint: Checkpoint, spec: QuantSpec) -> tuple[int, int]:

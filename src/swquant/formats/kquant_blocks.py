@@ -13,16 +13,21 @@ up. Verified against the dequantizers of the gguf package.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from swquant.errors import SwquantError
-from swquant.quant.kgrids import K_GRIDS, SUPER
-from swquant.quant.ktensor import KTensor
+from swquant.grids.double import SUPER, DoubleQuantized
+from swquant.grids.q2_k import Q2_K
+from swquant.grids.q3_k import Q3_K
+from swquant.grids.q4_k import Q4_K
+from swquant.quant.kind import row_bits
+from swquant.quant.qtensor import QTensor, as_parts
 from swquant.quant.spec import QuantSpec
 
+K_GRIDS: Mapping[str, DoubleQuantized] = {"q2_k": Q2_K, "q3_k": Q3_K, "q4_k": Q4_K}
 _LANES = 32
 
 
@@ -37,17 +42,22 @@ class _Block:
     dmin: Tensor | None = None
 
 
-def encode_blocks(q: KTensor) -> Tensor:
+def block_bytes(grid: str) -> int:
+    """Bytes of a block, which holds nothing but codes and the grid's parts."""
+    return row_bits(QuantSpec.named(grid), SUPER) // 8
+
+
+def encode_blocks(q: QTensor) -> Tensor:
     """The blocks of a weight, row by row: ``uint8 [out, in / 256 * block_bytes]``."""
     kind = K_GRIDS[q.spec.grid]
-    sc = (q.sc.to(torch.int16) - kind.min_scale).to(torch.uint8).reshape(-1, kind.groups)
-    m = None if q.m is None else q.m.reshape(-1, kind.groups)
-    dmin = None if q.dmin is None else _half_bytes(q.dmin)
-    block = _Block(q.codes.reshape(-1, SUPER), sc, _half_bytes(q.d), m, dmin)
+    sc = (q.parts["sc"].to(torch.int16) - kind.min_scale).to(torch.uint8).reshape(-1, kind.groups)
+    block = _Block(q.codes.reshape(-1, SUPER), sc, _half_bytes(q.parts["d"]))
+    if not kind.symmetric:
+        block = replace(block, m=q.parts["m"].reshape(-1, kind.groups), dmin=_half_bytes(q.parts["dmin"]))
     return _LAYOUTS[q.spec.grid].join(block).view(q.codes.shape[0], -1)
 
 
-def decode_blocks(blocks: Tensor, grid: str, out: int, in_: int) -> KTensor:
+def decode_blocks(blocks: Tensor, grid: str, out: int, in_: int) -> QTensor:
     """Undo :func:`encode_blocks`.
 
     Args:
@@ -61,23 +71,19 @@ def decode_blocks(blocks: Tensor, grid: str, out: int, in_: int) -> KTensor:
     """
     spec = QuantSpec.named(grid)
     kind = K_GRIDS[grid]
-    expected = out * (in_ // SUPER) * kind.block_bytes
+    expected = out * (in_ // SUPER) * block_bytes(grid)
     if in_ % SUPER or blocks.dtype != torch.uint8 or blocks.numel() != expected:
         raise SwquantError(
             f"a {grid} weight of {out} by {in_} takes {expected} bytes in blocks of {SUPER} weights, "
             f"got {blocks.numel()} elements of {blocks.dtype}"
         )
-    block = _LAYOUTS[grid].split(blocks.contiguous().view(-1, kind.block_bytes))
+    block = _LAYOUTS[grid].split(blocks.contiguous().view(-1, block_bytes(grid)))
     sc = block.sc.to(torch.int16) + kind.min_scale
-    supers, groups = in_ // SUPER, spec.groups(in_)
-    return KTensor(
-        block.codes.view(out, in_),
-        _from_half_bytes(block.d).view(out, supers),
-        sc.to(torch.int8 if kind.symmetric else torch.uint8).view(out, groups),
-        None if block.dmin is None else _from_half_bytes(block.dmin).view(out, supers),
-        None if block.m is None else block.m.view(out, groups),
-        spec,
-    )
+    found = {"d": _from_half_bytes(block.d), "sc": sc}
+    if block.m is not None and block.dmin is not None:
+        found |= {"dmin": _from_half_bytes(block.dmin), "m": block.m}
+    parts = as_parts({name: value.reshape(out, -1) for name, value in found.items()}, spec)
+    return QTensor(block.codes.view(out, in_), parts, spec)
 
 
 def _half_bytes(values: Tensor) -> Tensor:

@@ -23,15 +23,13 @@ from swquant.formats.base import (
     require_fits,
     require_tensor,
     stored_bytes,
-    uniform_only,
     weights_are_exact,
 )
 from swquant.formats.mlx_models import settings_for_mlx
 from swquant.formats.reading import blocks_of, require_shape, spec_from
 from swquant.quant.bits import pack, packed_words, unpack
-from swquant.quant.kgrids import UNIFORM
-from swquant.quant.qtensor import QTensor
-from swquant.quant.spec import QuantSpec
+from swquant.quant.qtensor import QTensor, uniform
+from swquant.quant.spec import UNIFORM, QuantSpec
 
 QUANTIZATION = "quantization"
 
@@ -58,11 +56,11 @@ class Mlx:
     """
 
     name: ClassVar[str] = "mlx"
+    kinds: ClassVar[tuple[str, ...] | None] = (UNIFORM,)
+    carries: ClassVar[bool] = False
 
     def refusal(self, spec: QuantSpec) -> str | None:
-        """One scale per output channel, and K grids."""
-        if spec.grid != UNIFORM:
-            return uniform_only(spec)
+        """One scale per output channel."""
         return "MLX has groups of 32, 64 and 128 alone, so give --group-size" if spec.group_size is None else None
 
     def check(self, outline: Outline) -> tuple[str, ...]:
@@ -108,7 +106,7 @@ class Mlx:
         require_shape(f"{name}.biases", biases, (outputs, groups))
         scale = scales.to(torch.float32)
         codes = unpack(weight.view(torch.int32), spec.bits, inputs)
-        return QTensor(codes, scale, _zero_points(name, scale, biases, spec), spec)
+        return uniform(codes, scale, _zero_points(name, scale, biases, spec), spec)
 
     def config(self, spec: QuantSpec) -> dict[str, object]:
         """``quantization``; ``symmetric`` is ours, and MLX passes over it."""

@@ -13,14 +13,13 @@ from swquant.checkpoint.quantized import Outline, QuantizedModel
 from swquant.checkpoint.shards import Stored
 from swquant.checkpoint.writer import Written
 from swquant.errors import SwquantError
-from swquant.formats.base import cast_exactly, require_fits, require_tensor, stored_bytes, uniform_only
+from swquant.formats.base import cast_exactly, require_fits, require_tensor, stored_bytes
 from swquant.formats.onnx_layout import ACCURACY_LEVEL, MODEL, decoder_layout, require_onnx
 from swquant.formats.onnx_reader import read_decoder
 from swquant.formats.onnx_writer import write_decoder
 from swquant.formats.reading import require_shape
-from swquant.quant.kgrids import UNIFORM
-from swquant.quant.qtensor import QTensor
-from swquant.quant.spec import QuantSpec
+from swquant.quant.qtensor import QTensor, uniform
+from swquant.quant.spec import UNIFORM, QuantSpec
 
 WIDTHS = (2, 4, 8)
 CHANNEL_BLOCK = 128
@@ -51,11 +50,13 @@ class Onnx:
     """
 
     name: ClassVar[str] = "onnx"
+    kinds: ClassVar[tuple[str, ...] | None] = (UNIFORM,)
+    carries: ClassVar[bool] = False
 
     def refusal(self, spec: QuantSpec) -> str | None:
-        """3 bits and K grids have no kernel."""
-        if spec.bits in WIDTHS or spec.grid != UNIFORM:
-            return uniform_only(spec)
+        """3 bits have no kernel."""
+        if spec.bits in WIDTHS:
+            return None
         return "onnxruntime's MatMulNBits takes 2, 4 or 8 bits; choose 2 or 4, or another format"
 
     def check(self, outline: Outline) -> tuple[str, ...]:
@@ -114,7 +115,7 @@ class Onnx:
             words = _require(tensors, f"{name}.zero_points", torch.uint8, (out_features, -(-blocks * bits // 8)))
             zero = _unpack_bytes(words, bits)[:, :blocks]
         codes = _unpack_bytes(packed, bits).flatten(1)[:, :in_features].contiguous()
-        return QTensor(codes, _per_group(name, scale, spec), _per_group(name, zero, spec), spec)
+        return uniform(codes, _per_group(name, scale, spec), _per_group(name, zero, spec), spec)
 
     def write(self, directory: Path, model: QuantizedModel) -> Written:
         """``model.onnx``, its data, ``config.json`` and onnxruntime-genai's configuration."""

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from swquant.checkpoint.quantized import Encode, QuantizedModel, entries
 from swquant.checkpoint.writer import Written, copy_sidecars, require_unused, write_beside
-from swquant.errors import SwquantError
 from swquant.formats.onnx_layout import DATA, MODEL, PROPERTY, DecoderLayout, decoder_layout, onnx_types, require_onnx
 from swquant.quant.qtensor import QTensor
 
@@ -147,10 +146,8 @@ def _write_tensors(
                 shapes[module] = (rows, columns)
                 for full, tensor in tensors.items():
                     data.add(full, tensor)
-            elif isinstance(value, Tensor):
-                data.add(name, value)
             else:
-                raise SwquantError(f"{name} is on the grid {value.spec.grid}, which the format onnx does not hold")
+                data.add(name, value)
     for name, table in zip((COS, SIN), layout.rotary_tables(), strict=True):
         data.add(name, table)
     return shapes

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from swquant.checkpoint.quantized import Outline
 from swquant.errors import SwquantError
-from swquant.quant.spec import QuantSpec
+from swquant.quant.spec import UNIFORM, QuantSpec
 
 
-def spec_from(directory: Path, bits: object, group_size: object, symmetric: object) -> QuantSpec:
+def spec_from(directory: Path, bits: object, group_size: object, symmetric: object, grid: str = UNIFORM) -> QuantSpec:
     """The grid that a file's settings tell.
 
     Args:
@@ -22,6 +22,7 @@ def spec_from(directory: Path, bits: object, group_size: object, symmetric: obje
         bits: Should be one of ours.
         group_size: Should be one of ours; ``None`` for one scale per output channel.
         symmetric: Should be a truth value.
+        grid: Should be a kind of grid.
 
     Raises:
         SwquantError: If there is no such grid.
@@ -35,7 +36,7 @@ def spec_from(directory: Path, bits: object, group_size: object, symmetric: obje
     assert isinstance(bits, int)
     assert group_size is None or isinstance(group_size, int)
     try:
-        return QuantSpec(bits, group_size, symmetric)
+        return QuantSpec(bits, group_size, symmetric, grid)
     except SwquantError as error:
         raise SwquantError(f"{directory} cannot be read: {error}") from error
 

@@ -56,10 +56,11 @@ def title_of(report: Report) -> str:
 
 def grid_of(recipe: Mapping[str, Any]) -> str:
     """The grid in a few words."""
-    if "grid" in recipe:
-        return f"grid {recipe['grid']}"
+    others = f"; other grids: {', '.join(recipe['grids'])}" if recipe.get("grids") else ""
     groups = "per channel" if recipe["group_size"] == "channel" else f"groups of {recipe['group_size']}"
-    return f"{recipe['bits']} bits, {groups}, {'symmetric' if recipe['symmetric'] else 'asymmetric'}"
+    if "grid" in recipe:
+        return f"grid {recipe['grid']}, {groups}{others}"
+    return f"{recipe['bits']} bits, {groups}, {'symmetric' if recipe['symmetric'] else 'asymmetric'}{others}"
 
 
 def recipe_text(report: Report) -> str:

@@ -14,7 +14,7 @@ from swquant.learnables.base import BlockFacts, Theta
 from swquant.learnables.rectified import rectified_logit, rectified_sigmoid
 from swquant.quant.deferred import defer
 from swquant.quant.draft import Draft, grid_of
-from swquant.quant.grid import Grid, grid_from, group
+from swquant.quant.grid import Grid, group
 from swquant.quant.rounding import Rounding
 from swquant.quant.spec import QuantSpec
 
@@ -71,7 +71,7 @@ class AdaptiveRounding:
         with torch.no_grad():
             for name, slot in draft.slots.items():
                 grid = grid_of(draft.params[name], slot)
-                theta |= {f"{name}.grid.{part}": value for part, value in grid.tensors().items()}
+                theta |= {f"{name}.grid.{part}": value for part, value in grid.parts.items()}
                 theta[name + LOGIT] = _own_logits(draft.params[name], grid, slot.spec).requires_grad_()
         return theta
 
@@ -80,7 +80,7 @@ class AdaptiveRounding:
         slots = {
             name: replace(
                 slot,
-                grid=grid_from(_parts(theta, f"{name}.grid."), slot.spec),
+                grid=slot.spec.kind.grid(_parts(theta, f"{name}.grid."), slot.spec),
                 rounding=Rounding(_decisions(theta[name + LOGIT]), up=True),
             )
             for name, slot in draft.slots.items()

@@ -8,7 +8,7 @@ from typing import ClassVar
 from swquant.learnables.base import BlockFacts, Theta
 from swquant.learnables.rectified import rectified_sigmoid
 from swquant.quant.draft import Draft
-from swquant.quant.kgrids import SUPER
+from swquant.quant.kind import factors_of
 from swquant.quant.through import widened
 
 
@@ -34,8 +34,8 @@ class DequantGain:
         theta: Theta = {}
         for name, slot in draft.slots.items():
             weight = draft.params[name]
-            width = SUPER if slot.spec.k_grid is not None else slot.spec.group_width(weight.shape[1])
-            shape = (weight.shape[0], weight.shape[1] // width, 1)
+            part = next(iter(factors_of(slot.spec).values()))
+            shape = (weight.shape[0], part.count(weight.shape[1]), 1)
             theta[f"{name}.gain"] = widened(weight[:0]).new_zeros(shape).requires_grad_()
         return theta
 

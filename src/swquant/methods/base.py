@@ -11,9 +11,9 @@ from swquant.phases.base import Phase
 from swquant.phases.scale_training import ScaleTraining
 from swquant.quant.spec import QuantSpec
 
-Subject = Literal["basis", "equivalence", "clips", "grid", "weights", "rounding", "norms", "scales"]
+Subject = Literal["basis", "equivalence", "clips", "grid", "weights", "rounding", "norms", "scales", "codes"]
 """What a part can decide: the basis of the residual stream, scales moved between layers, clips of the min-max grid, an
-explicit grid, the weights, how they are rounded, the norms, and the scales end to end."""
+explicit grid, the weights, how they are rounded, the norms, and the scales and codes end to end."""
 
 
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -50,6 +50,7 @@ class Setting:
 
     Attributes:
         spec: The grid.
+        others: Grids that some matrices are on instead.
         norm_biases: Whether the norms before the linears have biases.
         effort: Factor of the preset on the published amount of training; it has no effect on explicit numbers.
         first: No method stands before this one in the recipe, or a rotation alone.
@@ -59,6 +60,7 @@ class Setting:
     norm_biases: bool
     effort: float
     first: bool = True
+    others: tuple[QuantSpec, ...] = ()
 
     def scaled(self, published: int) -> int:
         """A published number of epochs or steps, times the effort."""

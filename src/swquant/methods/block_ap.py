@@ -10,7 +10,6 @@ from pydantic import Field
 from swquant.errors import SwquantError
 from swquant.learnables.base import Learnable
 from swquant.learnables.grid_params import GridParams
-from swquant.learnables.k_grid_params import KGridParams
 from swquant.learnables.norm_weights import NormWeights
 from swquant.learnables.weights import Weights
 from swquant.methods.base import Part, Rate, Setting, Subject
@@ -21,7 +20,7 @@ EPOCHS = 16
 STEPS = 4096
 FLOOR = 1 / 20
 GRID_RATE = 3e-4
-K_GRID_RATE, INTEGER_RATE = 3e-5, 1e-3
+SUPER_GRID_RATE, INTEGER_RATE = 3e-5, 1e-3
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class BlockAP:
         """One training phase.
 
         Raises:
-            SwquantError: ``integer_rate`` is given and the grid is uniform.
+            SwquantError: ``integer_rate`` is given and the grid has no super-blocks.
         """
         epochs = self.epochs if self.epochs is not None else setting.scaled(EPOCHS)
         learnables: tuple[Learnable, ...] = (Weights(self.weight_rate), self._grid(setting))
@@ -70,10 +69,10 @@ class BlockAP:
         return (Part("block_ap", phase, frozenset(decides), frozenset({"rounding"}), trained=True),)
 
     def _grid(self, setting: Setting) -> Learnable:
-        if setting.spec.k_grid is not None:
-            return KGridParams(self.grid_rate or K_GRID_RATE, self.integer_rate or INTEGER_RATE)
+        if setting.spec.super_width is not None:
+            return GridParams(self.grid_rate or SUPER_GRID_RATE, self.integer_rate or INTEGER_RATE)
         if self.integer_rate is not None:
             raise SwquantError(
-                "integer_rate is of the integer scales of K grids, and the grid is uniform: leave it out"
+                f"integer_rate is of the integer scales of K grids, and the grid is {setting.spec.grid}: leave it out"
             )
         return GridParams(self.grid_rate or GRID_RATE)

@@ -13,6 +13,7 @@ from swquant.errors import SwquantError
 from swquant.methods.base import Method, Part, Rotation, Setting
 from swquant.phases.base import Phase
 from swquant.phases.scale_training import ScaleTraining
+from swquant.quant.spec import QuantSpec
 from swquant.validation import build
 
 EXAMPLE = "write methods with '+' between them, such as 'awq + block_ap(epochs=4) + tesseraq'"
@@ -130,6 +131,7 @@ def build_pipeline(steps: tuple[Step, ...], setting: Setting) -> Pipeline:
         own = step.method.parts(replace(setting, first=first))
         first = first and any(_stage(part) == 0 for part in own)
         for part in own:
+            _check_grids(part, (setting.spec, *setting.others))
             for earlier in parts:
                 _check_pair(earlier, part)
             parts.append(part)
@@ -142,6 +144,16 @@ def build_pipeline(steps: tuple[Step, ...], setting: Setting) -> Pipeline:
         finish=replace(finish[0], original=not moved) if finish else None,
         parts=tuple(parts),
     )
+
+
+def _check_grids(part: Part, specs: tuple[QuantSpec, ...]) -> None:
+    """Refuse a part that learns what some kind of grid has not."""
+    for spec in specs:
+        for subject in sorted({"rounding", "codes"} & part.decides - spec.kind.learned):
+            raise SwquantError(
+                f"{part.name} learns the {subject}, which cannot be learned on the grid {spec.grid}: "
+                + ("leave weights out, and the scales are trained" if subject == "codes" else "choose another method")
+            )
 
 
 def _check_pair(earlier: Part, later: Part) -> None:

@@ -13,7 +13,7 @@ from swquant.phases.scale_training import WEIGHT_RATE, ScaleTraining
 
 EPOCHS = 8
 LEARNING_RATE = 1e-2
-K_LEARNING_RATE = 3e-3
+SUPER_LEARNING_RATE = 3e-3
 
 
 @dataclass(frozen=True)
@@ -45,19 +45,16 @@ class EndToEnd:
         """One part, after the last block.
 
         Raises:
-            SwquantError: Weights are to be trained on a K grid, or they have a rate and are not to be trained.
+            SwquantError: Weights have a rate and are not to be trained.
         """
         if self.weight_rate is not None and not self.weights:
             raise SwquantError("end_to_end has a weight_rate and trains no weights: add weights=True, or leave it out")
-        if self.weights and setting.spec.k_grid is not None:
-            raise SwquantError(
-                f"end_to_end(weights=True) trains codes of uniform grids, and the grid is {setting.spec.grid}: "
-                "leave weights out, and the scales are trained"
-            )
         epochs = self.epochs if self.epochs is not None else setting.scaled(EPOCHS)
-        usual = LEARNING_RATE if setting.spec.k_grid is None else K_LEARNING_RATE
+        usual = LEARNING_RATE if setting.spec.super_width is None else SUPER_LEARNING_RATE
         rate = self.learning_rate or usual
         moving = self.weight_rate or WEIGHT_RATE
         work = ScaleTraining(epochs, self.batch_size, rate, self.norms, self.weights, moving)
         decides: set[Subject] = {"scales", "norms"} if self.norms else {"scales"}
+        if self.weights:
+            decides.add("codes")
         return (Part("end_to_end", work, frozenset(decides), trained=True),)

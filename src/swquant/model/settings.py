@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -25,25 +26,25 @@ _APART = ("rope_theta", "partial_rotary_factor")
 """What stood beside ``rope_scaling``, not in it."""
 
 
-def in_full(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of a ``config.json`` with what transformers fills in where it says nothing.
+def in_full(config: Mapping[str, Any], place: Path) -> dict[str, Any]:
+    """The content of the ``config.json`` in ``place`` with what transformers fills in where it says nothing.
 
     Values that are given stay as they are, but for rotary settings, which are brought into one form. Where transformers
     would then read anything else than before, less is added, in the end nothing.
     """
-    known = read_config(config)
+    known = read_config(config, place)
     meant = _own(known)
     for old_names in (True, False):
         full = _filled(config, known, old_names)
-        if _reads(full, meant):
+        if _reads(full, place, meant):
             return full
     return dict(config)
 
 
-def _reads(full: Mapping[str, Any], meant: Mapping[str, Any]) -> bool:
+def _reads(full: Mapping[str, Any], place: Path, meant: Mapping[str, Any]) -> bool:
     """Whether transformers takes ``full``, and for what was meant."""
     try:
-        return _own(read_config(full)) == meant
+        return _own(read_config(full, place)) == meant
     except Exception:  # transformers checks settings in as many ways as there are settings
         return False
 

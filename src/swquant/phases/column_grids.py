@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from swquant.phases.hessian import best_range, group_cost
-from swquant.quant.double import Factors, covering
 from swquant.quant.draft import Slot, better_sign
-from swquant.quant.grid import Extent, Grid, extent_of, k_grid, minmax_grid
-from swquant.quant.kgrids import K_GRIDS, SUPER
+from swquant.quant.grid import Extent, Grid, extent_of, grid_at, minmax_grid
 from swquant.quant.rounding import fake_quantize
 from swquant.quant.spec import QuantSpec
+from swquant.quant.through import wide_dtype
 
 FACTORS = tuple(1 - step / 20 for step in range(7))
 
@@ -43,16 +42,12 @@ def open_groups(weight: Tensor, slot: Slot, blocks: Tensor | None, late: bool) -
         blocks: :func:`swquant.phases.hessian.diagonal_blocks` to search ranges by; ``None`` is min-max.
         late: Columns come in their own order, so groups can wait for their first column.
     """
-    spec = slot.spec
-    if late and spec.k_grid is not None:
-        factors = searched(weight, spec, slot.lo, slot.hi, blocks).factors
-        assert factors is not None
-        return _LateKGroups(factors, slot, blocks)
+    spec, (rows, columns) = slot.spec, weight.shape
     if late and spec.group_size is not None:
-        low = extent_of(weight, spec).low
-        return _LateGroups(Grid(torch.empty_like(low), torch.empty_like(low)), slot, blocks, spec.group_size)
-    grid = searched(weight, spec, slot.lo, slot.hi, blocks)
-    return _ReadyGroups(grid, spec.group_width(weight.shape[1]))
+        like = weight.new_empty(0, dtype=wide_dtype(weight))
+        parts = {name: like.new_empty(rows, part.count(columns), 1) for name, part in spec.kind.parts(spec).items()}
+        return _LateGroups(parts, slot, blocks, spec.group_size)
+    return _ReadyGroups(searched(weight, spec, slot.lo, slot.hi, blocks), spec)
 
 
 def searched(weight: Tensor, spec: QuantSpec, lo: Tensor | float, hi: Tensor | float, blocks: Tensor | None) -> Grid:
@@ -71,100 +66,67 @@ class _ReadyGroups:
     """All grids are known."""
 
     grid: Grid
-    width: int
+    spec: QuantSpec
 
     def of_column(self, column: int, current: Tensor) -> Grid:
-        return _only(self.grid, column // self.width)
+        return grid_at(self.grid.parts, self.spec, column)
 
 
 @dataclass(frozen=True)
 class _LateGroups:
-    """Uniform grids, each filled in at its group's first column."""
+    """Grids whose parts are filled in at the first column of what shares them: a super-block, a group."""
 
-    grid: Grid
+    parts: dict[str, Tensor]
     slot: Slot
     blocks: Tensor | None
     width: int
 
-    def of_column(self, column: int, current: Tensor) -> Grid:
-        index = column // self.width
-        own = slice(index, index + 1)
-        if column % self.width == 0:
-            alone = QuantSpec(self.slot.spec.bits, None, self.slot.spec.symmetric)
-            weight = current[:, column : column + self.width].contiguous()
-            blocks = None if self.blocks is None else self.blocks[own]
-            grid = searched(weight, alone, _ends(self.slot.lo, own), _ends(self.slot.hi, own), blocks)
-            self.grid.scale[:, own], self.grid.zero[:, own] = grid.scale, grid.zero
-        return _only(self.grid, index)
-
-
-@dataclass(frozen=True)
-class _LateKGroups:
-    """A K grid: ``d`` and ``dmin`` are filled in at a super-block's first column, ``sc`` and ``m`` at a group's."""
-
-    factors: Factors
-    slot: Slot
-    blocks: Tensor | None
-
     @property
     def grid(self) -> Grid:
-        return k_grid(self.factors, self.slot.spec)
+        return self.slot.spec.kind.grid(self.parts, self.slot.spec)
 
     def of_column(self, column: int, current: Tensor) -> Grid:
-        spec, kind, parts = self.slot.spec, K_GRIDS[self.slot.spec.grid], self.factors.tensors()
-        index, above = column // kind.group_size, column // SUPER
-        own, shared = slice(index, index + 1), slice(above, above + 1)
-        if column % SUPER == 0:
-            fresh = self._searched(column, current, slice(index, index + kind.groups)).tensors()
-            for name in parts.keys() & {"d", "dmin"}:
-                parts[name][:, shared] = fresh[name]
-        if column % kind.group_size == 0:
-            fresh = self._recoded(column, current, own, _part(parts, own, shared)).tensors()
-            for name in parts.keys() & {"sc", "m"}:
-                parts[name][:, own] = fresh[name]
-        return k_grid(_part(parts, own, shared), spec)
+        spec = self.slot.spec
+        widths = {name: part.width for name, part in spec.kind.parts(spec).items()}
+        whole = spec.super_width
+        if whole is not None and column % whole == 0:
+            self._fill(self._searched(column, current, whole), column, widths, whole)
+        if column % self.width == 0:
+            self._fill(self._recoded(column, current, widths), column, widths, self.width)
+        return grid_at(self.parts, spec, column)
 
-    def _searched(self, column: int, current: Tensor, groups: slice) -> Factors:
-        weight = current[:, column : column + SUPER].contiguous()
+    def _fill(self, found: Mapping[str, Tensor], column: int, widths: Mapping[str, int | None], width: int) -> None:
+        for name, value in found.items():
+            if widths[name] == width:
+                self.parts[name][:, column // width : column // width + 1] = value
+
+    def _searched(self, column: int, current: Tensor, whole: int) -> Mapping[str, Tensor]:
+        """The parts of a super-block."""
+        groups = slice(column // self.width, (column + whole) // self.width)
+        weight = current[:, column : column + whole].contiguous()
         blocks = None if self.blocks is None else self.blocks[groups]
-        lo, hi = _ends(self.slot.lo, groups), _ends(self.slot.hi, groups)
-        factors = searched(weight, self.slot.spec, lo, hi, blocks).factors
-        assert factors is not None
-        return factors
+        return searched(weight, self.slot.spec, _ends(self.slot.lo, groups), _ends(self.slot.hi, groups), blocks).parts
 
-    def _recoded(self, column: int, current: Tensor, own: slice, given: Factors) -> Factors:
-        """The best ``sc`` and ``m`` under the ``given`` factors, by the same candidates as in :func:`searched`."""
-        spec, kind = self.slot.spec, K_GRIDS[self.slot.spec.grid]
-        alone = QuantSpec(spec.bits, None, spec.symmetric)
-        weight = current[:, column : column + kind.group_size].contiguous()
-        full = extent_of(weight, alone)
+    def _recoded(self, column: int, current: Tensor, widths: Mapping[str, int | None]) -> Mapping[str, Tensor]:
+        """The best parts of a group under those of its super-block, by the same candidates as in :func:`searched`."""
+        spec, index = self.slot.spec, column // self.width
+        own = slice(index, index + 1)
+        shared = {name: width for name, width in widths.items() if width is not None and width > self.width}
+        given = {name: self.parts[name][:, column // width : column // width + 1] for name, width in shared.items()}
+        weight = current[:, column : column + self.width].contiguous()
+        full = extent_of(weight, spec)
         low, high = full.low * _ends(self.slot.lo, own), full.high * _ends(self.slot.hi, own)
-        best, least = given.tensors(), torch.full_like(low, math.inf)
+        best, least = dict[str, Tensor](), torch.full_like(low, math.inf)
         ones = torch.ones_like(low)
         for factor in (1.0,) if self.blocks is None else FACTORS:
             for sign in (ones, -ones) if spec.symmetric else (ones,):
-                found = covering(low * factor, high * factor, kind, sign, given)
-                error = fake_quantize(weight, k_grid(found, spec), alone).sub_(weight).unsqueeze(1)
+                found = spec.kind.cover(low * factor, high * factor, spec, sign, given)
+                error = fake_quantize(weight, found, spec).sub_(weight).unsqueeze(1)
                 cost = group_cost(error, None if self.blocks is None else self.blocks[own])
                 better = cost < least
                 least = torch.where(better, cost, least)
-                best |= {
-                    name: torch.where(better, value, best[name])
-                    for name, value in found.tensors().items()
-                    if name in ("sc", "m")
-                }
-        return Factors(**best)
-
-
-def _part(parts: Mapping[str, Tensor], own: slice, shared: slice) -> Factors:
-    """Of all factors those of one group."""
-    return Factors(**{name: value[:, shared if name in ("d", "dmin") else own] for name, value in parts.items()})
-
-
-def _only(grid: Grid, index: int) -> Grid:
-    """The grid of one group."""
-    own = slice(index, index + 1)
-    return Grid(grid.scale[:, own], grid.zero[:, own], None if grid.shift is None else grid.shift[:, own])
+                best = {name: torch.where(better, value, best.get(name, value)) for name, value in found.parts.items()}
+        return best
 
 
 def _ends(ends: Tensor | float, groups: slice) -> Tensor | float:

@@ -13,7 +13,7 @@ from swquant.phases.column_grids import open_groups
 from swquant.phases.hessian import ErrorTally, Moments, by_rows, diagonal_blocks, input_moments, stages
 from swquant.quant.draft import Draft, Slot, realize, snap
 from swquant.quant.finite import is_finite
-from swquant.quant.grid import Grid, grid_from
+from swquant.quant.grid import Grid
 from swquant.quant.rounding import fake_quantize
 from swquant.quant.spec import QuantSpec
 from swquant.quant.through import widened
@@ -35,8 +35,7 @@ class Gptq:
 
     Without ``act_order`` a group's grid is made from its weights as they are when its first column's turn comes; with
     ``act_order``, or one scale per row, from the weights as they were, so no file needs to know the order. Clips
-    found before are factors on the groups' ends. On K grids ``d`` and ``dmin`` are made at the first column of their
-    super-block, ``sc`` and ``m`` at that of their group.
+    found before are factors on the groups' ends. What the groups of a super-block share is made at its first column.
 
     Departures from the authors' code: groups smaller than 128 see the updates within their block of columns, which the
     code leaves out; the weight of an input that is always zero is rounded to the nearest, not set to zero; ``search``.
@@ -166,12 +165,11 @@ def _by_rows(weight: Tensor, slot: Slot, inputs: _Inputs, search: bool, ranks: R
     def work(rows: slice) -> tuple[Tensor, ...]:
         ends = {end: value[rows] for end, value in (("lo", slot.lo), ("hi", slot.hi)) if isinstance(value, Tensor)}
         compensated, grid = _compensated(weight[rows], replace(slot, **ends), inputs, search)
-        parts = grid.tensors()
-        names.extend(parts)
-        return compensated, *parts.values()
+        names.extend(grid.parts)
+        return compensated, *grid.parts.values()
 
     compensated, *parts = by_rows(ranks, len(weight), work)
-    return compensated, grid_from(dict(zip(names, parts, strict=True)), slot.spec)
+    return compensated, slot.spec.kind.grid(dict(zip(names, parts, strict=True)), slot.spec)
 
 
 def _compensated(weight: Tensor, slot: Slot, inputs: _Inputs, search: bool) -> tuple[Tensor, Grid]:
@@ -179,7 +177,6 @@ def _compensated(weight: Tensor, slot: Slot, inputs: _Inputs, search: bool) -> t
     blocks = inputs.blocks(slot.spec) if search else None
     groups = open_groups(weight, slot, blocks, late=inputs.order is None)
     order = list(range(weight.shape[1])) if inputs.order is None else inputs.order.tolist()
-    alone = QuantSpec(slot.spec.bits, None, slot.spec.symmetric)
     work = widened(weight)[:, order]
     for start in range(0, len(order), BLOCK):
         stop = min(start + BLOCK, len(order))
@@ -187,7 +184,7 @@ def _compensated(weight: Tensor, slot: Slot, inputs: _Inputs, search: bool) -> t
         for column in range(start, stop):
             grid = groups.of_column(order[column], work)
             now = work[:, column : column + 1].contiguous()
-            error = (now - fake_quantize(now, grid, alone)).div_(inputs.upper[column, column])
+            error = (now - fake_quantize(now, grid, slot.spec)).div_(inputs.upper[column, column])
             work[:, column + 1 : stop].addmm_(error, inputs.upper[column : column + 1, column + 1 : stop], alpha=-1)
             errors[:, column - start] = error.squeeze(1)
         work[:, stop:].addmm_(errors, inputs.upper[start:stop, stop:], alpha=-1)

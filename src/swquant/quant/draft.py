@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from swquant.quant.deferred import defer, in_float, solid
-from swquant.quant.double import stored_factor
-from swquant.quant.grid import Extent, Grid, extent_of, grid_from, group, k_grid, minmax_grid, stored_step
-from swquant.quant.ktensor import KTensor, ktensor
-from swquant.quant.qtensor import QTensor
+from swquant.quant.grid import Extent, Grid, extent_of, group, minmax_grid
+from swquant.quant.kind import factors_of
+from swquant.quant.qtensor import QTensor, as_parts
 from swquant.quant.rounding import Rounding, codes_of, fake_quantize
 from swquant.quant.spec import QuantSpec
 from swquant.quant.through import stored_as, wide_dtype, widened
@@ -30,8 +29,8 @@ class Slot:
         extent: The weight's extent where it is known because no learnable changes the weight; ``None`` recomputes it.
         grid: An explicit grid; ``lo``, ``hi``, ``sign`` and ``extent`` are then unused.
         rounding: How codes are rounded; ``None`` is to the nearest.
-        gain: Factor on the scale in dequantization alone, a number or ``[out, groups, 1]``; on K grids on ``d``, a
-            number or ``[out, supers, 1]``.
+        gain: Factor on the scale in dequantization alone, or on whatever is the first of the grid's parts: a number, or
+            as many as there are of that.
     """
 
     spec: QuantSpec
@@ -63,7 +62,7 @@ class Draft:
 class Committed:
     """What a block became: integer codes for the slots, tensors in their stored dtype for the rest."""
 
-    quantized: Mapping[str, QTensor | KTensor]
+    quantized: Mapping[str, QTensor]
     params: Mapping[str, Tensor]
 
     def floats(self) -> dict[str, Tensor]:
@@ -74,11 +73,11 @@ class Committed:
         return in_float(self.params) | {name: _dequantized_later(value) for name, value in self.quantized.items()}
 
 
-def _dequantized_later(quantized: QTensor | KTensor) -> Tensor:
+def _dequantized_later(quantized: QTensor) -> Tensor:
     names = tuple(quantized.parts)
 
     def make(codes: Tensor, *values: Tensor) -> Tensor:
-        return replace(quantized, codes=codes, **dict(zip(names, values, strict=True))).dequantize()
+        return replace(quantized, codes=codes, parts=dict(zip(names, values, strict=True))).dequantize()
 
     codes = quantized.codes
     return defer(make, codes, *quantized.parts.values(), shape=codes.shape, dtype=torch.float32)
@@ -134,9 +133,8 @@ def worth_of(grid: Grid, slot: Slot) -> Grid:
     """``grid`` with what its codes are worth in ``slot``: its scale, times the gain where there is one."""
     if not isinstance(slot.gain, Tensor) and slot.gain == 1.0:
         return grid
-    if grid.factors is None:
-        return replace(grid, scale=stored_step(grid.scale, slot.gain))
-    return k_grid(replace(grid.factors, d=stored_factor(grid.factors.d * slot.gain)), slot.spec)
+    name, part = next(iter(factors_of(slot.spec).items()))
+    return slot.spec.kind.grid({**grid.parts, name: part.stored(grid.parts[name] * slot.gain)}, slot.spec)
 
 
 def snap(weight: Tensor, slot: Slot) -> Tensor:
@@ -191,7 +189,7 @@ def commit(draft: Draft) -> Committed:
     Raises:
         ValueError: A slot's rounding is still soft, so that a code is no integer.
     """
-    quantized: dict[str, QTensor | KTensor] = {}
+    quantized: dict[str, QTensor] = {}
     for name, slot in draft.slots.items():
         weight = solid(draft.params[name])
         grid = grid_of(weight, slot)
@@ -200,16 +198,10 @@ def commit(draft: Draft) -> Committed:
         codes = levels.to(torch.uint8)
         if not torch.equal(codes.to(levels.dtype), levels):
             raise ValueError(f"the rounding of {name} is still soft: harden it before it is committed")
-        quantized[name] = _with_codes(codes.view(weight.shape), worth_of(grid, slot), slot.spec)
+        parts = as_parts(worth_of(grid, slot).parts, slot.spec)
+        quantized[name] = QTensor(codes.view(weight.shape), parts, slot.spec)
     stored = {name: draft.params[name].to(dtype) for name, dtype in draft.dtypes.items()}
     return Committed(quantized, stored)
-
-
-def _with_codes(codes: Tensor, grid: Grid, spec: QuantSpec) -> QTensor | KTensor:
-    """The codes ``uint8 [out, in]`` and their grid as files hold it."""
-    if grid.factors is None:
-        return QTensor(codes, grid.scale.squeeze(-1).float(), grid.zero.squeeze(-1).to(torch.uint8), spec)
-    return ktensor({name: value.squeeze(-1) for name, value in grid.factors.tensors().items()}, codes, spec)
 
 
 @torch.no_grad()
@@ -223,6 +215,6 @@ def _mapped(slot: Slot, change: Callable[[Tensor], Tensor]) -> Slot:
     """The slot with every tensor in it changed, always in the same order."""
     tensors = {key: change(value) for key, value in vars(slot).items() if isinstance(value, Tensor)}
     extent = slot.extent and Extent(change(slot.extent.low), change(slot.extent.high))
-    grid = slot.grid and grid_from({name: change(value) for name, value in slot.grid.tensors().items()}, slot.spec)
+    grid = slot.grid and slot.spec.kind.grid({name: change(v) for name, v in slot.grid.parts.items()}, slot.spec)
     rounding = slot.rounding and Rounding(change(slot.rounding.values), slot.rounding.up)
     return replace(slot, extent=extent, grid=grid, rounding=rounding, **tensors)

@@ -8,20 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from swquant.quant.grid import stored_step
-from swquant.quant.kgrids import SUPER
+from swquant.quant.grid import Grid
+from swquant.quant.kind import factors_of
 from swquant.quant.spec import QuantSpec
-
-SCALE_BITS = 16
-"""Bits of a stored scale."""
-
-
-def row_bits(spec: QuantSpec, in_features: int) -> int:
-    """Bits that a row of a weight takes: codes, scales, and zero points where they are not fixed."""
-    if spec.k_grid is not None:
-        return in_features // SUPER * spec.k_grid.block_bytes * 8
-    per_group = SCALE_BITS + (0 if spec.symmetric else spec.bits)
-    return in_features * spec.bits + spec.groups(in_features) * per_group
 
 
 @dataclass(frozen=True)
@@ -30,39 +19,66 @@ class QTensor:
 
     Attributes:
         codes: ``uint8 [out, in]`` in ``[0, 2**bits - 1]``.
-        scale: ``float32 [out, groups]``, exactly representable in bfloat16 and float16, so that a container with
-            either loses nothing; negative values occur on symmetric grids only.
-        zero: ``uint8 [out, groups]``; ``2**(bits - 1)`` throughout on a symmetric grid.
+        parts: What the grid consists of, ``[out, its number in a row]`` each: factors in float32, codes as integers. On
+            a uniform grid ``scale``, exactly representable in bfloat16 and float16, so that a container with either
+            loses nothing, negative on symmetric grids only; and ``zero``, ``uint8``, ``2**(bits - 1)`` throughout on
+            a symmetric grid.
         spec: The grid's kind.
     """
 
     codes: Tensor
-    scale: Tensor
-    zero: Tensor
+    parts: Mapping[str, Tensor]
     spec: QuantSpec
 
+    @property
+    def scale(self) -> Tensor:
+        """The part of that name."""
+        return self.parts["scale"]
+
+    @property
+    def zero(self) -> Tensor:
+        """The part of that name."""
+        return self.parts["zero"]
+
+    @property
+    def grid(self) -> Grid:
+        """The grid, ready for arithmetic."""
+        return self.spec.kind.grid({name: value.float().unsqueeze(-1) for name, value in self.parts.items()}, self.spec)
+
     def dequantize(self) -> Tensor:
-        """The weight ``(codes - zero) * scale`` as ``float32 [out, in]``."""
-        out_features, in_features = self.codes.shape
-        grouped = self.codes.view(out_features, self.spec.groups(in_features), -1).to(torch.float32)
-        values = grouped.sub_(self.zero.float().unsqueeze(-1)) * self.scale.unsqueeze(-1)
-        return values.view(out_features, in_features)
+        """The weight as ``float32 [out, in]``."""
+        return self.grid.values(self.codes)
 
     @property
     def steps(self) -> Tensor:
-        """What a code is worth, ``float32 [out, groups]``."""
-        return self.scale
+        """What a level is worth, ``float32 [out, groups]``."""
+        return self.grid.scale.squeeze(-1)
 
     @property
-    def parts(self) -> dict[str, Tensor]:
-        """What the grid consists of, by name."""
-        return {"scale": self.scale, "zero": self.zero}
-
-    @property
-    def scales(self) -> dict[str, Tensor]:
-        """What training may change while codes and zero points stay, by name."""
-        return {"scale": self.scale}
+    def factors(self) -> dict[str, Tensor]:
+        """What training may change while all integers stay, by name."""
+        return {name: self.parts[name] for name in factors_of(self.spec)}
 
     def rescaled(self, gains: Mapping[str, Tensor]) -> QTensor:
-        """With factors on :attr:`scales`, differentiable in them; the result is what files hold."""
-        return replace(self, scale=stored_step(self.scale, gains["scale"]))
+        """With gains on :attr:`factors`, differentiable in them; the result is what files hold."""
+        moved = {name: part.stored(self.parts[name] * gains[name]) for name, part in factors_of(self.spec).items()}
+        return replace(self, parts={**self.parts, **moved})
+
+    def rows(self, order: Tensor) -> QTensor:
+        """The rows ``order`` of codes and grid."""
+        return replace(self, codes=self.codes[order], parts={name: value[order] for name, value in self.parts.items()})
+
+
+def uniform(codes: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec) -> QTensor:
+    """A weight on a uniform grid."""
+    return QTensor(codes, {"scale": scale, "zero": zero}, spec)
+
+
+def as_parts(values: Mapping[str, Tensor], spec: QuantSpec) -> dict[str, Tensor]:
+    """The parts of a grid as :class:`QTensor` has them, from tensors of any dtype that may end in a 1 more."""
+    return {
+        name: (values[name].squeeze(-1) if values[name].dim() == 3 else values[name]).to(
+            torch.float32 if part.is_factor else part.dtype
+        )
+        for name, part in spec.kind.parts(spec).items()
+    }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -14,9 +14,9 @@ from torch import Tensor
 
 from swquant.errors import reason_of
 from swquant.quant.deferred import solid
-from swquant.quant.grid import Grid, group
+from swquant.quant.grid import Grid
 from swquant.quant.spec import QuantSpec
-from swquant.quant.through import widened
+from swquant.quant.through import nearest, to_level, widened
 from swquant.quant.valueless import valueless
 
 _CPU_CHUNK = 1 << 17
@@ -39,7 +39,7 @@ class Rounding:
 def codes_of(weight: Tensor, grid: Grid, spec: QuantSpec, rounding: Rounding | None = None) -> Tensor:
     """Codes of ``weight [out, groups, width]``: ``clamp(integer(weight / scale) + zero, 0, 2**bits - 1)``, as floats.
 
-    A grid's shift is added to the weight first.
+    A grid's shift is added to the weight first; on levels that are not the integers the nearest one's code is taken.
 
     Args:
         weight: Grouped weight.
@@ -48,7 +48,10 @@ def codes_of(weight: Tensor, grid: Grid, spec: QuantSpec, rounding: Rounding | N
         rounding: Its ``values`` grouped like ``weight``; ``None`` is to the nearest. Soft decisions give soft codes.
     """
     shifted = weight if grid.shift is None else widened(weight) + grid.shift
-    return _level(_ratio(shifted, grid.scale), grid.zero, rounding).clamp_(0, spec.max_code)
+    ratio = _ratio(shifted, grid.scale)
+    if grid.levels is not None:
+        return nearest(ratio, grid.levels.to(ratio)).to(ratio.dtype)
+    return _level(ratio, grid.zero, rounding).clamp_(0, spec.max_code)
 
 
 def fake_quantize(
@@ -68,28 +71,41 @@ def fake_quantize(
     ``scale`` itself, the two gradients add up to ``q - zero - m * u``. The backward pass recomputes ``q``, so that
     nothing of the weight's size is kept but the weight and the rounding, in their own dtypes.
 
-    A grid's shift is added to the weight before all this and taken off after it.
+    A grid's shift is added to the weight before all this and taken off after it. On levels that are not the integers
+    ``q - zero`` is the level nearest to ``u`` and ``m`` is 1 between the least and the greatest.
 
     Args:
         weight: ``[out, in]``.
         grid: That of its groups.
-        spec: The grid's kind.
+        spec: The number of codes.
         step: What a code is worth, ``[out, groups, 1]``; ``None`` is the grid's scale.
         rounding: ``None`` is to the nearest.
 
     Returns:
         ``[out, in]`` in float32 (float64 for a float64 weight), bit for bit what ``dequantize`` of
-        :class:`swquant.quant.qtensor.QTensor` or :class:`swquant.quant.ktensor.KTensor` gives for the codes of
-        :func:`codes_of` and ``step``.
+        :class:`swquant.quant.qtensor.QTensor` gives for the codes of :func:`codes_of` and ``step``.
+
+    Raises:
+        ValueError: A ``rounding`` for levels that are not the integers.
     """
     weight = solid(weight)
     if grid.shift is not None:
-        shifted = (group(widened(weight), spec) + grid.shift).view(weight.shape)
-        snapped = fake_quantize(shifted, Grid(grid.scale, grid.zero), spec, step, rounding)
-        return (group(snapped, spec) - grid.shift).view(weight.shape)
-    values, up = (None, False) if rounding is None else (solid(rounding.values), rounding.up)
+        shifted = (_group(widened(weight), grid.scale) + grid.shift).view(weight.shape)
+        snapped = fake_quantize(shifted, replace(grid, shift=None), spec, step, rounding)
+        return (_group(snapped, grid.scale) - grid.shift).view(weight.shape)
     step = grid.scale if step is None else step
+    if grid.levels is not None:
+        if rounding is not None:
+            raise ValueError(f"the grid {spec.label} rounds to the nearest level alone")
+        ratio = _ratio(_group(weight, grid.scale), grid.scale)
+        return (to_level(ratio, grid.levels.to(ratio)) * step).view(weight.shape)
+    values, up = (None, False) if rounding is None else (solid(rounding.values), rounding.up)
     return _FakeQuantize.apply(weight, grid.scale, step, grid.zero, values, up, spec)  # pyright: ignore[reportReturnType]
+
+
+def _group(weight: Tensor, scale: Tensor) -> Tensor:
+    """View ``[out, in]`` by the groups of ``scale [out, groups, 1]``."""
+    return weight.view(*scale.shape[:2], -1)
 
 
 def _ratio(weight: Tensor, scale: Tensor) -> Tensor:
@@ -119,13 +135,13 @@ class _FakeQuantize(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(weight, scale, step, zero, values)
         ctx.up, ctx.spec, ctx.one_scale = up, spec, step is scale
-        grouped, offsets = group(weight, spec), None if values is None else group(values, spec)
+        grouped, offsets = _group(weight, scale), None if values is None else _group(values, scale)
         if _fused(weight):
             from swquant.quant.fused_source import snapped
 
             return snapped(grouped, scale, step, zero, offsets, up, spec.max_code).view(weight.shape)
         out = torch.empty(weight.shape, dtype=widened(weight[:0]).dtype, device=weight.device)
-        result = group(out, spec)
+        result = _group(out, scale)
         for rows in _chunks(weight):
             rounding = None if offsets is None else Rounding(offsets[rows], up)
             codes = codes_of(grouped[rows], Grid(scale[rows], zero[rows]), spec, rounding)
@@ -137,9 +153,9 @@ class _FakeQuantize(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         weight, scale, step, zero, values = ctx.saved_tensors
         spec: QuantSpec = ctx.spec
-        grad, grouped = group(grad_outputs[0].contiguous(), spec), group(weight, spec)
+        grad, grouped = _group(grad_outputs[0].contiguous(), scale), _group(weight, scale)
         wanted: tuple[bool, ...] = ctx.needs_input_grad[:5]
-        offsets = None if values is None else group(values, spec)
+        offsets = None if values is None else _group(values, scale)
         if _fused(weight):
             from swquant.quant.fused_source import gradients
 
@@ -162,9 +178,9 @@ class _FakeQuantize(torch.autograd.Function):
             if out[3] is not None:
                 out[3][rows] = (flow - grad[rows]).sum(-1, keepdim=True).mul_(step[rows])
             if out[4] is not None:
-                group(out[4], spec)[rows] = flow * step[rows]
+                _group(out[4], scale)[rows] = flow * step[rows]
             if out[0] is not None:
-                group(out[0], spec)[rows] = flow if ctx.one_scale else flow * (step[rows] / scale[rows])
+                _group(out[0], scale)[rows] = flow if ctx.one_scale else flow * (step[rows] / scale[rows])
             if out[1] is not None:
                 slope = flow.mul_(ratio).sum(-1, keepdim=True).neg_()
                 out[1][rows] = slope if ctx.one_scale else slope.mul_(step[rows] / scale[rows])

@@ -28,6 +28,22 @@ class _Code(torch.autograd.Function):
         return grad_outputs[0], None, None
 
 
+class _Level(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, levels: Tensor) -> Tensor:
+        ctx.save_for_backward((values >= levels[0]) & (values <= levels[-1]))
+        return levels[nearest(values, levels)]
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor, None]:
+        return grad_outputs[0] * ctx.saved_tensors[0], None
+
+
+def nearest(values: Tensor, levels: Tensor) -> Tensor:
+    """Index of the level that is nearest to each value, the lower one of two; ``levels`` ascend."""
+    return torch.bucketize(values, (levels[1:] + levels[:-1]) / 2)
+
+
 def wide_dtype(values: Tensor) -> torch.dtype:
     """The dtype of :func:`widened`."""
     return torch.float64 if values.dtype == torch.float64 else torch.float32
@@ -57,3 +73,8 @@ def stored_as(values: Tensor, dtype: torch.dtype) -> Tensor:
 def to_code(values: Tensor, least: int, most: int) -> Tensor:
     """The nearest integers from ``least`` to ``most``; gradients pass straight through, beyond both ends too."""
     return _Code.apply(values, least, most)  # pyright: ignore[reportReturnType]
+
+
+def to_level(values: Tensor, levels: Tensor) -> Tensor:
+    """The nearest of ascending ``levels``; gradients pass straight through between the least and the greatest."""
+    return _Level.apply(values, levels)  # pyright: ignore[reportReturnType]

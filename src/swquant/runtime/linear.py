@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from swquant.errors import SwquantError
 from swquant.quant.bits import pack, packed_words, unpack
-from swquant.quant.qtensor import QTensor
+from swquant.quant.qtensor import QTensor, uniform
 from swquant.quant.spec import QuantSpec
 from swquant.runtime.kernels import AUTO
 from swquant.runtime.ops import packed_linear
@@ -97,7 +97,7 @@ class PackedLinear(nn.Module):
             zero = torch.full_like(scale, self.spec.mid_code, dtype=torch.uint8)
         else:
             zero = unpack(self.weight_zero_point.T, bits, self.out_features).T.contiguous()
-        return QTensor(codes, scale, zero, self.spec)
+        return uniform(codes, scale, zero, self.spec)
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output for ``x [..., in]``."""

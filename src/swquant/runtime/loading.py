@@ -22,9 +22,8 @@ from swquant.formats.base import check_dtype
 from swquant.formats.compressed_tensors import CompressedTensors
 from swquant.model.skeleton import build_model, tie
 from swquant.model.whole import require_called_for
-from swquant.quant.kgrids import UNIFORM
 from swquant.quant.qtensor import QTensor
-from swquant.quant.spec import QuantSpec
+from swquant.quant.spec import UNIFORM, QuantSpec
 from swquant.runtime.kernels import AUTO, require_kernel
 from swquant.runtime.linear import PackedLinear
 
@@ -64,7 +63,9 @@ def load(
     outline = quantized.outline
     for spec in outline.specs:
         if spec.grid != UNIFORM:
-            raise SwquantError(f"{place} is on the grid {spec.grid}, with which only llama.cpp computes; use that")
+            raise SwquantError(
+                f"{place} is on the grid {spec.grid}, for which swquant has no layer; load it as its format is loaded"
+            )
     stored = outline.dtype if dtype is None else dtype
     check_dtype(stored)
     if kernel != AUTO:
@@ -73,12 +74,8 @@ def load(
     for name, value in to_memory(names, quantized.parts()):
         if isinstance(value, QTensor):
             _fill_packed(model, name.removesuffix(".weight"), value, target)
-        elif isinstance(value, Tensor):
-            _fill_plain(model, name, value, target)
         else:
-            raise SwquantError(
-                f"{name} is on a K grid of llama.cpp, for which swquant has no layer; load the file with llama.cpp"
-            )
+            _fill_plain(model, name, value, target)
     tie(model)
     _require_filled(model, place)
     known = replace(outline, ignored=_plain_linears(model, names))

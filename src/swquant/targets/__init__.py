@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from itertools import product
 
 from swquant import registry
 from swquant.errors import SwquantError
-from swquant.formats.base import Format
-from swquant.quant.kgrids import K_GRIDS, UNIFORM
-from swquant.quant.spec import BITS, GROUP_SIZES, QuantSpec
+from swquant.formats.base import Format, cannot_hold
+from swquant.quant.spec import BITS, GROUP_SIZES, UNIFORM, QuantSpec, fixed_by, kinds_of_grids
 from swquant.targets.base import Target
 
 
@@ -56,7 +56,7 @@ def require_loads(target: Target, form: str, spec: QuantSpec) -> None:
 def why_not(target: Target, form: str, spec: QuantSpec) -> str | None:
     """Why ``form`` cannot hold such weights or ``target`` cannot load them from it; ``None`` if both can."""
     held: Format = registry.load("swquant.formats", form)()
-    return held.refusal(spec) or target.refusal(form, spec)
+    return cannot_hold(held, spec) or target.refusal(form, spec)
 
 
 def require_together(target: Target, form: str, specs: Collection[QuantSpec]) -> None:
@@ -87,11 +87,9 @@ def _refused(target: Target, spec: QuantSpec, reason: str) -> str:
 
 
 def _grids() -> Iterator[QuantSpec]:
-    for bits in BITS:
-        for group_size in (None, *GROUP_SIZES):
-            for symmetric in (True, False):
-                yield QuantSpec(bits, group_size, symmetric)
-    yield from map(QuantSpec.named, K_GRIDS)
+    every = list(product(BITS, (None, *GROUP_SIZES), (True, False)))
+    for grid in kinds_of_grids():
+        yield from dict.fromkeys(QuantSpec.named(grid, *values) for values in every)
 
 
 def _distance(wanted: QuantSpec, other: QuantSpec) -> tuple[int, int, bool, int]:
@@ -107,7 +105,11 @@ def _distance(wanted: QuantSpec, other: QuantSpec) -> tuple[int, int, bool, int]
 
 def _words(spec: QuantSpec) -> str:
     """As flags."""
-    if spec.grid != UNIFORM:
-        return f"--grid {spec.grid}"
     group = "channel" if spec.group_size is None else spec.group_size
-    return f"--bits {spec.bits} --group-size {group} --{'symmetric' if spec.symmetric else 'asymmetric'}"
+    flags = {
+        "bits": f"--bits {spec.bits}",
+        "group_size": f"--group-size {group}",
+        "symmetric": f"--{'symmetric' if spec.symmetric else 'asymmetric'}",
+    }
+    free = [flag for key, flag in flags.items() if key not in fixed_by(spec.grid)]
+    return " ".join(free if spec.grid == UNIFORM else [f"--grid {spec.grid}", *free])

@@ -19,7 +19,6 @@ from swquant.checkpoint.reader import read_config
 from swquant.errors import SwquantError, reason_of
 from swquant.formats.base import Format
 from swquant.phases.micro_batch import ran_out
-from swquant.quant.ktensor import KTensor
 from swquant.quant.qtensor import QTensor
 from swquant.verification.base import Reader
 
@@ -150,7 +149,7 @@ def _plain(value: Tensor) -> Tensor:
     return 1 + value.float() if value.dim() == 1 else value.float()
 
 
-def _digest(value: Tensor | QTensor | KTensor | Stack | Blend) -> str:
+def _digest(value: Tensor | QTensor | Stack | Blend) -> str:
     if isinstance(value, Stack | Blend):
         raise ValueError("formats that keep codes hold no weights that are put together")
     tensors = (_plain(value),) if isinstance(value, Tensor) else (value.codes, *value.parts.values())

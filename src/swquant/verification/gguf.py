@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from swquant.checkpoint.reader import read_config
+from swquant.formats.gguf_blocks import block_type
 from swquant.formats.gguf_model import describe_model
 from swquant.formats.gguf_writer import tensor_names
-from swquant.quant.kgrids import UNIFORM
 from swquant.quant.spec import QuantSpec
 
 FILE = "model.gguf"
@@ -55,7 +55,8 @@ class Gguf:
 
     def tolerance(self, spec: QuantSpec) -> float:
         """Q4_1's minima are rounded to float16; all else is exact."""
-        return _HALF_DIGITS * spec.max_code if not spec.symmetric and spec.grid == UNIFORM else 0.0
+        kind = block_type(spec)
+        return _HALF_DIGITS * spec.max_code if kind is not None and kind.name == "Q4_1" else 0.0
 
     def logits(self, directory: Path, tokens: Tensor) -> Tensor:
         """llama.cpp's, on processors."""

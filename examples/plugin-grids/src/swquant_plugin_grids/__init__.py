@@ -1,0 +1,1 @@
+"""Grids for swquant from another package."""
