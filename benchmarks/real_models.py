@@ -78,7 +78,8 @@ def main() -> None:
     results: dict[str, Any] = json.loads(args.out.read_text(encoding="utf-8")) if args.out.is_file() else {}
     for case in cases_of(args.models):
         known = results.get(case.name, {})
-        done = known.get("windows") == args.windows and not known.get("problems", True)
+        # entries of before the tokens were those of tokenizer.json tell nothing of how text was read
+        done = known.get("windows") == args.windows and "reading" in known and not known["problems"]
         if case.recipe in args.recipes and not done:
             results[case.name] = run(case, args.folder.resolve() / case.model, args.windows, args.runtime.resolve())
             args.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
@@ -106,7 +107,8 @@ def run(case: Case, folder: Path, windows: int, runtime: Path) -> dict[str, Any]
             else:
                 found[written["format"]] = answer
     quality = {name: report["quality"][name] for name in ("perplexity_reference", "perplexity", "kl")}
-    return {"windows": windows, "seconds": seconds, **quality, "runtimes": found, "problems": problems}
+    told = {"reading": report["reading"], "runtimes": found, "problems": problems}
+    return {"windows": windows, "seconds": seconds, **quality, **told}
 
 
 def quantize(case: Case, folder: Path, out: Path, formats: Sequence[str], windows: int) -> str | None:

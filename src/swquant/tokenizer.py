@@ -30,6 +30,7 @@ TOKENIZER, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 PROBE = (
     "Hello, world! It's 1234567 or 3.14159; we've HTTPServer2 in camelCaseAndSNAKE_case.",
     " begins with a space,  has   runs of them\n\n\n\tand tabs\r\nand ends in some   ",
+    "1  22   333\n\n\n4444\t5 a1b22c333 (6) $7.50 -8 +9 #10\n    v1.2.3e-4\n    0x0A",
     "def f(x: int) -> list[int]:\n    return [x**2 for _ in range(10)]  # ½ Ⅷ ٣ ﬁ e\u0301",
     "naïve café Ærøskøbing Привет мир שלום مرحبا สวัสดี नमस्ते 你好\uff0c世界 こんにちは 한국어",
     "😀 👩\u200d👧 🇩🇪 zero\u200bwidth nbsp\u00a0here \u3000 … “quotes” — dash\u2028line",
