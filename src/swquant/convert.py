@@ -85,15 +85,13 @@ def convert(
 def with_ignored(model: QuantizedModel) -> QuantizedModel:
     """The model with the names of those of its linear modules that are not quantized, which a format may not keep."""
     outline = model.outline
-    skeleton = build_skeleton(outline.config, shapes_of(model), outline.directory)
+    shapes = shapes_of(model)
+    skeleton = build_skeleton(outline.config, shapes, outline.directory)
     require_called_for(skeleton.names, outline.linears, outline.directory)
     if (keys := two_heads(skeleton)) is not None:
         model = with_one_head(model, *keys)
         outline = model.outline
-    quantized = {
-        name for name, piece in skeleton.names.pieces.items() if piece.key.removesuffix(".weight") in outline.linears
-    }
-    ignored = unquantized(skeleton, {name.removesuffix(".weight") for name in quantized})
+    ignored = unquantized(skeleton, shapes, {f"{module}.weight" for module in outline.linears})
     return replace(model, outline=replace(outline, ignored=ignored))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import itertools
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
@@ -29,7 +30,7 @@ from swquant.formats.base import Format, check_dtype
 from swquant.losses import WeightedSum, parse_loss
 from swquant.methods import Pipeline, Setting, build_pipeline, parse_methods
 from swquant.model.calls import probe
-from swquant.model.layout import Layout, lay_out
+from swquant.model.layout import Layout, lay_out, plain_matrices
 from swquant.model.opening import Model, open_model, untied
 from swquant.model.skeleton import Skeleton
 from swquant.quant.kgrids import UNIFORM
@@ -178,7 +179,7 @@ def make_plan(
     check_dtype(disk.dtype)
     layout = lay_out(model.skeleton, spec, grids)
     checkpoint, skeleton = _rotated(model, recipe.seed) if pipeline.rotate else (model.checkpoint, model.skeleton)
-    outline = make_outline(checkpoint, skeleton, layout)
+    outline = make_outline(checkpoint, skeleton, layout, {name: one.shape for name, one in disk.tensors.items()})
     notes = tuple(form.check(outline) for form in formats)
     limit = skeleton.longest
     if recipe.seq_len is not None and limit is not None and recipe.seq_len > limit:
@@ -252,8 +253,10 @@ def _rotated(model: Model, seed: int) -> tuple[Source, Skeleton]:
     return replace(rotated, config=untied(rotated.config)), replace(skeleton, names=names, tied=False)
 
 
-def make_outline(checkpoint: Source, skeleton: Skeleton, layout: Layout) -> Outline:
-    """What formats need to know of the output: modules by their names on disk."""
+def make_outline(
+    checkpoint: Source, skeleton: Skeleton, layout: Layout, shapes: Mapping[str, tuple[int, ...]]
+) -> Outline:
+    """What formats need to know of the output: modules by their names on disk, where tensors have ``shapes``."""
     linears: dict[str, tuple[int, int]] = {}
     grids: dict[str, QuantSpec] = {}
     apart: list[str] = []
@@ -263,25 +266,21 @@ def make_outline(checkpoint: Source, skeleton: Skeleton, layout: Layout) -> Outl
             apart.append(site.stored.key if site.stored is not None else site.weight)
         assert site.spec is not None
         linears[module or site.name], grids[module or site.name] = site.shape, site.spec
-    ignored = unquantized(skeleton, {site.name for site in layout.sites})
+    ignored = unquantized(skeleton, shapes, skeleton.names.keys_of(site.weight for site in layout.sites))
     return Outline(
         checkpoint.directory, checkpoint.config, checkpoint.dtype, linears, grids, ignored, tuple(dict.fromkeys(apart))
     )
 
 
-def unquantized(skeleton: Skeleton, quantized: Collection[str]) -> tuple[str, ...]:
-    """Linear modules that are not quantized, as the model and as the files call them: the head, routers, towers."""
-    found: dict[str, None] = {skeleton.head: None}
-    modules = [(name, module) for name, module in skeleton.model.named_modules()]
-    for block in skeleton.blocks:
-        modules += [(f"{block.prefix}.{name}", module) for name, module in block.module.named_modules()]
-    for name, module in modules:
-        if isinstance(module, torch.nn.Linear) and name not in quantized:
-            found[name] = None
-            piece = skeleton.names.pieces.get(f"{name}.weight")
-            if piece is not None and piece.whole and name != skeleton.head:
-                found[piece.key.removesuffix(".weight")] = None
-    return tuple(found)
+def unquantized(
+    skeleton: Skeleton, shapes: Mapping[str, tuple[int, ...]], quantized: Collection[str]
+) -> tuple[str, ...]:
+    """The head, and all other modules with a matrix that is not quantized: see :func:`plain_matrices`."""
+    blocks = (
+        (f"{block.prefix}.{name}", module) for block in skeleton.blocks for name, module in block.module.named_modules()
+    )
+    modules = itertools.chain(skeleton.model.named_modules(), blocks)
+    return tuple(dict.fromkeys((skeleton.head, *plain_matrices(modules, skeleton.names, shapes, quantized))))
 
 
 def versions() -> dict[str, str]:

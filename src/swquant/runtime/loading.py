@@ -20,6 +20,7 @@ from swquant.errors import SwquantError
 from swquant.formats import read_quantized
 from swquant.formats.base import check_dtype
 from swquant.formats.compressed_tensors import CompressedTensors
+from swquant.model.layout import plain_matrices
 from swquant.model.skeleton import build_model, tie
 from swquant.model.whole import require_called_for
 from swquant.quant.kgrids import UNIFORM
@@ -61,7 +62,8 @@ def load(directory: str | Path, *, device: str = "auto", dtype: torch.dtype | No
     check_dtype(stored)
     if kernel != AUTO:
         require_kernel(kernel, target, stored)
-    model, names = _empty_model(quantized, stored, kernel)
+    shapes = shapes_of(quantized)
+    model, names = _empty_model(quantized, shapes, stored, kernel)
     for name, value in to_memory(names, quantized.parts()):
         if isinstance(value, QTensor):
             _fill_packed(model, name.removesuffix(".weight"), value, target)
@@ -73,17 +75,20 @@ def load(directory: str | Path, *, device: str = "auto", dtype: torch.dtype | No
             )
     tie(model)
     _require_filled(model, place)
-    known = replace(outline, ignored=_plain_linears(model, names))
+    packed = {f"{module}.weight" for module in outline.linears}
+    known = replace(outline, ignored=plain_matrices(model.named_modules(), names, shapes, packed))
     setattr(model.config, QUANTIZATION_CONFIG, CompressedTensors().config(known))
     if (place / GENERATION).is_file():
         model.generation_config = GenerationConfig.from_pretrained(place, local_files_only=True)
     return model.to(target).eval()
 
 
-def _empty_model(quantized: QuantizedModel, dtype: torch.dtype, kernel: str) -> tuple[Any, Names]:
+def _empty_model(
+    quantized: QuantizedModel, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, kernel: str
+) -> tuple[Any, Names]:
     """The model with packed layers, on ``meta`` but for the buffers that it computes, and where its tensors lie."""
     outline = quantized.outline
-    model, names = build_model(outline.config, shapes_of(quantized), outline.directory, dtype)
+    model, names = build_model(outline.config, shapes, outline.directory, dtype)
     require_called_for(names, outline.linears, outline.directory)
     places = {
         piece.key.removesuffix(".weight"): name.removesuffix(".weight")
@@ -94,18 +99,6 @@ def _empty_model(quantized: QuantizedModel, dtype: torch.dtype, kernel: str) -> 
         name = places.get(module, module)
         model.set_submodule(name, _packed(model, name, shape, outline.grids[module], outline.directory, dtype, kernel))
     return model, names
-
-
-def _plain_linears(model: Any, names: Names) -> tuple[str, ...]:
-    """Linear modules that are not quantized, as the model and as the files call them."""
-    found: dict[str, None] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            found[name] = None
-            piece = names.pieces.get(f"{name}.weight")
-            if piece is not None and piece.whole and module is not model.get_output_embeddings():
-                found[piece.key.removesuffix(".weight")] = None
-    return tuple(found)
 
 
 def _packed(
