@@ -25,7 +25,7 @@ from swquant.output import RECIPE, REPORT, described, load_report, output_of, pl
 from swquant.plan import choose_formats, unquantized
 from swquant.recipe import Recipe
 from swquant.report import Output
-from swquant.targets import load_target
+from swquant.targets import load_target, require_model
 from swquant.verification import verify
 
 PLAIN = "dequantized"
@@ -61,6 +61,8 @@ def convert(
     names = choose_formats(Recipe(format=format, runtime=runtime).formats, target, model.outline.specs)
     forms: tuple[Format, ...] = tuple(registry.load("swquant.formats", name)() for name in names)
     notes = [form.check(model.outline) for form in forms]
+    for name in names if target is not None else ():
+        require_model(target, name, model.outline)
     require_unused(out)
     require_disk(out, sum(_most_bytes(form, model.outline, directory) for form in forms))
     run = _directory_of_the_run(directory)
@@ -74,7 +76,7 @@ def convert(
             place = place_of(form, forms)
             written = form.write(staging / "output" / place, model)
             verified = verify(form, staging / "output" / place, model, None)
-            outputs.append(output_of(form, place, written.tensor_bytes, said, model.outline.specs, target, verified))
+            outputs.append(output_of(form, place, written.tensor_bytes, said, model.outline, target, verified))
         _describe(run, staging / "output", outputs, ",".join(names), runtime)
         publish(staging / "output", out)
     finally:

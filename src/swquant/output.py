@@ -16,17 +16,17 @@ from swquant.advice import advise
 from swquant.card import CARD, licence_of, model_card
 from swquant.checkpoint.converted import Blend, Stack, to_disk
 from swquant.checkpoint.names import Names
-from swquant.checkpoint.quantized import Part, QuantizedModel
+from swquant.checkpoint.quantized import Outline, Part, QuantizedModel
 from swquant.checkpoint.source import stored
 from swquant.engine.head import predictions
 from swquant.engine.run_state import RunState
 from swquant.formats.base import Format
+from swquant.formats.compressed_tensors import not_in_transformers
 from swquant.html.page import report_page
 from swquant.model.calls import Front
 from swquant.plan import Plan, versions
 from swquant.quant.ktensor import KTensor
 from swquant.quant.qtensor import QTensor, row_bits
-from swquant.quant.spec import QuantSpec
 from swquant.report import Output, Quality, Report
 from swquant.targets.base import Target
 from swquant.verification import Verification, verify
@@ -117,7 +117,7 @@ def _write_format(
     written = form.write(staging / place, model)
     served = plan.target is not None and form.name in plan.target.formats
     verified = verify(form, staging / place, model, sample if served else None)
-    return output_of(form, place, written.tensor_bytes, notes, plan.outline.specs, plan.target, verified)
+    return output_of(form, place, written.tensor_bytes, notes, plan.outline, plan.target, verified)
 
 
 def output_of(
@@ -125,7 +125,7 @@ def output_of(
     place: str,
     size: int,
     notes: tuple[str, ...],
-    specs: tuple[QuantSpec, ...],
+    outline: Outline,
     target: Target | None,
     verified: Verification,
 ) -> Output:
@@ -136,20 +136,20 @@ def output_of(
         place: Its directory in the output.
         size: Bytes of its tensors.
         notes: What the format had to say.
-        specs: The grids.
+        outline: The model.
         target: The runtime that the outputs are for.
         verified: What was found equal.
     """
     serving = target if target is not None and form.name in target.formats else None
+    specs = outline.specs
     spec = next((spec for spec in specs if not spec.symmetric), specs[0])  # what is harder to load decides
-    # which transformers does not load, see swquant.targets.require_together
-    several = form.name == "compressed_tensors" and len(specs) > 1 and not spec.symmetric
+    alone = form.name == "compressed_tensors" and not_in_transformers(outline) is not None
     return Output(
         format=form.name,
         directory=place,
         bytes=size,
         notes=notes + (() if serving is None else serving.notes(form.name, spec)),
-        loading=_SWQUANT_LOAD if several else form.loading(spec),
+        loading=_SWQUANT_LOAD if alone else form.loading(spec),
         command=None if serving is None else serving.command(form.name, spec, PLACE),
         verification=asdict(verified),
     )

@@ -36,7 +36,7 @@ from swquant.model.skeleton import Skeleton
 from swquant.quant.kgrids import UNIFORM
 from swquant.quant.spec import QuantSpec
 from swquant.recipe import PRESETS, Recipe
-from swquant.targets import choose_format, load_target, require_loads, require_together
+from swquant.targets import choose_format, load_target, require_loads, require_model, require_together
 from swquant.targets.base import Target
 
 LONGEST = 2048
@@ -181,6 +181,8 @@ def make_plan(
     checkpoint, skeleton = _rotated(model, recipe.seed) if pipeline.rotate else (model.checkpoint, model.skeleton)
     outline = make_outline(checkpoint, skeleton, layout, {name: one.shape for name, one in disk.tensors.items()})
     notes = tuple(form.check(outline) for form in formats)
+    for name in names if target is not None else ():
+        require_model(target, name, outline)
     limit = skeleton.longest
     if recipe.seq_len is not None and limit is not None and recipe.seq_len > limit:
         raise SwquantError(f"the sequence length is {recipe.seq_len}, the model takes at most {limit} tokens")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
+from transformers.core_model_loading import build_glob_alternation
 
 from swquant.checkpoint.converted import to_memory
 from swquant.checkpoint.names import Names
@@ -64,11 +65,12 @@ def load(directory: str | Path, *, device: str = "auto", dtype: torch.dtype | No
         require_kernel(kernel, target, stored)
     shapes = shapes_of(quantized)
     model, names = _empty_model(quantized, shapes, stored, kernel)
+    wide = _kept_wide(model, stored)
     for name, value in to_memory(names, quantized.parts()):
         if isinstance(value, QTensor):
             _fill_packed(model, name.removesuffix(".weight"), value, target)
         elif isinstance(value, Tensor):
-            _fill_plain(model, name, value, target)
+            _fill_plain(model, name, value, target, wide(name))
         else:
             raise SwquantError(
                 f"{name} is on a K grid of llama.cpp, for which swquant has no layer; load the file with llama.cpp"
@@ -141,7 +143,14 @@ def _fill_packed(model: nn.Module, name: str, q: QTensor, device: torch.device) 
         raise SwquantError(f"{name}: {error}") from error
 
 
-def _fill_plain(model: nn.Module, name: str, value: Tensor, device: torch.device) -> None:
+def _kept_wide(model: Any, dtype: torch.dtype) -> Callable[[str], bool]:
+    """Which tensors the model's class keeps in float32 whatever the dtype of the rest: corrections of routers' scores."""
+    patterns = list(model._get_dtype_plan(dtype))  # noqa: SLF001 - what from_pretrained itself asks
+    found = build_glob_alternation(patterns)[0] if patterns else None
+    return lambda name: found is not None and found.search(name) is not None
+
+
+def _fill_plain(model: nn.Module, name: str, value: Tensor, device: torch.device, wide: bool) -> None:
     """Put a tensor where the model has it; what the model does not have, such as stored rotary tables, stays out."""
     path, _, leaf = name.rpartition(".")
     try:
@@ -154,7 +163,7 @@ def _fill_plain(model: nn.Module, name: str, value: Tensor, device: torch.device
         return
     if here.shape != value.shape:
         raise SwquantError(f"{name} has the shape {list(value.shape)}, config.json calls for {list(here.shape)}")
-    filled = value.to(device, here.dtype)
+    filled = value.to(device, torch.float32 if wide else here.dtype)
     setattr(module, leaf, nn.Parameter(filled, requires_grad=False) if isinstance(here, nn.Parameter) else filled)
 
 
