@@ -26,7 +26,7 @@ from swquant.output import PLAIN, RECIPE, REPORT, described, load_report, output
 from swquant.plan import choose_formats, unquantized
 from swquant.recipe import Recipe
 from swquant.report import Output
-from swquant.targets import load_target
+from swquant.targets import load_target, require_model
 from swquant.verification import verify
 
 
@@ -65,6 +65,8 @@ def convert(
     names = choose_formats(Recipe(format=format, runtime=runtime).formats, target, model.outline.specs)
     forms: tuple[Format, ...] = tuple(registry.load("swquant.formats", name)() for name in names)
     notes = [examine(form, model.outline) for form in forms]
+    for name in names if target is not None else ():
+        require_model(target, name, model.outline)
     require_unused(out)
     require_disk(out, sum(_most_bytes(form, model.outline, directory) for form in forms))
     run = _directory_of_the_run(directory)
@@ -93,15 +95,13 @@ def as_the_model_has_it(model: QuantizedModel) -> QuantizedModel:
     Files need not tell either.
     """
     outline = model.outline
-    skeleton = build_skeleton(outline.config, shapes_of(model), outline.directory)
+    shapes = shapes_of(model)
+    skeleton = build_skeleton(outline.config, shapes, outline.directory)
     require_called_for(skeleton.names, outline.linears, outline.directory)
     if (keys := two_heads(skeleton)) is not None:
         model = with_one_head(model, *keys)
     outline = model.outline
-    quantized = {
-        name for name, piece in skeleton.names.pieces.items() if piece.key.removesuffix(".weight") in outline.linears
-    }
-    ignored = unquantized(skeleton, {name.removesuffix(".weight") for name in quantized})
+    ignored = unquantized(skeleton, shapes, {f"{module}.weight" for module in outline.linears})
     config = outline.config
     if not config.get("architectures"):
         config = {**config, "architectures": [type(skeleton.model).__name__]}

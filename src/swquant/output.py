@@ -23,6 +23,7 @@ from swquant.checkpoint.source import stored
 from swquant.engine.head import predictions
 from swquant.engine.run_state import RunState
 from swquant.formats.base import Format
+from swquant.formats.compressed_tensors import not_in_transformers
 from swquant.html.page import report_page
 from swquant.model.calls import Front
 from swquant.plan import Plan, versions
@@ -146,17 +147,16 @@ def output_of(
         target: The runtime that the outputs are for.
         verified: What was found equal.
     """
-    specs = outline.specs
     serving = target if target is not None and form.name in target.formats else None
+    specs = outline.specs
     spec = next((spec for spec in specs if not spec.symmetric), specs[0])  # what is harder to load decides
-    # which transformers does not load, see swquant.targets.require_together
-    several = form.name == "compressed_tensors" and len(specs) > 1 and not spec.symmetric
+    alone = form.name == "compressed_tensors" and not_in_transformers(outline) is not None
     return Output(
         format=form.name,
         directory=place,
         bytes=size,
         notes=notes + (() if serving is None else serving.notes(form.name, spec)),
-        loading=_trusting(_SWQUANT_LOAD if several else form.loading(spec), outline),
+        loading=_trusting(_SWQUANT_LOAD if alone else form.loading(spec), outline),
         command=None if serving is None else _serving(serving.command(form.name, spec, PLACE), outline),
         verification=asdict(verified),
     )

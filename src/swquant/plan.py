@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import itertools
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
@@ -31,13 +32,13 @@ from swquant.losses import WeightedSum, parse_loss
 from swquant.losses.base import LossContext
 from swquant.methods import Pipeline, Setting, build_pipeline, parse_methods
 from swquant.model.calls import probe
-from swquant.model.layout import Layout, lay_out
+from swquant.model.layout import Layout, lay_out, plain_matrices
 from swquant.model.opening import Model, open_model, untied
 from swquant.model.settings import in_full
 from swquant.model.skeleton import Skeleton
 from swquant.quant.spec import UNIFORM, QuantSpec
 from swquant.recipe import PRESETS, Recipe
-from swquant.targets import choose_format, load_target, require_loads, require_together
+from swquant.targets import choose_format, load_target, require_loads, require_model, require_together
 from swquant.targets.base import Target
 from swquant.tokenizer import Reading, digest, open_reading
 
@@ -204,6 +205,8 @@ def make_plan(
     checkpoint, skeleton = _rotated(model, recipe.seed) if pipeline.rotate else (model.checkpoint, model.skeleton)
     outline = make_outline(disk, checkpoint, skeleton, layout)
     notes = tuple(examine(form, outline) for form in formats)
+    for name in names if target is not None else ():
+        require_model(target, name, outline)
     limit = skeleton.longest
     if recipe.seq_len is not None and limit is not None and recipe.seq_len > limit:
         raise SwquantError(f"the sequence length is {recipe.seq_len}, the model takes at most {limit} tokens")
@@ -291,13 +294,14 @@ def make_outline(disk: Source, checkpoint: Source, skeleton: Skeleton, layout: L
             apart.append(site.stored.key if site.stored is not None else site.weight)
         assert site.spec is not None
         linears[module or site.name], grids[module or site.name] = site.shape, site.spec
+    shapes = {name: one.shape for name, one in disk.tensors.items()}
     return Outline(
         checkpoint.directory,
         in_full(checkpoint.config, checkpoint.directory),
         checkpoint.dtype,
         linears,
         grids,
-        unquantized(skeleton, {site.name for site in layout.sites}),
+        unquantized(skeleton, shapes, skeleton.names.keys_of(site.weight for site in layout.sites)),
         tuple(dict.fromkeys(apart)),
         _plain(disk, skeleton, layout),
         skeleton.names.carried,
@@ -305,7 +309,7 @@ def make_outline(disk: Source, checkpoint: Source, skeleton: Skeleton, layout: L
 
 
 def _plain(disk: Source, skeleton: Skeleton, layout: Layout) -> dict[str, tuple[int, ...]]:
-    """Names on disk and shapes of what the output holds as it is."""
+    """Names on disk and shapes of what the model reads and the output holds as it is."""
     names = skeleton.names
     others = names.keys_of(site.weight for site in layout.sites) | {*names.carried, *names.dropped}
     plain = {name: stored.shape for name, stored in disk.tensors.items() if name not in others}
@@ -315,19 +319,15 @@ def _plain(disk: Source, skeleton: Skeleton, layout: Layout) -> dict[str, tuple[
     return plain
 
 
-def unquantized(skeleton: Skeleton, quantized: Collection[str]) -> tuple[str, ...]:
-    """Linear modules that are not quantized, as the model and as the files call them: the head, routers, towers."""
-    found: dict[str, None] = {skeleton.head: None}
-    modules = [(name, module) for name, module in skeleton.model.named_modules()]
-    for block in skeleton.blocks:
-        modules += [(f"{block.prefix}.{name}", module) for name, module in block.module.named_modules()]
-    for name, module in modules:
-        if isinstance(module, torch.nn.Linear) and name not in quantized:
-            found[name] = None
-            piece = skeleton.names.pieces.get(f"{name}.weight")
-            if piece is not None and piece.whole and name != skeleton.head:
-                found[piece.key.removesuffix(".weight")] = None
-    return tuple(found)
+def unquantized(
+    skeleton: Skeleton, shapes: Mapping[str, tuple[int, ...]], quantized: Collection[str]
+) -> tuple[str, ...]:
+    """The head, and all other modules with a matrix that is not quantized: see :func:`plain_matrices`."""
+    blocks = (
+        (f"{block.prefix}.{name}", module) for block in skeleton.blocks for name, module in block.module.named_modules()
+    )
+    modules = itertools.chain(skeleton.model.named_modules(), blocks)
+    return tuple(dict.fromkeys((skeleton.head, *plain_matrices(modules, skeleton.names, shapes, quantized))))
 
 
 def versions() -> dict[str, str]:

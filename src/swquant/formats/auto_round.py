@@ -28,7 +28,7 @@ from swquant.formats.gptq_layout import (
     spec_of,
     with_dtype,
 )
-from swquant.formats.reading import blocks_of, require_plain
+from swquant.formats.reading import blocks_of, kept_in_blocks, require_plain
 from swquant.quant.qtensor import QTensor
 from swquant.quant.spec import UNIFORM, QuantSpec
 
@@ -41,7 +41,10 @@ model = AutoModelForCausalLM.from_pretrained(path)"""
 _PACKINGS = {True: "auto_round:auto_gptq", False: "auto_round"}
 """The packing by symmetry, as the package itself writes it: the first stores zero points less one."""
 
-_PLAIN = {"data_type": "int", "extra_config": {}, "act_bits": 16, "rotation_config": {}, "spinquant_config": {}}
+_KEPT = {"bits": 16, "data_type": "float"}
+"""What the package says of a linear that is kept as it is."""
+
+_PLAIN = {"data_type": "int", "act_bits": 16, "rotation_config": {}, "spinquant_config": {}}
 
 
 class AutoRound:
@@ -80,21 +83,23 @@ class AutoRound:
         """The exact inverse of :meth:`encode`."""
         return decode_weight(name, tensors, spec)
 
-    def config(self, spec: QuantSpec, blocks: str) -> dict[str, object]:
-        """``quantization_config``, for the linears below the module ``blocks``."""
-        return {
+    def config(self, outline: Outline) -> dict[str, object]:
+        """``quantization_config``, for the linears of the blocks but those that are kept as they are."""
+        spec, kept = outline.spec, kept_in_blocks(outline)
+        settings: dict[str, object] = {
             "quant_method": "auto-round",
             "packing_format": _PACKINGS[spec.symmetric],
             "bits": spec.bits,
             "group_size": -1 if spec.group_size is None else spec.group_size,
             "sym": spec.symmetric,
             "data_type": "int",
-            "block_name_to_quantize": blocks,
+            "block_name_to_quantize": blocks_of(outline),
         }
+        return settings | ({"extra_config": {name: dict(_KEPT) for name in kept}} if kept else {})
 
     def write(self, directory: Path, model: QuantizedModel) -> Written:
         """A safetensors checkpoint with ``quantization_config``, and a file of that name that repeats it."""
-        settings = self.config(model.outline.spec, blocks_of(model.outline))
+        settings = self.config(model.outline)
         files = {**model.extra_files, SETTINGS: json.dumps(settings, indent=2) + "\n"}
         whole = replace(with_dtype(model), extra_files=files)
         return write_codes(directory, whole, self.encode, {QUANTIZATION_CONFIG: settings})
@@ -105,6 +110,9 @@ class AutoRound:
         if not isinstance(settings, dict) or settings.get("quant_method") != "auto-round":
             return None
         require_plain(directory, settings, _PLAIN)
+        extra = settings.get("extra_config")
+        if extra and not (isinstance(extra, dict) and all(of == _KEPT for of in extra.values())):
+            require_plain(directory, {"extra_config": extra}, {"extra_config": {}})
         spec = spec_of(directory, settings, "packing_format", settings.get("packing_format"), _PACKINGS)
         checkpoint = open_checkpoint(directory, quantized=True, trusted=trusts_code(config))
         return read_codes(checkpoint, spec, SUFFIXES, shape_of, self.decode)

@@ -45,6 +45,12 @@ model = AutoModelForCausalLM.from_pretrained(path, quantization_config=Compresse
 _SUFFIXES = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
 
 
+SEVERAL = "experts on several grids"
+"""Which vLLM refuses, too: it computes the three matrices of an expert on one."""
+
+_EXPERT = re.compile(r"\.experts\.\d+\.")
+
+
 class CompressedTensors:
     """The ``pack-quantized`` layout of the compressed-tensors package.
 
@@ -71,10 +77,9 @@ class CompressedTensors:
         """The notes say how to load an asymmetric model and where readers round."""
         require_fits(self, outline, mixed=True)
         notes: list[str] = []
-        if not all(spec.symmetric for spec in outline.specs) and len(outline.specs) > 1:
-            notes.append(
-                "asymmetric on several grids: transformers does not load this output, swquant.load and vLLM do"
-            )
+        if (why := not_in_transformers(outline)) is not None:
+            others = "swquant.load does" if why == SEVERAL else "swquant.load and vLLM do"
+            notes.append(f"{why}: transformers does not load this output, {others}")
         elif not all(spec.symmetric for spec in outline.specs):
             notes.append(
                 "asymmetric: transformers loads this output with "
@@ -123,7 +128,9 @@ class CompressedTensors:
         """
         several = len(outline.specs) > 1
         groups: dict[str, object] = {}
-        for index, spec in enumerate(outline.specs):
+        # transformers reads experts on the first grid whose targets have that word, which shared experts have, too
+        experts = {spec for name, spec in outline.grids.items() if _EXPERT.search(name)}
+        for index, spec in enumerate(sorted(outline.specs, key=lambda spec: spec not in experts)):
             own = [name for name, grid in outline.grids.items() if grid == spec]
             groups[f"group_{index}"] = _group(spec, [_exactly(name) for name in own] if several else ["Linear"])
         return {
@@ -162,6 +169,21 @@ class CompressedTensors:
     def plain_bytes(self, outline: Outline, plain: Sequence[Stored]) -> int:
         """As they are."""
         return stored_bytes(plain)
+
+
+def not_in_transformers(outline: Outline) -> str | None:
+    """Why transformers does not load such an output as it is; ``None`` if it does.
+
+    It loads asymmetric weights with ``dequantize=True`` alone, which reads all of them on the grid of the first group.
+    Experts, which it puts together, it reads without zero points (huggingface/transformers#47430), and all of them on
+    the grid of one group, whatever the others say.
+    """
+    if len({spec for name, spec in outline.grids.items() if _EXPERT.search(name)}) > 1:
+        return SEVERAL
+    asymmetric = [name for name, spec in outline.grids.items() if not spec.symmetric]
+    if asymmetric and len(outline.specs) > 1:
+        return "asymmetric on several grids"
+    return "asymmetric experts" if any(_EXPERT.search(name) for name in asymmetric) else None
 
 
 def _group(spec: QuantSpec, targets: list[str]) -> dict[str, object]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +30,7 @@ from swquant.formats.gptq_layout import (
     spec_of,
     with_dtype,
 )
-from swquant.formats.reading import require_plain
+from swquant.formats.reading import kept_in_blocks, require_plain
 from swquant.quant.qtensor import QTensor
 from swquant.quant.spec import UNIFORM, QuantSpec
 
@@ -43,7 +44,7 @@ _LOAD_PLAIN_KERNEL = """\
 from transformers import AutoModelForCausalLM, GPTQConfig  # needs gptqmodel and optimum
 model = AutoModelForCausalLM.from_pretrained(path, quantization_config=GPTQConfig(bits=4, backend="gptq_torch"))"""
 
-_PLAIN = {"desc_act": False, "lm_head": False, "dynamic": {}, "pack_dtype": "int32"}
+_PLAIN = {"desc_act": False, "lm_head": False, "pack_dtype": "int32"}
 _VERSIONS = {True: "gptq", False: "gptq_v2"}
 """The layout by symmetry: version 1 cannot tell a zero point of 0, version 2 is not read by old programs."""
 
@@ -100,9 +101,15 @@ class Gptq:
                 )
         return q
 
-    def config(self, spec: QuantSpec) -> dict[str, object]:
-        """``quantization_config``, and the content of ``quantize_config.json``."""
-        return {
+    def config(self, outline: Outline) -> dict[str, object]:
+        """``quantization_config``, and the content of ``quantize_config.json``.
+
+        What is not quantized beside the head is named as GPTQModel wants it; where that is in the blocks, what is
+        quantized is named too, for optimum, which takes all linears of the blocks otherwise.
+        """
+        spec = outline.spec
+        plain = [name for name in outline.ignored if name.rpartition(".")[2] != "lm_head"]
+        settings: dict[str, object] = {
             "quant_method": "gptq",
             "bits": spec.bits,
             "group_size": -1 if spec.group_size is None else spec.group_size,
@@ -112,10 +119,15 @@ class Gptq:
             "checkpoint_format": _VERSIONS[spec.symmetric],
             "pack_dtype": "int32",
         }
+        if plain:
+            settings["dynamic"] = {f"-:.*{re.escape(name)}$": {} for name in plain}
+        if kept_in_blocks(outline):
+            settings["modules_in_block_to_quantize"] = [list(outline.linears)]
+        return settings
 
     def write(self, directory: Path, model: QuantizedModel) -> Written:
         """A safetensors checkpoint with ``quantization_config``, and ``quantize_config.json`` that repeats it."""
-        settings = self.config(model.outline.spec)
+        settings = self.config(model.outline)
         files = {**model.extra_files, QUANTIZE_CONFIG: json.dumps(settings, indent=2) + "\n"}
         whole = replace(with_dtype(model), extra_files=files)
         return write_codes(directory, whole, self.encode, {QUANTIZATION_CONFIG: settings})
@@ -126,6 +138,7 @@ class Gptq:
         if not isinstance(settings, dict) or settings.get("quant_method") != "gptq":
             return None
         require_plain(directory, settings, _PLAIN)
+        _require_no_other_grids(directory, settings.get("dynamic"))
         version = settings.get("checkpoint_format", settings.get("format", "gptq"))
         spec = spec_of(directory, settings, "checkpoint_format", version, _VERSIONS)
         checkpoint = open_checkpoint(directory, quantized=True, trusted=trusts_code(config))
@@ -142,6 +155,16 @@ class Gptq:
     def plain_bytes(self, outline: Outline, plain: Sequence[Stored]) -> int:
         """As they are."""
         return stored_bytes(plain)
+
+
+def _require_no_other_grids(directory: Path, dynamic: object) -> None:
+    """Refuse modules on a grid of their own; what is left out, ``-:``, is seen by its tensors.
+
+    Raises:
+        SwquantError: Naming the setting.
+    """
+    if dynamic and not (isinstance(dynamic, dict) and all(str(key).startswith("-:") for key in dynamic)):
+        require_plain(directory, {"dynamic": dynamic}, {"dynamic": {}})
 
 
 def _loses_zero_points(spec: QuantSpec) -> bool:

@@ -13,6 +13,8 @@ from swquant.checkpoint.quantized import Outline
 from swquant.errors import SwquantError
 from swquant.quant.spec import UNIFORM, QuantSpec
 
+_IN_A_LIST = re.compile(r"(.+?)\.\d+\.")
+
 
 def spec_from(directory: Path, bits: object, group_size: object, symmetric: object, grid: str = UNIFORM) -> QuantSpec:
     """The grid that a file's settings tell.
@@ -79,7 +81,7 @@ def blocks_of(outline: Outline) -> str:
     """
     found: dict[str, str] = {}
     for name in outline.linears:
-        match = re.match(r"(.+?)\.\d+\.", name)
+        match = _IN_A_LIST.match(name)
         found.setdefault(match.group(1) if match else "", name)
     if "" in found or len(found) != 1:
         stray = found.get("", list(found.values())[-1])
@@ -88,3 +90,9 @@ def blocks_of(outline: Outline) -> str:
             "swquant does not read"
         )
     return next(iter(found))
+
+
+def kept_in_blocks(outline: Outline) -> list[str]:
+    """Names of the modules in the blocks whose matrices are not quantized."""
+    lists = {match.group(1) for name in outline.linears if (match := _IN_A_LIST.match(name))}
+    return [name for name in outline.ignored if (match := _IN_A_LIST.match(name)) and match.group(1) in lists]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
@@ -102,6 +102,38 @@ class Layout:
     def grids(self, index: int) -> dict[str, QuantSpec]:
         """Grid of each of a block's weights, by its name inside the block."""
         return {f"{site.inner}.weight": site.spec for site in self.blocks[index] if site.spec is not None}
+
+
+def plain_matrices(
+    modules: Iterable[tuple[str, nn.Module]],
+    names: Names,
+    shapes: Mapping[str, tuple[int, ...]],
+    quantized: Collection[str],
+) -> tuple[str, ...]:
+    """Modules with a matrix that is not quantized, as the model and as the files call them, embeddings left out.
+
+    The head, towers, routers, which transformers holds as parameters and other runtimes as linears, and the layers for
+    further tokens, which transformers does not load and other runtimes do. What a runtime is not told of, it takes for
+    quantized: it then finds no codes, stops, or goes on with a router of zeros (vllm-project/vllm-omni#5573).
+
+    Args:
+        modules: Of the model, by name in memory.
+        names: Where their tensors lie.
+        shapes: Of the tensors on disk, by name.
+        quantized: Tensors on disk that are quantized, or are put together from what is.
+    """
+    found: dict[str, None] = {}
+    other = {*quantized, *names.dropped}
+    for name, module in modules:
+        keys = names.keys_of([f"{name}.weight"])
+        if isinstance(module, nn.Linear) and keys.isdisjoint(quantized):
+            found[name] = None
+        elif isinstance(module, nn.Embedding):
+            other |= keys
+    for key, shape in shapes.items():
+        if key.endswith(".weight") and len(shape) == 2 and key not in other:
+            found[key.removesuffix(".weight")] = None
+    return tuple(found)
 
 
 def lay_out(skeleton: Skeleton, spec: QuantSpec, grids: Mapping[str, QuantSpec | None] | None = None) -> Layout:

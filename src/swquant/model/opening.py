@@ -10,8 +10,10 @@ import torch
 
 from swquant.checkpoint.converted import ConvertedCheckpoint
 from swquant.checkpoint.reader import Checkpoint
+from swquant.checkpoint.shards import shown
 from swquant.checkpoint.source import Source
 from swquant.checkpoint.widened import Widened
+from swquant.errors import SwquantError
 from swquant.model.skeleton import Skeleton, build_skeleton
 
 TIE = "tie_word_embeddings"
@@ -56,8 +58,29 @@ def open_model(source: Checkpoint | Widened) -> Model:
         skeleton = build_skeleton(config, shapes, source.directory)
         if equal:
             skeleton = replace(skeleton, names=replace(skeleton.names, dropped=keys[:1]))
+    _require_floats(source, skeleton)
     config = {**config, "architectures": [type(skeleton.model).__name__]}
     return Model(ConvertedCheckpoint(source, skeleton.names, config), skeleton)
+
+
+def _require_floats(source: Source, skeleton: Skeleton) -> None:
+    """Refuse integers where the model has weights: codes of a method that the configuration does not name.
+
+    Raises:
+        SwquantError: Naming the tensor.
+    """
+    parameters = list(skeleton.model.named_parameters())
+    for block in skeleton.blocks:
+        parameters += [(f"{block.prefix}.{name}", value) for name, value in block.module.named_parameters()]
+    for name, value in parameters:
+        for key in skeleton.names.keys_of([name]) if value.is_floating_point() else ():
+            stored = source.tensors[key]
+            if not stored.dtype.is_floating_point:
+                kind = str(stored.dtype).removeprefix("torch.")
+                raise SwquantError(
+                    f"{shown(key)} in {stored.file} is {kind}, expected floating-point weights, and config.json names "
+                    "no quantization; give the original model"
+                )
 
 
 def two_heads(skeleton: Skeleton) -> tuple[str, str] | None:

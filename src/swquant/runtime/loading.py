@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
+from transformers.core_model_loading import build_glob_alternation
 
 from swquant.checkpoint.converted import to_memory
 from swquant.checkpoint.names import Names
@@ -20,6 +21,7 @@ from swquant.errors import SwquantError
 from swquant.formats import read_quantized
 from swquant.formats.base import check_dtype
 from swquant.formats.compressed_tensors import CompressedTensors
+from swquant.model.layout import plain_matrices
 from swquant.model.skeleton import build_model, tie
 from swquant.model.whole import require_called_for
 from swquant.quant.qtensor import QTensor
@@ -70,25 +72,30 @@ def load(
     check_dtype(stored)
     if kernel != AUTO:
         require_kernel(kernel, target, stored)
-    model, names = _empty_model(quantized, stored, kernel)
+    shapes = shapes_of(quantized)
+    model, names = _empty_model(quantized, shapes, stored, kernel)
+    wide = _kept_wide(model, stored)
     for name, value in to_memory(names, quantized.parts()):
         if isinstance(value, QTensor):
             _fill_packed(model, name.removesuffix(".weight"), value, target)
         else:
-            _fill_plain(model, name, value, target)
+            _fill_plain(model, name, value, target, wide(name))
     tie(model)
     _require_filled(model, place)
-    known = replace(outline, ignored=_plain_linears(model, names))
+    packed = {f"{module}.weight" for module in outline.linears}
+    known = replace(outline, ignored=plain_matrices(model.named_modules(), names, shapes, packed))
     setattr(model.config, QUANTIZATION_CONFIG, CompressedTensors().config(known))
     if (place / GENERATION).is_file():
         model.generation_config = GenerationConfig.from_pretrained(place, local_files_only=True)
     return model.to(target).eval()
 
 
-def _empty_model(quantized: QuantizedModel, dtype: torch.dtype, kernel: str) -> tuple[Any, Names]:
+def _empty_model(
+    quantized: QuantizedModel, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, kernel: str
+) -> tuple[Any, Names]:
     """The model with packed layers, on ``meta`` but for the buffers that it computes, and where its tensors lie."""
     outline = quantized.outline
-    model, names = build_model(outline.config, shapes_of(quantized), outline.directory, dtype)
+    model, names = build_model(outline.config, shapes, outline.directory, dtype)
     require_called_for(names, outline.linears, outline.directory)
     places = {
         piece.key.removesuffix(".weight"): name.removesuffix(".weight")
@@ -99,18 +106,6 @@ def _empty_model(quantized: QuantizedModel, dtype: torch.dtype, kernel: str) -> 
         name = places.get(module, module)
         model.set_submodule(name, _packed(model, name, shape, outline.grids[module], outline.directory, dtype, kernel))
     return model, names
-
-
-def _plain_linears(model: Any, names: Names) -> tuple[str, ...]:
-    """Linear modules that are not quantized, as the model and as the files call them."""
-    found: dict[str, None] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            found[name] = None
-            piece = names.pieces.get(f"{name}.weight")
-            if piece is not None and piece.whole and module is not model.get_output_embeddings():
-                found[piece.key.removesuffix(".weight")] = None
-    return tuple(found)
 
 
 def _packed(
@@ -153,7 +148,14 @@ def _fill_packed(model: nn.Module, name: str, q: QTensor, device: torch.device) 
         raise SwquantError(f"{name}: {error}") from error
 
 
-def _fill_plain(model: nn.Module, name: str, value: Tensor, device: torch.device) -> None:
+def _kept_wide(model: Any, dtype: torch.dtype) -> Callable[[str], bool]:
+    """Which tensors the model's class keeps in float32 in any dtype, such as corrections of routers' scores."""
+    patterns = list(model._get_dtype_plan(dtype))
+    found = build_glob_alternation(patterns)[0] if patterns else None
+    return lambda name: found is not None and found.search(name) is not None
+
+
+def _fill_plain(model: nn.Module, name: str, value: Tensor, device: torch.device, wide: bool) -> None:
     """Put a tensor where the model has it; what the model does not have, such as stored rotary tables, stays out."""
     path, _, leaf = name.rpartition(".")
     try:
@@ -166,7 +168,7 @@ def _fill_plain(model: nn.Module, name: str, value: Tensor, device: torch.device
         return
     if here.shape != value.shape:
         raise SwquantError(f"{name} has the shape {list(value.shape)}, config.json calls for {list(here.shape)}")
-    filled = value.to(device, here.dtype)
+    filled = value.to(device, torch.float32 if wide else here.dtype)
     setattr(module, leaf, nn.Parameter(filled, requires_grad=False) if isinstance(here, nn.Parameter) else filled)
 
 

@@ -6,8 +6,10 @@ from collections.abc import Collection, Iterator
 from itertools import product
 
 from swquant import registry
+from swquant.checkpoint.quantized import Outline
 from swquant.errors import SwquantError
 from swquant.formats.base import Format, cannot_hold
+from swquant.formats.compressed_tensors import SEVERAL, not_in_transformers
 from swquant.quant.spec import BITS, GROUP_SIZES, UNIFORM, QuantSpec, fixed_by, kinds_of_grids
 from swquant.targets.base import Target
 
@@ -73,6 +75,19 @@ def require_together(target: Target, form: str, specs: Collection[QuantSpec]) ->
         raise SwquantError(
             f"{target.name} cannot load {form} on several grids ({labels}) of which one is asymmetric; "
             "make all symmetric, or give --format dequantized"
+        )
+
+
+def require_model(target: Target, form: str, outline: Outline) -> None:
+    """Refuse a model that ``target`` does not load from ``form``, though it loads each of its grids.
+
+    Raises:
+        SwquantError: With the reason, and what works.
+    """
+    why = not_in_transformers(outline) if form == "compressed_tensors" else None
+    if why is not None and (target.name == "transformers" or (target.name == "vllm" and why == SEVERAL)):
+        raise SwquantError(
+            f"{target.name} cannot load {form} with {why}; make them alike and symmetric, or give --format dequantized"
         )
 
 

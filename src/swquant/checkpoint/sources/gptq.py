@@ -8,12 +8,16 @@
     X.g_idx    int32 [in]                        each input's group, in any order with act-order; may be missing
 
 ``W = scale * (code - zero)`` in the scale's dtype, as GPTQModel has it, then in the model's.
+
+Some files name the first version and store zero points as the second does, or the other way round
+(vllm-project/vllm#38966), which moves every weight by a scale. Where the grid is symmetric, the zero point is known,
+``2**(bits - 1)``, and what is stored tells the version.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -118,7 +122,19 @@ def find(files: Checkpoint, settings: Mapping[str, Any]) -> Found:
         found[f"{module}.weight"] = _weight(files, module, bits, size, first_version=first_version)
         used |= {f"{module}.{part}" for part in _PARTS if files.has(f"{module}.{part}")}
     require_plain_rest(files, found, frozenset(used), f"'{METHOD}'")
-    return Found(found, frozenset(used), f"the source's {len(found)} weights, quantized by gptq, are dequantized")
+    note = f"the source's {len(found)} weights, quantized by gptq, are dequantized"
+    if settings.get("sym") is True and _is_other_version(files, next(iter(found.values()))[1]):
+        found = {name: (stored, replace(one, first_version=not first_version)) for name, (stored, one) in found.items()}
+        held, named = (2, 1) if first_version else (1, 2)
+        note += f"; zero points are stored as in version {held} of the layout, though its settings name version {named}"
+    return Found(found, frozenset(used), note)
+
+
+def _is_other_version(files: Checkpoint, one: Gptq) -> bool:
+    """Whether all zero points of a symmetric weight are what the other version would store for the middle."""
+    words = files.read(f"{one.module}.qzeros")
+    outputs = files.tensors[f"{one.module}.scales"].shape[1]
+    return bool((unpack(words, one.bits, outputs) == (1 << one.bits - 1) - (not one.first_version)).all())
 
 
 def _settings(files: Checkpoint, settings: Mapping[str, Any]) -> tuple[int, int | None, bool]:
