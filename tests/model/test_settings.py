@@ -136,7 +136,7 @@ def meant(config: dict[str, Any]) -> dict[str, Any]:
         theta = ("rope_theta", "partial_rotary_factor") if "rope_parameters" in settings else ()
         return {name: once(value) for name, value in settings.items() if name not in (*twice, *theta)}
 
-    return once(read_config(config).to_dict())
+    return once(read_config(config, Path()).to_dict())
 
 
 @pytest.mark.parametrize(("kind", "given", "said"), [row for row in TABLE if "rope_scaling" not in row[1]])
