@@ -169,20 +169,21 @@ def test_gradients_follow_the_papers_equations_away_from_the_start(bits: int, sy
     draft = open_draft(p, ("fc1.weight", "fc2.weight"), QuantSpec(bits, 32, symmetric))
     learnables = (Weights(0.0), GridParams(0.0), NormWeights())
     thetas = [learnable.init(draft, problem.facts) for learnable in learnables]
-    pairs = {f"{name}.ratio": value for name, value in oracle.ratio.items()} | oracle.move
+    pairs = {f"{name}.scale.ratio": value for name, value in oracle.ratio.items()} | oracle.move
     pairs |= {"norm.weight": oracle.norm}
     if not symmetric:
-        pairs |= {f"{name}.zero": value for name, value in oracle.zero.items()}
+        pairs |= {f"{name}.zero.move": value for name, value in oracle.zero.items()}
     ours = {key: value for theta in thetas for key, value in theta.items() if value.requires_grad}
+    starts = {key.replace(".start", ".move"): value for key, value in thetas[1].items() if key.endswith("zero.start")}
     assert ours.keys() == {*pairs, "norm.bias"}
     rng = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for key, value in pairs.items():
             noise = torch.randn(value.shape, generator=rng, dtype=torch.double)
-            value.add_(noise * (2**bits / 4 if key.endswith(".zero") else 0.3)).clamp_(
+            value.add_(noise * (2**bits / 4 if key.endswith(".move") else 0.3)).clamp_(
                 min=-9 if key in oracle.move else 0.1
             )
-            ours[key].copy_(value.view_as(ours[key]))
+            ours[key].copy_(value.view_as(ours[key]) - starts.get(key, 0))
     F.mse_loss(block(oracle.quantized(), problem.inputs), problem.target).backward()
     for learnable, theta in zip(learnables, thetas, strict=True):
         draft = learnable.apply(theta, draft, problem.facts)
@@ -219,7 +220,7 @@ def test_scales_keep_their_sign_and_what_files_hold(symmetric: bool) -> None:
     with torch.no_grad():
         for key, value in theta.items():
             if value.requires_grad:
-                value.sub_(300 if key.endswith(".zero") else 2)
+                value.sub_(300 if key.endswith(".move") else 2)
         learnable.project(theta)
     moved = learnable.apply(theta, draft, facts)
     for name, slot in draft.slots.items():

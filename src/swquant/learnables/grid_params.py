@@ -13,7 +13,7 @@ from swquant.quant.draft import Draft, grid_of
 from swquant.quant.grid import Grid
 from swquant.quant.kind import Part
 from swquant.quant.spec import QuantSpec
-from swquant.quant.through import to_code
+from swquant.quant.through import stored_as, to_code
 
 _RATIO, _MOVE, _START, _BOUNDS = ".ratio", ".move", ".start", ".bounds"
 
@@ -92,9 +92,9 @@ class GridParams:
     def _value(self, theta: Theta, key: str, part: Part) -> Tensor:
         start = theta[key + _START]
         if part.is_factor:
-            return part.stored(start * theta[key + _RATIO])
+            return stored_as(start * theta[key + _RATIO], part.dtype)  # within bounds, see project
         if part.fixed:
             return start
         unit = 1.0 if self.integer_rate is None else self.integer_rate / self.learning_rate
-        code = to_code(start.abs() + unit * theta[key + _MOVE], int(part.least), int(part.most))
-        return code * start.sign() if part.signed else code
+        sign = start.sign() if part.signed else 1.0
+        return to_code(start * sign + unit * theta[key + _MOVE], int(part.least), int(part.most)) * sign
