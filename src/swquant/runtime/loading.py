@@ -144,8 +144,8 @@ def _fill_packed(model: nn.Module, name: str, q: QTensor, device: torch.device) 
 
 
 def _kept_wide(model: Any, dtype: torch.dtype) -> Callable[[str], bool]:
-    """Which tensors the model's class keeps in float32 whatever the dtype of the rest: corrections of routers' scores."""
-    patterns = list(model._get_dtype_plan(dtype))  # noqa: SLF001 - what from_pretrained itself asks
+    """Which tensors its class keeps in float32 whatever the dtype of the rest: corrections of routers' scores."""
+    patterns = list(model._get_dtype_plan(dtype))
     found = build_glob_alternation(patterns)[0] if patterns else None
     return lambda name: found is not None and found.search(name) is not None
 
