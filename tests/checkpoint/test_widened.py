@@ -581,6 +581,7 @@ class TestGptq:
         for version, sym in (("gptq", True), ("gptq_v2", True), ("gptq" if first else "gptq_v2", False)):
             config = gptq_config(bits, checkpoint_format=version) | {"sym": sym}
             source = open_source(lay(tmp_path / f"{version}{sym}", tensors, config), ASKED)
+            assert isinstance(source, Widened)
             assert torch.equal(source.read("w.weight"), expected)
             assert ("though its settings name" in source.note) == ((version == "gptq") != first)
 
