@@ -65,8 +65,9 @@ def convert(
     names = choose_formats(Recipe(format=format, runtime=runtime).formats, target, model.outline.specs)
     forms: tuple[Format, ...] = tuple(registry.load("swquant.formats", name)() for name in names)
     notes = [examine(form, model.outline) for form in forms]
-    for name in names if target is not None else ():
-        require_model(target, name, model.outline)
+    if target is not None:
+        for name in names:
+            require_model(target, name, model.outline)
     require_unused(out)
     require_disk(out, sum(_most_bytes(form, model.outline, directory) for form in forms))
     run = _directory_of_the_run(directory)

@@ -205,8 +205,9 @@ def make_plan(
     checkpoint, skeleton = _rotated(model, recipe.seed) if pipeline.rotate else (model.checkpoint, model.skeleton)
     outline = make_outline(disk, checkpoint, skeleton, layout)
     notes = tuple(examine(form, outline) for form in formats)
-    for name in names if target is not None else ():
-        require_model(target, name, outline)
+    if target is not None:
+        for name in names:
+            require_model(target, name, outline)
     limit = skeleton.longest
     if recipe.seq_len is not None and limit is not None and recipe.seq_len > limit:
         raise SwquantError(f"the sequence length is {recipe.seq_len}, the model takes at most {limit} tokens")

@@ -568,6 +568,23 @@ class TestGptq:
         assert list(source.tensors) == ["w.bias", "w.weight"]
         check_access(source, "w.weight", expected.to(getattr(torch, dtype or "float16")), seed)
 
+    @pytest.mark.parametrize("bits", [2, 4, 8])
+    @pytest.mark.parametrize("first", [True, False])
+    def test_a_symmetric_zero_point_tells_the_version_whatever_the_settings_say(
+        self, tmp_path: Path, bits: int, first: bool
+    ) -> None:
+        """vllm-project/vllm#38966: read by the settings alone, every weight is off by its scale."""
+        zero = torch.full((2, 32), 1 << bits - 1, dtype=torch.uint8)
+        state = gptq_state(64, 32, bits, 2, 0, first_version=first) | {"qzeros": pack(zero - int(first), bits)}
+        expected = gptq_by_loops(state, bits, torch.arange(64) // 32, first_version=first)
+        tensors = {f"w.{name}": value for name, value in state.items()}
+        for version, sym in (("gptq", True), ("gptq_v2", True), ("gptq" if first else "gptq_v2", False)):
+            config = gptq_config(bits, checkpoint_format=version) | {"sym": sym}
+            source = open_source(lay(tmp_path / f"{version}{sym}", tensors, config), ASKED)
+            assert isinstance(source, Widened)
+            assert torch.equal(source.read("w.weight"), expected)
+            assert ("though its settings name" in source.note) == ((version == "gptq") != first)
+
     def test_zero_points_of_0_that_borrowed_from_their_neighbours(self, tmp_path: Path) -> None:
         """GPTQModel subtracts from whole words and adds to whole words, so what was borrowed is given back."""
         zero = torch.tensor([[0, 5, 0, 0, 15, 1, 0, 9]], dtype=torch.uint8)

@@ -223,6 +223,18 @@ def test_tokens_kinds_and_special_ids(tmp_path: Path) -> None:
     assert "NFC" in vocabulary_of(tmp_path / "qwen", KNOWN["qwen2"]()).notes[0]
 
 
+def test_every_token_that_ends_a_text_is_told(tmp_path: Path) -> None:
+    """ggml-org/llama.cpp#9606: of several, the first alone was in the file, and models went on after the others."""
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [1, 7, 9]}')
+    found = vocabulary_of(tmp_path, byte_level(None))
+    assert found.special == {"bos": 0, "eos": 1, "eot": 7, "eom": 9}
+    assert found.notes == ()
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 9, 11]}')
+    found = vocabulary_of(tmp_path, byte_level(None))
+    assert (found.special["eot"], found.special["eom"]) == (7, 9)
+    assert "not told that the tokens [11] end a text" in found.notes[0]
+
+
 def test_what_cannot_be_encoded_is_noted(tmp_path: Path) -> None:
     (note,) = vocabulary_of(tmp_path / "few", KNOWN["smollm, without some bytes"]()).notes
     assert "no tokens for 21 of the 256 bytes" in note

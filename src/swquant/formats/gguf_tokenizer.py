@@ -17,6 +17,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
 from swquant.errors import SwquantError
+from swquant.formats.reading import generation_settings
 from swquant.tokenizer import load_tokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -48,7 +49,7 @@ class Vocabulary:
         kinds: :data:`NORMAL` and so on, by id.
         merges: Pairs of tokens in order, with a space between them; of ``gpt2``.
         scores: By id; the higher one is merged first; of ``llama``.
-        special: Ids by ``bos``, ``eos``, ``unk`` and ``pad``.
+        special: Ids by ``bos``, ``eos``, ``unk`` and ``pad``, and ``eot`` and ``eom`` for other tokens that end a text.
         add_bos: Whether texts begin with ``bos``.
         add_eos: Whether they end with ``eos``.
         add_space: Whether a space is put in front; of ``llama``.
@@ -96,6 +97,9 @@ def read_vocabulary(directory: Path, config: Mapping[str, Any]) -> Vocabulary:
     special = _special(tokenizer, config, first, last)
     if "eos" not in special:
         raise _unknown(directory, "names no token that ends a text")
+    ends = [end for end in _ends(directory, config) if end != special["eos"] and end < len(tokens)]
+    special |= dict(zip(("eot", "eom"), ends, strict=False))  # where llama.cpp stops as well
+    untold = (f"llama.cpp is not told that the tokens {ends[2:]} end a text, too",) if len(ends) > 2 else ()
     merges = tuple(" ".join(pair) for pair in _pairs(parts["model"])) if kind.model == "gpt2" else ()
     template: Any = tokenizer.chat_template
     templates = template if isinstance(template, dict) else {"default": template}
@@ -111,7 +115,7 @@ def read_vocabulary(directory: Path, config: Mapping[str, Any]) -> Vocabulary:
         add_eos=last is not None,
         add_space=kind.add_space,
         templates={name: text for name, text in templates.items() if isinstance(text, str)},
-        notes=kind.notes,
+        notes=(*kind.notes, *untold),
     )
 
 
@@ -353,6 +357,15 @@ def _special(
     if "bos" not in found and "eos" in found:
         found["bos"] = found["eos"]  # without it llama.cpp assumes a number
     return found
+
+
+def _ends(directory: Path, config: Mapping[str, Any]) -> list[int]:
+    """Tokens that end a text by ``generation_config.json``, which counts for generating, and by ``config.json``."""
+    found: dict[int, None] = {}
+    for settings in (generation_settings(directory), config):
+        ends = settings.get("eos_token_id")
+        found |= dict.fromkeys(end for end in (ends if isinstance(ends, list) else [ends]) if type(end) is int)
+    return [end for end in found if end >= 0]
 
 
 def _named(tokenizer: PreTrainedTokenizerFast, name: str) -> int | None:

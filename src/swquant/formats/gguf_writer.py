@@ -238,7 +238,7 @@ def _add_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
     if vocabulary.merges:
         writer.add_token_merges(list(vocabulary.merges))
     for name, token in vocabulary.special.items():
-        writer.add_uint32(f"tokenizer.ggml.{_LONG[name]}_token_id", token)
+        writer.add_uint32(f"tokenizer.ggml.{_LONG.get(name, name)}_token_id", token)
     writer.add_add_bos_token(vocabulary.add_bos)
     writer.add_add_eos_token(vocabulary.add_eos)
     writer.add_add_space_prefix(vocabulary.add_space)
@@ -247,4 +247,5 @@ def _add_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
         writer.add_chat_template(named if len(named) > 1 else named[0]["template"])
 
 
-_LONG: Mapping[str, str] = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+_LONG: Mapping[str, str] = {"unk": "unknown", "pad": "padding"}
+"""Special tokens whose names are longer in the file."""

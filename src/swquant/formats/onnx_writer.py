@@ -14,6 +14,7 @@ from torch import Tensor
 from swquant.checkpoint.quantized import Encode, QuantizedModel, entries
 from swquant.checkpoint.writer import Written, copy_sidecars, require_unused, write_beside
 from swquant.formats.onnx_layout import DATA, MODEL, PROPERTY, DecoderLayout, decoder_layout, onnx_types, require_onnx
+from swquant.formats.reading import generation_settings
 from swquant.quant.qtensor import QTensor
 
 if TYPE_CHECKING:
@@ -176,12 +177,8 @@ def _graph_bytes(
 
 def _generation_tokens(directory: Path) -> dict[str, Any]:
     """Special tokens of ``generation_config.json``, if there is one that can be read."""
-    try:
-        settings = json.loads((directory / "generation_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    given = {name: settings.get(name) for name in names} if isinstance(settings, dict) else {}
+    settings = generation_settings(directory)
+    given = {name: settings.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     return {name: value for name, value in given.items() if value is not None}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -96,3 +97,12 @@ def kept_in_blocks(outline: Outline) -> list[str]:
     """Names of the modules in the blocks whose matrices are not quantized."""
     lists = {match.group(1) for name in outline.linears if (match := _IN_A_LIST.match(name))}
     return [name for name in outline.ignored if (match := _IN_A_LIST.match(name)) and match.group(1) in lists]
+
+
+def generation_settings(directory: Path) -> Mapping[str, Any]:
+    """The content of ``generation_config.json``, empty where there is none that can be read."""
+    try:
+        settings = json.loads((directory / "generation_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return settings if isinstance(settings, dict) else {}
