@@ -151,6 +151,7 @@ def _named(order: Order) -> dict[str, Any]:
     values = asdict(recipe)
     values["group_size"] = CHANNEL if recipe.group_size is None else str(recipe.group_size)
     values["options"] = json.dumps(recipe.options, sort_keys=True) if recipe.options else None
+    values["grids"] = json.dumps(recipe.to_mapping()["grids"]) if recipe.grids else None
     return {"trial": order.id, "model": order.model, **values}
 
 
