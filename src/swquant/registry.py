@@ -7,24 +7,20 @@ the package (``base.py``, helpers) is not listed. Other distributions add plug-i
 package's name, e.g. ``[project.entry-points."swquant.losses"]`` with ``huber = "their_package.huber:Huber"``; a file of
 the package wins over an entry point of the same name.
 
-Listing reads sources and imports nothing, so it stays fast beside libraries that load slowly.
+Listing reads sources and imports none of them, so it stays fast beside libraries that load slowly.
 """
 
 from __future__ import annotations
 
-import ast
 import importlib
 import importlib.abc
 import importlib.metadata
 import importlib.util
 import pkgutil
-import threading
+import symtable
 from typing import Any
 
 from swquant.errors import SwquantError, did_you_mean
-
-_PARSING = threading.Lock()
-"""CPython 3.11 counts the depth of the tree that it makes in one place for all threads, and two at once fail."""
 
 
 def names(package: str) -> tuple[str, ...]:
@@ -34,11 +30,10 @@ def names(package: str) -> tuple[str, ...]:
 
 def describe(package: str) -> dict[str, str]:
     """Return each plug-in of ``package`` with the first line of its module's docstring, sorted by name."""
-    found = {name: _summary(_parse(entry.module)) for name, entry in _entry_points(package).items()}
+    found = {name: _summary(entry.module) for name, entry in _entry_points(package).items()}
     for name in _modules(package):
-        tree = _parse(f"{package}.{name}")
-        if _eponyms(name, tree):
-            found[name] = _summary(tree)
+        if _eponyms(package, name):
+            found[name] = _summary(f"{package}.{name}")
     return dict(sorted(found.items()))
 
 
@@ -54,7 +49,7 @@ def load(package: str, name: str) -> Any:
             its name, or another distribution's plug-in cannot be imported.
     """
     if name in _modules(package):
-        eponyms = _eponyms(name, _parse(f"{package}.{name}"))
+        eponyms = _eponyms(package, name)
         if len(eponyms) > 1:
             raise SwquantError(
                 f"{package}.{name} defines {' and '.join(eponyms)}: keep one object of the module's name"
@@ -83,37 +78,35 @@ def _entry_points(package: str) -> dict[str, importlib.metadata.EntryPoint]:
     return {entry.name: entry for entry in importlib.metadata.entry_points(group=package)}
 
 
-def _parse(module: str) -> ast.Module:
-    """Parse the source of ``module``; a module that is missing or has no Python source parses as an empty one."""
+def _loader(module: str) -> importlib.abc.InspectLoader | None:
+    """What knows the source of ``module``; ``None`` if it is missing or has no Python source."""
     try:
         spec = importlib.util.find_spec(module)
     except ModuleNotFoundError:
-        spec = None
+        return None
     loader = spec.loader if spec is not None else None
-    source = loader.get_source(module) if isinstance(loader, importlib.abc.InspectLoader) else None
-    with _PARSING:
-        return ast.parse(source or "")
+    return loader if isinstance(loader, importlib.abc.InspectLoader) else None
 
 
-def _summary(tree: ast.Module) -> str:
-    return (ast.get_docstring(tree) or "").partition("\n")[0]
+def _summary(module: str) -> str:
+    loader = _loader(module)
+    code = loader.get_code(module) if loader is not None else None
+    if code is None or "__doc__" not in code.co_names:
+        return ""
+    return str(code.co_consts[0]).strip().partition("\n")[0]
 
 
-def _eponyms(name: str, tree: ast.Module) -> list[str]:
-    """Public names that ``tree`` defines at top level and that equal ``name`` but for case and underscores."""
-    plain = _plain(name)
-    defined = [target for statement in tree.body for target in _defined(statement)]
-    return [target for target in dict.fromkeys(defined) if not target.startswith("_") and _plain(target) == plain]
+def _eponyms(package: str, name: str) -> list[str]:
+    """Public names that a module defines at top level and that equal ``name`` but for case and underscores.
 
-
-def _defined(statement: ast.stmt) -> list[str]:
-    if isinstance(statement, (ast.ClassDef, ast.FunctionDef)):
-        return [statement.name]
-    if isinstance(statement, ast.Assign):
-        return [target.id for target in statement.targets if isinstance(target, ast.Name)]
-    if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-        return [statement.target.id]
-    return []
+    From the symbol table: ``ast.parse`` fails now and then where two threads parse at once (CPython 3.11).
+    """
+    module, plain = f"{package}.{name}", _plain(name)
+    loader = _loader(module)
+    source = loader.get_source(module) if loader is not None else None
+    symbols = symtable.symtable(source or "", module, "exec").get_symbols()
+    defined = (symbol.get_name() for symbol in symbols if symbol.is_assigned() and not symbol.is_imported())
+    return [target for target in defined if not target.startswith("_") and _plain(target) == plain]
 
 
 def _plain(name: str) -> str:

@@ -281,10 +281,10 @@ def drift(reference: Tensor, quantized: Tensor, ranks: Ranks) -> float:
 
 
 def _tensors(committed: Committed) -> Iterator[Tensor]:
-    """Codes and scales, and what is not quantized."""
+    """Codes and grids, and what is not quantized."""
     for quantized in committed.quantized.values():
         yield quantized.codes
-        yield from quantized.scales.values()
+        yield from quantized.parts.values()
     yield from committed.params.values()
 
 
