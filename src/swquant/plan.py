@@ -198,8 +198,7 @@ def make_plan(
     disk = model.checkpoint.inner
     hidden_size = probe(model.skeleton)
     pipeline = build_pipeline(steps, Setting(spec, _norm_biases(model.skeleton), preset.effort, others=others))
-    if loss is not None and not any(part.trained for part in pipeline.parts if part.work in pipeline.phases):
-        raise SwquantError(f"nothing in {recipe.method!r} trains block by block, so no loss is used: leave it out")
+    _require_use(loss, pipeline, recipe.method)
     check_dtype(disk.dtype)
     layout = lay_out(model.skeleton, spec, recipe.grids)
     checkpoint, skeleton = _rotated(model, recipe.seed) if pipeline.rotate else (model.checkpoint, model.skeleton)
@@ -208,13 +207,7 @@ def make_plan(
     if target is not None:
         for name in names:
             require_model(target, name, outline)
-    limit = skeleton.longest
-    if recipe.seq_len is not None and limit is not None and recipe.seq_len > limit:
-        raise SwquantError(f"the sequence length is {recipe.seq_len}, the model takes at most {limit} tokens")
-    seq_len = recipe.seq_len or min(LONGEST, limit or LONGEST)
-    if loss is not None:  # whose parameters may not suit samples of that length
-        outputs = torch.zeros(1, seq_len, hidden_size)
-        loss(outputs, outputs, LossContext(torch.Generator()))
+    seq_len = _sample_length(recipe.seq_len, skeleton.longest, loss, hidden_size)
     text = None if recipe.calibration == "self" else read_text(recipe.calibration)
     evaluation = None if recipe.evaluation is None else read_text(recipe.evaluation)
     resolved = replace(
@@ -247,6 +240,27 @@ def make_plan(
         notes,
         disk.tensor_bytes,
     )
+
+
+def _require_use(loss: WeightedSum | None, pipeline: Pipeline, method: str) -> None:
+    """Refuse a loss by which nothing is trained."""
+    if loss is not None and not any(part.trained for part in pipeline.parts if part.work in pipeline.phases):
+        raise SwquantError(f"nothing in {method!r} trains block by block, so no loss is used: leave it out")
+
+
+def _sample_length(asked: int | None, limit: int | None, loss: WeightedSum | None, hidden_size: int) -> int:
+    """Tokens of a sample.
+
+    Raises:
+        SwquantError: The model takes no ``asked`` tokens, or the loss's parameters do not suit that many.
+    """
+    if asked is not None and limit is not None and asked > limit:
+        raise SwquantError(f"the sequence length is {asked}, the model takes at most {limit} tokens")
+    length = asked or min(LONGEST, limit or LONGEST)
+    if loss is not None:
+        outputs = torch.zeros(1, length, hidden_size)
+        loss(outputs, outputs, LossContext(torch.Generator()))
+    return length
 
 
 def choose_formats(names: tuple[str, ...], target: Target | None, specs: tuple[QuantSpec, ...]) -> tuple[str, ...]:

@@ -121,10 +121,7 @@ def quantize_together(
     plans: list[Plan] = []
     ranks.lead(lambda: plans.append(make_plan(recipe, source, source_options, grids)))
     plan = plans[0] if plans else make_plan(recipe, source, source_options, grids)
-    watching.stage(f"Reading {plan.checkpoint.directory.name}: {plan.recipe.summary}")
-    watching.stage(plan.assumed())
-    if note := note_of(plan.disk):
-        watching.stage(note[0].upper() + note[1:])
+    _announce(plan, watching)
     key, work = ranks.lead(plan.key), _work_of(out)
     whole_key = {**key, OUTPUT: plan.output_key()}
     with ExitStack() as held:
@@ -153,6 +150,14 @@ def quantize_together(
         run_state.clear()
     watching.done(report)
     return report
+
+
+def _announce(plan: Plan, watching: Observer) -> None:
+    """What is about to be done, to what."""
+    watching.stage(f"Reading {plan.checkpoint.directory.name}: {plan.recipe.summary}")
+    watching.stage(plan.assumed())
+    if note := note_of(plan.disk):
+        watching.stage(note[0].upper() + note[1:])
 
 
 def _work_of(out: Path) -> Path:

@@ -110,15 +110,33 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", place], check=True)
 
 
+FILLING = """
+import shutil, sys
+from pathlib import Path
+from swquant import run
+from swquant.cli import main
+place, whole = Path(sys.argv[1]), run.quantize_block
+def filling(*given):
+    (place / "ballast").write_bytes(bytes(shutil.disk_usage(place).free - 20_000))
+    return whole(*given)
+run.quantize_block = filling
+main(sys.argv[2:])
+"""
+"""The command line, under which the disk is full when the next block begins."""
+
+
 def test_a_disk_that_fills_up_in_mid_run(run, small_disk: Path) -> None:
     """What is mapped has its room beforehand, so that no write to it ends the process by a signal."""
-    out = small_disk / "out"
+    out, ballast = small_disk / "out", small_disk / "ballast"
     run.stop(out, block=0)
-    ballast = small_disk / "ballast"
-    ballast.write_bytes(bytes(shutil.disk_usage(small_disk).free - 20_000))
-    ended = subprocess.run(
-        [sys.executable, "-m", "swquant", *run.command(out)], capture_output=True, text=True, check=False
-    )
+
+    def ends(*code: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, *code, *run.command(out)], capture_output=True, text=True, check=False)
+
+    ended = ends("-c", FILLING, str(small_disk))
+    again = ends("-m", "swquant")
+    assert again.returncode == 2, again.stderr
+    assert "GB are available" in again.stderr.splitlines()[-1]
     assert ended.returncode == 1, ended.stderr
     assert "No space left on device" in ended.stderr.splitlines()[-1]
     assert "Traceback" not in ended.stderr
