@@ -27,6 +27,7 @@ class CodebookFormat:
 
     name: ClassVar[str] = "codebook_format"
     kinds: ClassVar[tuple[str, ...] | None] = ("normal_float",)
+    carries = True
 
     def refusal(self, spec: QuantSpec) -> None:
         """All bits and groups fit."""
