@@ -66,6 +66,7 @@ def test_a_run_trains_with_its_losses_by_name(
     assert trained["curve"][0] > 0
 
 
+@pytest.mark.slow
 def test_its_own_tests_pass(installed: Path) -> None:
     said = run(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", PACKAGE, path=installed)
     passed = int(said.rpartition(" passed")[0].split()[-1])

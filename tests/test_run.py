@@ -194,6 +194,7 @@ def test_a_full_disk_is_noticed_before_the_work(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_it_ends_in_the_same_bits(
     make_model: MakeModel, recipe: Recipe, tmp_path: Path
 ) -> None:

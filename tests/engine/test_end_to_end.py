@@ -169,6 +169,7 @@ def test_a_stage_that_does_not_help_keeps_the_start(llama: Path, recipe: Recipe,
     assert one == other
 
 
+@pytest.mark.slow
 def test_killed_within_the_stage_it_ends_in_the_same_bits(llama: Path, recipe: Recipe, tmp_path: Path) -> None:
     recipe = replace(recipe, method="rtn + end_to_end(epochs=10, batch_size=2, learning_rate=0.002)")
     expected = quantize(recipe, llama, tmp_path / "whole")
