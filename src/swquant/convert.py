@@ -17,7 +17,7 @@ from swquant.checkpoint.reader import find_model, require_own
 from swquant.checkpoint.writer import destination, publish, require_disk, require_unused
 from swquant.errors import SwquantError
 from swquant.formats import read_quantized
-from swquant.formats.base import Format, examine
+from swquant.formats.base import Format, examine, held_by
 from swquant.model.opening import two_heads, untied
 from swquant.model.settings import in_full
 from swquant.model.skeleton import build_skeleton
@@ -79,7 +79,7 @@ def convert(
         outputs: list[Output] = []
         for form, said in zip(forms, notes, strict=True):
             place = place_of(form, forms)
-            held = model if form.carries else without(model, model.outline.carried)
+            held = held_by(form, model)
             written = form.write(staging / "output" / place, held)
             verified = verify(form, staging / "output" / place, held, None)
             outputs.append(output_of(form, place, written.tensor_bytes, said, model.outline, target, verified))

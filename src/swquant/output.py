@@ -18,11 +18,11 @@ from swquant.card import CARD, licence_of, model_card
 from swquant.checkpoint.converted import Blend, Stack, to_disk
 from swquant.checkpoint.names import Names
 from swquant.checkpoint.own_code import trusts_code
-from swquant.checkpoint.quantized import Outline, Part, QuantizedModel, without
+from swquant.checkpoint.quantized import Outline, Part, QuantizedModel
 from swquant.checkpoint.source import stored
 from swquant.engine.head import predictions
 from swquant.engine.run_state import RunState
-from swquant.formats.base import Format
+from swquant.formats.base import Format, held_by
 from swquant.formats.compressed_tensors import not_in_transformers
 from swquant.html.page import report_page
 from swquant.model.calls import Front
@@ -120,7 +120,7 @@ def _write_format(
 ) -> Output:
     """Write one format, and open it again."""
     place = place_of(form, plan.formats)
-    model = model if form.carries else without(model, model.outline.carried)
+    model = held_by(form, model)
     written = form.write(staging / place, model)
     served = plan.target is not None and form.name in plan.target.formats
     verified = verify(form, staging / place, model, sample if served else None)

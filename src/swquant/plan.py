@@ -6,7 +6,7 @@ import hashlib
 import importlib.metadata
 import itertools
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -203,10 +203,7 @@ def make_plan(
     layout = lay_out(model.skeleton, spec, recipe.grids)
     checkpoint, skeleton = _rotated(model, recipe.seed) if pipeline.rotate else (model.checkpoint, model.skeleton)
     outline = make_outline(disk, checkpoint, skeleton, layout)
-    notes = tuple(examine(form, outline) for form in formats)
-    if target is not None:
-        for name in names:
-            require_model(target, name, outline)
+    notes = _notes(formats, target, outline)
     seq_len = _sample_length(recipe.seq_len, skeleton.longest, loss, hidden_size)
     text = None if recipe.calibration == "self" else read_text(recipe.calibration)
     evaluation = None if recipe.evaluation is None else read_text(recipe.evaluation)
@@ -240,6 +237,19 @@ def make_plan(
         notes,
         disk.tensor_bytes,
     )
+
+
+def _notes(formats: Sequence[Format], target: Target | None, outline: Outline) -> tuple[tuple[str, ...], ...]:
+    """What each format has to say of the output.
+
+    Raises:
+        SwquantError: It cannot hold it, or the runtime cannot load it from there.
+    """
+    notes = tuple(examine(form, outline) for form in formats)
+    if target is not None:
+        for form in formats:
+            require_model(target, form.name, outline)
+    return notes
 
 
 def _require_use(loss: WeightedSum | None, pipeline: Pipeline, method: str) -> None:
@@ -310,24 +320,27 @@ def make_outline(disk: Source, checkpoint: Source, skeleton: Skeleton, layout: L
         assert site.spec is not None
         linears[module or site.name], grids[module or site.name] = site.shape, site.spec
     shapes = {name: one.shape for name, one in disk.tensors.items()}
+    quantized = skeleton.names.keys_of(site.weight for site in layout.sites)
     return Outline(
         checkpoint.directory,
         in_full(checkpoint.config, checkpoint.directory),
         checkpoint.dtype,
         linears,
         grids,
-        unquantized(skeleton, shapes, skeleton.names.keys_of(site.weight for site in layout.sites)),
+        unquantized(skeleton, shapes, quantized),
         tuple(dict.fromkeys(apart)),
-        _plain(disk, skeleton, layout),
+        _plain(skeleton, shapes, quantized),
         skeleton.names.carried,
     )
 
 
-def _plain(disk: Source, skeleton: Skeleton, layout: Layout) -> dict[str, tuple[int, ...]]:
+def _plain(
+    skeleton: Skeleton, shapes: Mapping[str, tuple[int, ...]], quantized: Collection[str]
+) -> dict[str, tuple[int, ...]]:
     """Names on disk and shapes of what the model reads and the output holds as it is."""
     names = skeleton.names
-    others = names.keys_of(site.weight for site in layout.sites) | {*names.carried, *names.dropped}
-    plain = {name: stored.shape for name, stored in disk.tensors.items() if name not in others}
+    others = {*quantized, *names.carried, *names.dropped}
+    plain = {name: shape for name, shape in shapes.items() if name not in others}
     head = names.pieces.get(f"{skeleton.head}.weight")
     if head is not None and head.key not in plain:  # a rotation has made it
         plain[head.key] = plain[names.pieces[f"{skeleton.embedding}.weight"].key]

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from swquant.checkpoint.quantized import Outline, QuantizedModel
+from swquant.checkpoint.quantized import Outline, QuantizedModel, without
 from swquant.checkpoint.shards import Stored
 from swquant.checkpoint.writer import Written
 from swquant.errors import SwquantError
@@ -239,6 +239,11 @@ def examine(form: Format, outline: Outline) -> tuple[str, ...]:
     if form.carries or not outline.carried:
         return form.check(outline)
     return (f"left out, because no module of the model reads them: {listed(outline.carried)}", *form.check(outline))
+
+
+def held_by(form: Format, model: QuantizedModel) -> QuantizedModel:
+    """What of ``model`` ``form`` has a place for."""
+    return model if form.carries else without(model, model.outline.carried)
 
 
 def listed(names: Sequence[str]) -> str:

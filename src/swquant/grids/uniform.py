@@ -19,7 +19,6 @@ MIN_SCALE = 2.0**-17
 MAX_SCALE = 65280.0
 """The greatest: the last bfloat16 value within float16's range."""
 
-
 SCALE_BITS = 16
 """Bits of a stored scale."""
 
