@@ -139,6 +139,13 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
     models.check(set(models.contents))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def the_same_precision_on_every_processor() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("swquant.engine.precision._has_bfloat16_products", lambda: False)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def shared_models_stay_as_they_are(shared: Shared) -> Iterator[None]:
     shared.given.clear()

@@ -48,7 +48,7 @@ RECIPE_OPTIONS = (
     click.option("--evaluation", help="Text or datasets name to measure the result on.  [held out of --calibration]"),
     click.option("--evaluation-samples", type=int, help="Windows of --seq-len tokens to measure on; 0 for none.  [16]"),
     click.option("--seed", type=int, help="Seed of everything random.  [0]"),
-    click.option("--precision", help="Of matrix products in training: float32 or bfloat16.  [float32]"),
+    click.option("--precision", help="Of matrix products in training: float32, bfloat16 or auto.  [auto]"),
     click.option("--device", help="cpu, an accelerator's name, or auto.  [auto]"),
     click.option("--for", "runtime", help="What is to serve the output (swquant list targets); picks the format."),
     click.option(

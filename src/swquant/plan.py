@@ -24,7 +24,7 @@ from swquant.checkpoint.source import Source
 from swquant.device import resolve_device
 from swquant.engine.block import Job, split_validation
 from swquant.engine.pace import tail_of
-from swquant.engine.precision import PRECISIONS
+from swquant.engine.precision import PRECISIONS, fastest_precision
 from swquant.errors import SwquantError
 from swquant.families import begins_each_window, family_for
 from swquant.formats.base import Format, check_dtype, examine, listed
@@ -188,6 +188,7 @@ def make_plan(
     recipe = replace(recipe, grids=known | dict(grids or {}))
     others = tuple(filter(None, recipe.grids.values()))
     spec, device = recipe.spec, resolve_device(recipe.device)
+    recipe = recipe.settled({"device": device.type, "precision": fastest_precision(device)})
     loss = None if recipe.loss is None else parse_loss(recipe.loss)
     target = None if recipe.runtime is None else load_target(recipe.runtime)
     names = choose_formats(recipe.formats, target, (spec, *others))

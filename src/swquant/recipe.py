@@ -23,6 +23,10 @@ CHANNEL = "channel"
 LATER_KEYS = ("grid", "grids", "precision")
 """Keys younger than the first recipes, whose hashes stay."""
 
+AUTO = "auto"
+SETTLED = ("precision", "device")
+"""Keys whose ``auto`` is decided when a run starts, and stays."""
+
 PresetName = Literal["fast", "default", "best"]
 
 
@@ -65,8 +69,9 @@ class Recipe:
         evaluation_samples: How many such windows, of ``seq_len`` tokens each; 0 measures nothing.
         preset: ``fast``, ``default`` or ``best``.
         seed: Of everything that is random.
-        precision: Of the blocks' matrix products in training: ``float32`` or ``bfloat16``. Losses, what is learned,
-            cached hidden states and all else stay in float32.
+        precision: Of the blocks' matrix products in training: ``float32``, ``bfloat16``, or ``auto``, which is bfloat16
+            where the device has it in hardware. Losses, what is learned, cached hidden states and all else stay in
+            float32; beside bfloat16, CUDA multiplies these in TF32.
         device: ``cpu``, an accelerator's name such as ``mps``, or ``auto``.
         format: Format of the output, see ``swquant list formats``; several with commas between them, which are then
             written into a directory each from the same codes; ``None`` is what the runtime reads best, or
@@ -95,8 +100,8 @@ class Recipe:
     evaluation_samples: Annotated[int, Field(ge=0)] = 16
     preset: PresetName = "default"
     seed: int = 0
-    precision: Literal["float32", "bfloat16"] = "float32"
-    device: str = "auto"
+    precision: Literal["auto", "float32", "bfloat16"] = AUTO
+    device: str = AUTO
     format: str | None = None
     runtime: str | None = None
     grids: Mapping[str, QuantSpec | None] = field(default_factory=dict[str, "QuantSpec | None"])
@@ -180,6 +185,10 @@ class Recipe:
         if "options" in values and values.get("method", self.method) == self.method:
             merged["options"] = {**self.options, **values["options"]}
         return Recipe.from_mapping(merged)
+
+    def settled(self, chosen: Mapping[str, Any]) -> Recipe:
+        """This recipe with ``chosen`` for those of :data:`SETTLED` that it leaves open."""
+        return replace(self, **{key: chosen[key] for key in SETTLED if vars(self)[key] == AUTO and key in chosen})
 
     @property
     def spec(self) -> QuantSpec:

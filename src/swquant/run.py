@@ -18,6 +18,7 @@ from swquant.checkpoint.opening import SourceOptions, note_of
 from swquant.checkpoint.own_code import trusts_code
 from swquant.checkpoint.widened import Widened
 from swquant.checkpoint.writer import destination, publish, require_disk, require_unused
+from swquant.device import resolve_device
 from swquant.distributed.ranks import Alone, Ranks
 from swquant.engine.block import Job, load_block, quantize_block
 from swquant.engine.bound import BoundBlock
@@ -26,7 +27,8 @@ from swquant.engine.head import measure
 from swquant.engine.hidden_states import create_hidden
 from swquant.engine.memory import keep_little
 from swquant.engine.observer import Observer, Silent
-from swquant.engine.run_state import HIDDEN_STATES, MANIFEST, RunState, lock_directory, open_run_state
+from swquant.engine.precision import PRECISIONS, tensor_float32
+from swquant.engine.run_state import HIDDEN_STATES, MANIFEST, RunState, begun_with, lock_directory, open_run_state
 from swquant.errors import DamagedRunError, SwquantError, reason_of
 from swquant.estimate.budget import Budget, micro_batch_within, shape_of
 from swquant.estimate.disk import disk_of
@@ -118,6 +120,7 @@ def quantize_together(
     out, watching = Path(out), observer if ranks.rank == 0 else Silent()
     if budget is not None and budget.given:
         keep_little()
+    recipe = ranks.lead(partial(_settled, recipe, out))
     plans: list[Plan] = []
     ranks.lead(lambda: plans.append(make_plan(recipe, source, source_options, grids)))
     plan = plans[0] if plans else make_plan(recipe, source, source_options, grids)
@@ -135,6 +138,7 @@ def quantize_together(
             for report in before:
                 watching.done(report)
             return before[0] if before else None
+        held.enter_context(tensor_float32(plan.device, PRECISIONS[plan.recipe.precision]))
         micro_batch = ranks.lead(partial(_make_ready, plan, budget, ranks.size, key, out, held, watching))
         job = replace(plan.job(), ranks=ranks, micro_batch=micro_batch)
         run_state = _train(plan, job, work, key, watching)
@@ -152,10 +156,32 @@ def quantize_together(
     return report
 
 
+def _settled(recipe: Recipe, out: Path) -> Recipe:
+    """The recipe with what its ``auto`` meant when this run began, so that it goes on as it began on any machine.
+
+    Raises:
+        SwquantError: It computes on a device that is not here.
+    """
+    finished, work = _report_in(out), _work_of(out)
+    begun = begun_with(work) if finished is None else finished.key
+    settled = recipe.settled(begun.get("recipe", {}))
+    try:
+        resolve_device(settled.device)
+    except SwquantError as error:
+        if settled.device == recipe.device or finished is not None:
+            return recipe
+        raise SwquantError(
+            f"the unfinished run in {work} computes on {settled.device}, and {error}; finish it there, delete the "
+            "directory to drop it, or choose another --out"
+        ) from error
+    return settled
+
+
 def _announce(plan: Plan, watching: Observer) -> None:
     """What is about to be done, to what."""
     watching.stage(f"Reading {plan.checkpoint.directory.name}: {plan.recipe.summary}")
     watching.stage(plan.assumed())
+    watching.stage(f"Training on {plan.device} with matrix products in {plan.recipe.precision}")
     if note := note_of(plan.disk):
         watching.stage(note[0].upper() + note[1:])
 

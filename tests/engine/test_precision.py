@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,9 +11,15 @@ import torch
 from torch import Tensor
 
 import swquant.run as run
-from swquant import Recipe, SwquantError, quantize
-from swquant.engine.precision import at_precision
+from swquant import Recipe, SwquantError, plan, quantize
+from swquant.engine import precision, run_state
+from swquant.engine.observer import Silent
+from swquant.engine.precision import at_precision, fastest_precision, tensor_float32
+from swquant.engine.run_state import MANIFEST
 from swquant.report import Report
+
+HAS_BFLOAT16_PRODUCTS = precision._has_bfloat16_products
+"""Before what holds for all tests: that no processor has it."""
 
 
 def test_float32_is_the_function_itself() -> None:
@@ -81,3 +88,72 @@ def test_it_is_left_out_of_recipes_that_do_not_ask_for_it() -> None:
 def test_it_is_a_function_of_the_recipe_alone(llama: Path) -> None:
     job = run.make_plan(Recipe(precision="bfloat16", samples=2, seq_len=16, device="cpu"), llama).job()
     assert job.precision == torch.bfloat16
+
+
+def test_the_fastest_precision_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "_has_bfloat16_products", HAS_BFLOAT16_PRODUCTS)
+    for found, expected in (({}, "float32"), ({"avx512_bf16": True}, "bfloat16"), ({"amx_bf16": True}, "bfloat16")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=found: found, raising=False)
+        assert fastest_precision(torch.device("cpu")) == expected
+    for capability, expected in (((7, 5), "float32"), ((8, 0), "bfloat16"), ((9, 0), "bfloat16")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert fastest_precision(torch.device("cuda")) == expected
+    assert fastest_precision(torch.device("mps")) == "float32"
+
+
+def test_float32_products_are_tf32_beside_bfloat16_on_cuda_alone() -> None:
+    before = torch.backends.cuda.matmul.allow_tf32
+    for device, products, expected in (
+        ("cuda", torch.bfloat16, True),
+        ("cuda", torch.float32, False),
+        ("cpu", torch.bfloat16, before),
+    ):
+        with tensor_float32(torch.device(device), products):
+            assert torch.backends.cuda.matmul.allow_tf32 == expected
+        assert torch.backends.cuda.matmul.allow_tf32 == before
+
+
+class StopAt(Silent):
+    """Fails behind the first block."""
+
+    def block(self, index: int, values: object) -> None:
+        raise RuntimeError("stopped")
+
+
+def test_a_run_goes_on_in_the_precision_in_which_it_began(
+    llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = Recipe(method="block_ap(epochs=1)", calibration=str(text), samples=4, seq_len=16, group_size=32)
+    monkeypatch.setattr(plan, "fastest_precision", lambda device: "bfloat16")
+    whole = quantize(recipe, llama, tmp_path / "whole")
+    assert (whole.recipe["precision"], whole.recipe["device"]) == ("bfloat16", "cpu")
+    assert "precision: bfloat16" in (tmp_path / "whole" / "swquant.yaml").read_text()
+    with pytest.raises(RuntimeError, match="stopped"):
+        quantize(recipe, llama, tmp_path / "cut", observer=StopAt())
+    monkeypatch.setattr(plan, "fastest_precision", lambda device: "float32")
+    with pytest.raises(SwquantError, match="differs in recipe"):
+        quantize(replace(recipe, precision="float32"), llama, tmp_path / "cut")
+    quantize(recipe, llama, tmp_path / "cut")
+    weights = [tmp_path / name / "model.safetensors" for name in ("whole", "cut")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert quantize(recipe, llama, tmp_path / "whole").recipe["precision"] == "bfloat16"
+
+
+def test_a_run_does_not_go_on_where_its_device_is_missing(llama: Path, text: Path, tmp_path: Path) -> None:
+    recipe = Recipe(method="rtn", calibration=str(text), samples=4, seq_len=16, group_size=32)
+    out, missing = tmp_path / "out", next(name for name in ("xpu", "mps", "cuda") if not available(name))
+    with pytest.raises(RuntimeError, match="stopped"):
+        quantize(recipe, llama, out, observer=StopAt())
+    manifest = tmp_path / "out.swquant-work" / MANIFEST
+    state = json.loads(manifest.read_text())
+    state.pop("checksum")
+    state["key"]["recipe"]["device"] = missing
+    manifest.write_text(run_state._sealed(state))
+    with pytest.raises(SwquantError, match=f"computes on {missing}, and the device '{missing}' is not available"):
+        quantize(recipe, llama, out)
+
+
+def available(name: str) -> bool:
+    """Whether this machine has such an accelerator."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found is not None and found.type == name

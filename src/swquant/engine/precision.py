@@ -1,8 +1,10 @@
-"""Training in short numbers: matrix products in bfloat16; loss, state, grids and rounding in float32."""
+"""Which precision matrix products have: bfloat16 where the device computes in it, TF32 beside it; all else float32."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -12,6 +14,50 @@ PRECISIONS: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": t
 
 Forward = Callable[[Mapping[str, Tensor], Tensor, Tensor], Tensor]
 """``(parameters, hidden [samples, tokens, dim], samples) -> hidden``."""
+
+
+def fastest_precision(device: torch.device) -> str:
+    """``bfloat16`` where the device multiplies bfloat16 matrices in hardware and is known to gain by it.
+
+    That is CUDA from compute capability 8.0, Intel's GPUs, and processors with AMX or AVX512-BF16; others convert each
+    number on its way, which takes longer than float32. Apple's GPUs were not measured.
+    """
+    if device.type == "cuda":
+        own = torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+    elif device.type == "cpu":
+        own = _has_bfloat16_products()
+    else:
+        own = device.type == "xpu"
+    return "bfloat16" if own else "float32"
+
+
+def _has_bfloat16_products() -> bool:
+    """The processor's own instructions, as torch finds them (2.13 names them all; before, two by functions)."""
+    if torch.backends.cpu.get_cpu_capability() == "DEFAULT" and sys.platform == "darwin":
+        return False  # torch multiplies through Accelerate there, which was not measured
+    named = getattr(torch.cpu, "get_capabilities", None)
+    if named is not None:
+        found: Mapping[str, object] = named()
+        return any(bool(found.get(name)) for name in ("amx_bf16", "avx512_bf16"))
+    return bool(torch.cpu._is_avx512_bf16_supported())  # pyright: ignore[reportPrivateUsage]
+
+
+@contextmanager
+def tensor_float32(device: torch.device, precision: torch.dtype) -> Generator[None]:
+    """Float32 products on CUDA take TF32 (10 bits of mantissa) beside bfloat16, and are exact beside float32.
+
+    These are the products outside of training: targets, both models' passes, Hessians, heads. The setting is torch's,
+    of the whole process; it is as before when the context is left.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = precision != torch.float32
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def at_precision(forward: Forward, precision: torch.dtype) -> Forward:

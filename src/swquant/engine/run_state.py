@@ -279,6 +279,14 @@ def open_run_state(root: Path, key: Mapping[str, Any]) -> RunState:
     return run_state
 
 
+def begun_with(root: Path) -> Mapping[str, Any]:
+    """The key of the run at ``root``; empty where none has begun, or its manifest cannot be read."""
+    try:
+        return dict(_unsealed((root / MANIFEST).read_bytes())["key"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return {}
+
+
 def lock_directory(root: Path) -> AbstractContextManager[object]:
     """Make ``root`` and hold it for this process, until the context that is returned is left.
 
