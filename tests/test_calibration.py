@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,9 @@ from transformers import AutoModelForCausalLM
 
 from swquant import SwquantError
 from swquant.calibration import draw_from_model, eval_windows, read_text, sample_windows, tokenize
+from swquant.seeds import generator
 from swquant.tokenizer import load_tokenizer
+from tiny_models import tiny_model
 
 
 @given(st.integers(1, 300), st.integers(1, 12), st.integers(1, 40), st.integers(0, 9))
@@ -171,6 +174,21 @@ def test_samples_follow_the_models_distribution(llama: Path) -> None:
     likely = expected.topk(5).indices
     torch.testing.assert_close(frequency[likely], expected[likely], atol=0.08, rtol=0)
     assert notes[-1] == "400 of 400 samples drawn"
+
+
+@pytest.mark.parametrize("model_type", ["mamba", "xlstm", "bamba", "openai-gpt"])
+def test_each_token_is_drawn_from_the_answer_to_the_whole_text(model_type: str) -> None:
+    """A cache with another name, one that fails, one with which the model answers otherwise, and none."""
+    model: Any = tiny_model(model_type)
+    drawn = draw_from_model(lambda: model, 2, 24, 0, torch.device("cpu"), lambda note: None)
+    rng = generator(0, "self", 0)
+    torch.randint(model.config.vocab_size, (2, 1), generator=rng)
+    text = drawn[:, :1]
+    with torch.no_grad():
+        while text.shape[1] < 24:
+            odds = model(input_ids=text, use_cache=False).logits[:, -1].softmax(-1)
+            text = torch.cat((text, torch.multinomial(odds, 1, generator=rng)), 1)
+    assert torch.equal(drawn, text)
 
 
 def test_a_directory_without_a_tokenizer_is_refused(tmp_path: Path) -> None:

@@ -153,3 +153,19 @@ def test_codes_without_their_settings_are_no_weights(recipe: Recipe, name: str, 
     codes = torch.zeros_like(load_file(source / "model.safetensors")[name], dtype=torch.int8)
     with pytest.raises(SwquantError, match=rf"'{name}' in .* is int8, expected floating-point weights"):
         make_plan(recipe, changed(source, {name: codes}))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "method", "kept"),
+    [("olmo2", "norm_tweaking", None), ("llama", "block_ap", "*layers.0.*"), ("llama", "signround", "*layers.0.*")],
+)
+def test_a_block_with_nothing_to_train_is_passed_over(
+    recipe: Recipe, model_type: str, method: str, kept: str | None, tmp_path: Path
+) -> None:
+    """No norm before the linears, as in OLMo 2, or no linear that is quantized: an optimizer of nothing is none."""
+    source = save_tiny(tmp_path / "model", model_type)
+    report = quantize(replace(recipe, method=method), source, tmp_path / "out", grids={kept: None} if kept else None)
+    phase = report.blocks[0]["phases"][-1]
+    assert phase["events"] == ["the block has nothing that this phase trains"]
+    assert not phase["curve"]
+    assert phase["before"] == phase["after"]

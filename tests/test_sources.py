@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -147,6 +148,15 @@ def test_a_missing_tensor_is_named_before_any_work(fp8: Path, text: Path, tmp_pa
     with pytest.raises(SwquantError, match=r"'model\.layers\.1\.mlp\.up_proj\.weight' in .* has 8 bits and no scale"):
         quantize(RTN, broken, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken"]
+
+
+def test_a_scale_that_nothing_reads_is_refused_before_any_work(llama: Path, tmp_path: Path) -> None:
+    """Weights widened without their scales, say, and settings that no longer tell of any."""
+    key = "model.layers.1.mlp.up_proj.weight_scale"
+    left = rewrite(llama, tmp_path / "left", lambda tensors: tensors | {key: torch.ones(1)}, None)
+    with pytest.raises(SwquantError, match=rf"'{re.escape(key)}' in .* says something of the weight beside it"):
+        quantize(RTN, left, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["left"]
 
 
 def test_an_infinite_scale_is_named_before_any_work(fp8: Path, text: Path, tmp_path: Path) -> None:

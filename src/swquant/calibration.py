@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.generation.utils import ALL_CACHE_NAMES
 
 from swquant.checkpoint.reader import read_config
 from swquant.documents import LINES, TEXTS, read_documents, read_plain
@@ -22,6 +24,10 @@ LEAST_SHARE = 4
 """A text must hold at least one in so many of the tokens that the samples take; windows overlap below the whole."""
 
 DRAWN_AT_ONCE = 16
+_TRIED = 6
+"""Tokens on which a model's cache is tried: more than a short convolution reaches over."""
+_ROUNDING = 1e-3
+"""By how much of the greatest logit answers with and without a cache may differ."""
 _C4_DOCUMENTS = 10_000
 _C4_SHARDS = {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"}
 
@@ -192,6 +198,7 @@ def draw_from_model(
     model = model.to(device).eval()
     text_config = model.config.get_text_config(decoder=True)
     first = text_config.bos_token_id
+    cache = _cache(model, device)
     drawn: list[Tensor] = []
     for start in range(0, samples, DRAWN_AT_ONCE):
         rng = generator(seed, "self", start)
@@ -199,12 +206,43 @@ def draw_from_model(
         token = torch.randint(text_config.vocab_size, (count, 1), generator=rng)
         if isinstance(first, int):
             token = torch.full((count, 1), first)
-        text, past = [token], None
-        while len(text) < seq_len:
-            out = model(input_ids=token.to(device), past_key_values=past, use_cache=True)
-            past = out.past_key_values
+        text, past = token, None
+        while text.shape[1] < seq_len:
+            out = _answer(model, token if cache else text, device, cache, past)
+            past = out[cache] if cache else None
             token = torch.multinomial(out.logits[:, -1].float().softmax(-1).cpu(), 1, generator=rng)
-            text.append(token)
-        drawn.append(torch.cat(text, 1))
+            text = torch.cat((text, token), 1)
+        drawn.append(text)
         note(f"{start + count} of {samples} samples drawn")
     return torch.cat(drawn)
+
+
+def _answer(model: Any, tokens: Tensor, device: torch.device, cache: str | None = None, past: Any = None) -> Any:
+    """The model's output for ``tokens`` after what ``past`` holds; logits of the last one, where it can."""
+    last = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
+    given = {cache: past} if cache and past is not None else {}
+    return model(input_ids=tokens.to(device), use_cache=cache is not None, **given, **last)
+
+
+def _cache(model: Any, device: torch.device) -> str | None:
+    """The name by which a model hands out and takes back what it keeps of a text, if it then answers as to the whole.
+
+    State-space models have another name than attention. A few keep nothing, or come to another answer with what they
+    keep: these read the whole text anew for each token.
+    """
+    tokens = torch.arange(1, 1 + _TRIED)[None] % model.config.get_text_config(decoder=True).vocab_size
+    whole: Tensor = _answer(model, tokens, device).logits[:, -1]
+    for name in ALL_CACHE_NAMES:
+        past: Any = None
+        logits = torch.full_like(whole, torch.nan)
+        try:
+            for token in tokens.split(1, 1):
+                out = _answer(model, token, device, name, past)
+                past, logits = out[name], out.logits[:, -1]
+        except Exception as error:  # a name that the model does not know, or a cache that it cannot go on with
+            if ran_out(error):
+                raise
+            continue
+        if past is not None and torch.allclose(logits, whole, rtol=0, atol=float(whole.abs().max()) * _ROUNDING):
+            return name
+    return None

@@ -59,6 +59,7 @@ def open_model(source: Checkpoint | Widened) -> Model:
         if equal:
             skeleton = replace(skeleton, names=replace(skeleton.names, dropped=keys[:1]))
     _require_floats(source, skeleton)
+    _require_whole(source, skeleton)
     config = {**config, "architectures": [type(skeleton.model).__name__]}
     return Model(ConvertedCheckpoint(source, skeleton.names, config), skeleton)
 
@@ -81,6 +82,25 @@ def _require_floats(source: Source, skeleton: Skeleton) -> None:
                     f"{shown(key)} in {stored.file} is {kind}, expected floating-point weights, and config.json names "
                     "no quantization; give the original model"
                 )
+
+
+def _require_whole(source: Source, skeleton: Skeleton) -> None:
+    """Refuse a weight that the model would read without what stands beside it, such as ``weight_scale``.
+
+    Without its scale it is another weight; and formats have places of these names for scales of their own.
+
+    Raises:
+        SwquantError: Naming the tensor.
+    """
+    unread = set(skeleton.names.carried)
+    for key in skeleton.names.carried:
+        module, _, last = key.rpartition(".")
+        weight = f"{module}.weight"
+        if last.startswith("weight_") and weight in source.tensors and weight not in unread:
+            raise SwquantError(
+                f"{shown(key)} in {source.tensors[key].file} says something of the weight beside it, and no module of "
+                "the model reads it; give the original model, or take the tensor out if the weight is whole without it"
+            )
 
 
 def two_heads(skeleton: Skeleton) -> tuple[str, str] | None:

@@ -65,6 +65,8 @@ class Train:
     def run(self, draft: Draft, problem: Problem) -> tuple[Draft, PhaseReport]:
         """Train, and return the draft of the state that is kept."""
         training = Training(self, draft, problem)
+        if not any(trainable(theta) for theta in training.thetas):
+            return _untrained(training)
         return _kept_best(training) if self.keep_best else _kept_last(training)
 
 
@@ -187,6 +189,14 @@ def _constants(draft: Draft, applied: Draft) -> dict[str, Tensor]:
     slots = {name: slot for name, slot in draft.slots.items() if name not in touched}
     dtypes = {name: dtype for name, dtype in draft.dtypes.items() if name not in touched}
     return realize(replace(draft, slots=slots, dtypes=dtypes))
+
+
+@torch.no_grad()
+def _untrained(training: Training) -> tuple[Draft, PhaseReport]:
+    """The draft as it was: a block may have no norm before its linears, or no linear that is quantized."""
+    before = training.objective.validation_loss(training.params(training.draft))
+    events = ("the block has nothing that this phase trains", *training.notes)
+    return training.draft, PhaseReport(training.name, before, before, (), 0, events)
 
 
 def _kept_best(training: Training) -> tuple[Draft, PhaseReport]:
