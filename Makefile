@@ -18,11 +18,11 @@ test: $(STAMP)
 # With Triton, whose kernels run in its interpreter there.
 slow: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test,triton]"
-	$(BIN)/python -m pytest -m slow
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m slow
 
 # Our outputs in the runtimes themselves, which this installs: llama.cpp, onnxruntime, gptqmodel, auto-round, mlx-lm.
 runtimes: $(STAMP)
-	$(BIN)/python -m pytest -m slow tests/runtimes
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m slow tests/runtimes
 
 lint: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"

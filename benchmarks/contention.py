@@ -31,15 +31,13 @@ SETTINGS: dict[str, dict[str, str]] = {
     "as it comes": {},
     "PASSIVE": {"OMP_WAIT_POLICY": "PASSIVE"},
     "spin 1000": {"GOMP_SPINCOUNT": "1000"},
-    "spin 3000": {"GOMP_SPINCOUNT": "3000"},
-    "spin 10000": {"GOMP_SPINCOUNT": "10000"},
     "spin 30000": {"GOMP_SPINCOUNT": "30000"},
     "one thread": {"OMP_NUM_THREADS": "1"},
 }
 OPENMP = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 SHAPES = {192: (8, 256), 1024: (1, 1024), 4096: (1, 256)}
 """Samples of a step and tokens of a sample."""
-STEPS = 6
+STEPS = {192: 40, 1024: 8, 4096: 4}
 
 
 def main() -> None:
@@ -117,11 +115,11 @@ def steps(width: int) -> dict[str, list[float]]:
             self.ends.append((time.perf_counter(), time.process_time()))
 
     batch, tokens = SHAPES[width]
-    text = torch.randint(2, 256, (batch * STEPS, tokens), generator=torch.Generator().manual_seed(0))
+    text = torch.randint(2, 256, (batch * STEPS[width], tokens), generator=torch.Generator().manual_seed(0))
     run.draw_from_model = partial(given, text)
     method = f"omniquant(epochs=1, batch_size={batch}, augmented=False)"
     recipe = Recipe(
-        symmetric=False, method=method, samples=batch * STEPS, seq_len=tokens, evaluation_samples=0, device="cpu"
+        symmetric=False, method=method, samples=batch * STEPS[width], seq_len=tokens, evaluation_samples=0, device="cpu"
     )
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from swquant import SwquantError, registry
-from swquant.cli import KINDS, app, main
+from swquant.cli import KINDS, WAITING, app, main
 from swquant.plan import make_plan
 from swquant.recipe import PRESETS, Recipe, recipe_names
 
@@ -233,3 +234,19 @@ def test_eval_of_a_truncated_model(capsys: pytest.CaptureFixture[str], llama: Pa
         code, _, error = run(capsys, arguments[0], str(tmp_path / "model"), *arguments[1:])
         assert code == 2
         assert len(error.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [(None, "PASSIVE"), ("OMP_WAIT_POLICY", "ACTIVE"), ("GOMP_SPINCOUNT", None)]
+)
+def test_threads_do_not_spin_unless_the_user_says_so(
+    given: str | None, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in WAITING:
+        monkeypatch.setenv(name, "")  # so that all are as before when the test is over
+        monkeypatch.delenv(name)
+    if given is not None:
+        monkeypatch.setenv(given, "ACTIVE")
+    with pytest.raises(SystemExit):
+        main(["no-such-command"])
+    assert os.environ.get("OMP_WAIT_POLICY") == expected

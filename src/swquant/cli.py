@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from swquant.recipe import Recipe
 
 KINDS = ("methods", "losses", "families", "formats", "grids", "targets", "recipes")
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+"""Variables by which users say how OpenMP's threads wait."""
 USER_ERROR = 2
 FAILURE = 1
 INTERRUPTED = 130
@@ -416,6 +418,10 @@ def _option(text: str) -> tuple[str, Any]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; a user's mistake prints one sentence and exits with code 2."""
+    if not any(name in os.environ for name in WAITING):
+        # Threads that spin while they wait take the time of those that they wait for, where other work runs too.
+        # OpenMP reads it when torch is imported, which has to be later than this.
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     try:
         with handled(interrupt):
             app.main(arguments, prog_name="swquant", standalone_mode=False)
