@@ -65,6 +65,7 @@ BAD_LINES = [
     ("[" * 100_000, "JSON that is nested too deeply"),
     ('{"text": "\\ud83d"}', "'text' holds half of a surrogate pair"),
     ('{"text": "a"} {"text": "b"}', "not JSON: Extra data at column 15"),
+    ('{"text": "a\tb"}', "not JSON: Invalid control character at column 12"),
 ]
 
 

@@ -16,13 +16,13 @@ from swquant.checkpoint.quantized import Outline, QuantizedModel, shapes_of, wit
 from swquant.checkpoint.reader import find_model, require_own
 from swquant.checkpoint.writer import destination, publish, require_disk, require_unused
 from swquant.errors import SwquantError
-from swquant.formats import read_quantized
+from swquant.formats import PLAIN, read_quantized
 from swquant.formats.base import Format, examine, held_by
 from swquant.model.opening import two_heads, untied
 from swquant.model.settings import in_full
 from swquant.model.skeleton import build_skeleton
 from swquant.model.whole import require_called_for
-from swquant.output import PLAIN, RECIPE, REPORT, described, load_report, output_of, place_of
+from swquant.output import RECIPE, REPORT, described, load_report, output_of, place_of
 from swquant.plan import choose_formats, unquantized
 from swquant.recipe import Recipe
 from swquant.report import Output

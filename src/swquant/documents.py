@@ -85,7 +85,8 @@ def _parsed(text: str, where: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
-        raise SwquantError(f"{where}: not JSON: {error.msg} at {line}column {error.colno}") from error
+        what = error.msg.removesuffix(" at")  # as some of the library's messages end
+        raise SwquantError(f"{where}: not JSON: {what} at {line}column {error.colno}") from error
     except RecursionError as error:
         raise SwquantError(f"{where}: JSON that is nested too deeply") from error
     except ValueError as error:  # integers of more digits than Python converts

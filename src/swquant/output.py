@@ -33,9 +33,6 @@ from swquant.report import Output, Quality, Report
 from swquant.targets.base import Target
 from swquant.verification import Verification, verify
 
-PLAIN = "dequantized"
-"""The one format that keeps no codes."""
-
 PLACE = "PATH"
 """Stands for the output's directory in a serving command."""
 

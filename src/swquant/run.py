@@ -32,9 +32,10 @@ from swquant.engine.run_state import HIDDEN_STATES, MANIFEST, RunState, begun_wi
 from swquant.errors import DamagedRunError, SwquantError, reason_of
 from swquant.estimate.budget import Budget, micro_batch_within, shape_of
 from swquant.estimate.disk import disk_of
+from swquant.formats import PLAIN
 from swquant.model.calls import Calls, Front, capture
 from swquant.model.whole import model_of
-from swquant.output import PLAIN, REPORT, load_report, write_output
+from swquant.output import REPORT, load_report, write_output
 from swquant.phases.micro_batch import named, ran_out
 from swquant.phases.train import Train
 from swquant.plan import Plan, make_plan

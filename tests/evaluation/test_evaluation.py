@@ -140,8 +140,9 @@ def test_every_format_measures_what_the_run_reported(llama: Path, text: Path, fo
 
 
 def test_plain_weights_have_nothing_packed(llama: Path, text: Path) -> None:
-    with pytest.raises(SwquantError, match="holds no quantized model"):
+    with pytest.raises(SwquantError, match=r"holds no quantized model.*compressed_tensors, gguf, gptq") as raised:
         evaluate(llama, str(text), context=32, device="cpu", packed=True)
+    assert "dequantized keeps no codes" in str(raised.value)
 
 
 def test_memory_that_runs_out_while_loading_is_not_taken_for_a_broken_model(

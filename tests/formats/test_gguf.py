@@ -154,6 +154,7 @@ def test_what_llama_cpp_does_not_compute_is_refused(quantized: Callable[..., Qua
 
     assert check() == ()
     assert check(**rope("linear")) == ()
+    assert check(**rope("yarn", original_max_position_embeddings=32, beta_fast=32, beta_slow=1)) == ()
     assert check("gemma3", **whole("linear")) == ()
     (note,) = check("mistral", sliding_window=32)
     assert "its last 32 tokens" in note
@@ -161,6 +162,8 @@ def test_what_llama_cpp_does_not_compute_is_refused(quantized: Callable[..., Qua
         ("opt", {}, "no architecture for the family opt"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act to 'gelu'"),
         ("llama", rope("dynamic"), "rope_type to 'dynamic'"),
+        ("llama", rope("yarn", original_max_position_embeddings=32, beta_fast=16), "beta_fast to 16.*expected 32"),
+        ("qwen2", rope("yarn", original_max_position_embeddings=32, beta_slow=2.0), "beta_slow to 2.0.*expected 1"),
         ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 0}}, "factor to 0"),
         ("qwen2", rope("llama3", low_freq_factor=1.0, high_freq_factor=4.0), "rope_type to 'llama3'"),
         ("qwen3", {"attention_bias": True}, "attention_bias to True"),

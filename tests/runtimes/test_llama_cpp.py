@@ -51,7 +51,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama all heads": ("llama", {"num_key_value_heads": 4, "rms_norm_eps": 0.1}),
     "llama linear": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}}),
     "llama yarn": ("llama", {"rope_parameters": YARN}),
-    "llama yarn attention": ("llama", {"rope_parameters": {**YARN, "attention_factor": 2.0, "beta_fast": 8.0}}),
+    "llama yarn attention": ("llama", {"rope_parameters": {**YARN, "attention_factor": 2.0}}),
     "llama llama3": ("llama", {"rope_parameters": LLAMA3}),
     "llama theta": ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}),
     "mistral": ("mistral", {}),

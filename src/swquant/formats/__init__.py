@@ -10,6 +10,9 @@ from swquant.checkpoint.reader import read_config
 from swquant.errors import SwquantError
 from swquant.formats.base import Format
 
+PLAIN = "dequantized"
+"""The one format that keeps no codes."""
+
 
 def read_quantized(directory: Path, *, trusted: bool = False) -> tuple[Format, QuantizedModel]:
     """A quantized model of any format, and the format it is in; tensors are read when they are asked for.
@@ -22,12 +25,13 @@ def read_quantized(directory: Path, *, trusted: bool = False) -> tuple[Format, Q
         SwquantError: There is none in a format that keeps codes.
     """
     config = read_config(directory, trusted=trusted)
-    for name in registry.names(__name__):
+    readable = [name for name in registry.names(__name__) if name != PLAIN]
+    for name in readable:
         form: Format = registry.load(__name__, name)()
         model = form.read(directory, config)
         if model is not None:
             return form, model
     raise SwquantError(
-        f"{directory} holds no quantized model that swquant reads, expected one of "
-        f"{', '.join(registry.names(__name__))}; give the directory that swquant quantize wrote"
+        f"{directory} holds no quantized model that swquant reads, expected one of {', '.join(readable)}; give the "
+        f"directory that swquant quantize wrote ({PLAIN} keeps no codes: transformers loads its output)"
     )

@@ -41,6 +41,9 @@ _LARGEST = {
 
 _HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 ROPE_FREQS = "rope_freqs.weight"
+YARN_BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}
+"""Rotations beyond which YaRN keeps a frequency, and below which it scales one, as llama.cpp takes them for these
+architectures whatever a file says."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,6 @@ class Rope:
         factor: Of ``linear`` and ``yarn``.
         original: Of ``yarn``: tokens before scaling.
         attention: Of ``yarn``: factor on what llama.cpp computes for attention, ``1 + 0.1 ln(factor)``.
-        fast: Of ``yarn``: rotations beyond which a frequency stays.
-        slow: Of ``yarn``: rotations below which a frequency is scaled.
         divisors: ``float32 [head_dim / 2]``, a divisor for each frequency; ``None`` if there are none.
     """
 
@@ -63,8 +64,6 @@ class Rope:
     factor: float = 1.0
     original: int = 0
     attention: float = 1.0
-    fast: float = 32.0
-    slow: float = 1.0
     divisors: Tensor | None = None
 
 
@@ -213,7 +212,9 @@ def _yarn(given: Mapping[str, Any], base: float) -> Rope:
             raise unknown(f"rope_parameters.{name}", given[name], "none")
     if given.get("truncate") is False:
         raise unknown("rope_parameters.truncate", False, "true")
-    told = {"beta_fast": 32, "beta_slow": 1} | {name: value for name, value in given.items() if value}
+    for name, rotations in YARN_BETAS.items():
+        if given.get(name) and _number(given, name) != rotations:
+            raise unknown(f"rope_parameters.{name}", given[name], rotations)
     factor = _number(given, "factor")
     usual = 1 + 0.1 * math.log(factor) if factor > 1 else 1.0
     return Rope(
@@ -222,8 +223,6 @@ def _yarn(given: Mapping[str, Any], base: float) -> Rope:
         factor,
         int(_number(given, "original_max_position_embeddings")),
         1.0 if given.get("attention_factor") is None else _number(given, "attention_factor") / usual,
-        _number(told, "beta_fast"),
-        _number(told, "beta_slow"),
     )
 
 

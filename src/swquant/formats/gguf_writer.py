@@ -18,7 +18,7 @@ from swquant.checkpoint.quantized import Outline, QuantizedModel, entries
 from swquant.checkpoint.writer import Written, copy_sidecars, require_unused, write_beside
 from swquant.errors import SwquantError, reason_of
 from swquant.formats.gguf_blocks import block_type
-from swquant.formats.gguf_model import ROPE_FREQS, Model, Rope, describe_model, reorder
+from swquant.formats.gguf_model import ROPE_FREQS, YARN_BETAS, Model, Rope, describe_model, reorder
 from swquant.formats.gguf_tokenizer import Vocabulary, read_vocabulary
 from swquant.quant.qtensor import QTensor
 from swquant.quant.spec import QuantSpec
@@ -212,8 +212,8 @@ def _add_rope(writer: Any, gguf: Any, rope: Rope) -> None:
     if rope.scaling == "yarn":
         writer.add_rope_scaling_orig_ctx_len(rope.original)
         writer.add_rope_scaling_attn_factors(rope.attention)
-        writer.add_rope_scaling_yarn_beta_fast(rope.fast)
-        writer.add_rope_scaling_yarn_beta_slow(rope.slow)
+        writer.add_rope_scaling_yarn_beta_fast(YARN_BETAS["beta_fast"])
+        writer.add_rope_scaling_yarn_beta_slow(YARN_BETAS["beta_slow"])
 
 
 def _add_grid(writer: Any, spec: QuantSpec) -> None:
