@@ -10,12 +10,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM
 
 from swquant import SwquantError
-from swquant.calibration import draw_from_model, eval_windows, read_text, sample_windows, tokenize
+from swquant.calibration import eval_windows, sample_windows
+from swquant.corpus import read_text, tokenize
 from swquant.tokenizer import load_tokenizer
 
 
@@ -137,11 +138,11 @@ def test_what_the_datasets_library_is_asked_for(
 ) -> None:
     asked: list[object] = []
 
-    def load_dataset(place: str, **given: object) -> dict[str, list[str]]:
+    def load_dataset(place: str, **given: object) -> Dataset:
         asked.append((place, given))
-        return {"text": ["one", "two"]}
+        return Dataset.from_dict({"id": [1, 2], "text": ["one", "two"]})
 
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
     assert read_text(source) == "one\n\ntwo"
     assert asked == [(path, settings)]
 
@@ -158,19 +159,6 @@ def test_the_text_is_tokenised_once_in_whole(llama: Path, text: Path) -> None:
     tokens = tokenize(tokenizer, text.read_text())
     assert tokens.dtype == torch.int64
     assert tokenizer.decode(tokens, clean_up_tokenization_spaces=False) == text.read_text()
-
-
-def test_samples_follow_the_models_distribution(llama: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
-    notes: list[str] = []
-    drawn = draw_from_model(llama, 400, 2, 0, torch.device("cpu"), notes.append)
-    with torch.no_grad():
-        expected = model(input_ids=torch.tensor([[0]])).logits[0, 0].softmax(-1)
-    assert (drawn[:, 0] == 0).all()
-    frequency = torch.bincount(drawn[:, 1], minlength=320) / 400
-    likely = expected.topk(5).indices
-    torch.testing.assert_close(frequency[likely], expected[likely], atol=0.08, rtol=0)
-    assert notes[-1] == "400 of 400 samples drawn"
 
 
 def test_a_directory_without_a_tokenizer_is_refused(tmp_path: Path) -> None:

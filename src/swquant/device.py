@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -26,6 +27,19 @@ def resolve_device(text: str) -> torch.device:
     if device.type not in here or (device.index or 0) >= count:
         raise SwquantError(f"the device {text!r} is not available; this machine has {' and '.join(here)}")
     return device
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device; of the host on a CPU."""
+    return psutil.virtual_memory().available if device.type == "cpu" else torch.accelerator.get_memory_info(device)[0]
+
+
+def multiplies(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a device has instructions for matrix products in ``dtype``; a CPU without converts at every product."""
+    if device.type != "cpu" or dtype == torch.float32:
+        return True
+    known = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return dtype == torch.bfloat16 and any(getattr(torch.cpu, name, lambda: False)() for name in known)
 
 
 def moved(rows: Tensor, device: torch.device) -> Tensor:

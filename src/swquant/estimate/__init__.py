@@ -13,7 +13,6 @@ from swquant.checkpoint.writer import free_disk
 from swquant.estimate.budget import (
     Budget,
     batch_of,
-    drawing_bytes,
     drawing_problems,
     fit,
     memory_problems,
@@ -90,9 +89,10 @@ def estimate(
     Raises:
         SwquantError: As the run itself would, of whatever can be known before.
     """
-    plan, interpreter = make_plan(recipe, source, source_options), process_bytes()
+    kept = budget or Budget()
+    plan, interpreter = make_plan(recipe, source, source_options, room=kept.room), process_bytes()
     shape = shape_of(plan)
-    disk, kept, whole = disk_of(plan, shape), budget or Budget(), batch_of(plan, 1)
+    disk, whole = disk_of(plan, shape), batch_of(plan, 1)
     limit = kept.tensor_limit(plan.device, interpreter)
     micro_batch, memory = fit(plan, limit, whole) if kept.given else (whole, memory_of(plan, shape))
     on_host = plan.device.type == "cpu"
@@ -105,7 +105,7 @@ def estimate(
         *memory_problems(plan, memory, limit, micro_batch),
         *_cut(plan, memory.peak, limit, whole if not kept.given else 1),
         *_disk_problems(disk.asked, free, out),
-        *drawing_problems(plan, interpreter, kept),
+        *drawing_problems(plan),
     ]
     spent = time_of(plan, shape) if measure and not problems else None
     return Estimate(
@@ -121,7 +121,7 @@ def estimate(
             "interpreter": interpreter,
             "hidden_states": disk.hidden_states,
             "tensors": {**memory.blocks, **({"end to end": memory.finish} if memory.finish else {})},
-            "drawing": drawing_bytes(plan),
+            "drawing": 0 if plan.drawing is None else plan.drawing.needed,
         },
         disk={
             "hidden_states": disk.hidden_states,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -13,9 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from swquant.calibration import DRAWN_AT_ONCE
+from swquant.drawing import seconds_of
 from swquant.engine.block import Cached, split_validation, stored_dtypes
 from swquant.estimate.rig import Rig, bind
 from swquant.phases.base import Phase
@@ -70,7 +68,7 @@ def time_of(plan: Plan, shape: tuple[int, int, int]) -> Time:
     augmented = any(phase.augmented for phase in plan.pipeline.phases)
     totals: dict[str, float] = {}
     steps: dict[str, float] = {}
-    passes = drawing = 0.0
+    passes = 0.0
     for index, count in plan.layout.kinds().items():
         rig = _open(plan, shape, index)
         _, forward = _timed(lambda rig=rig: rig.advance(in_float(rig.params)), STEPS)
@@ -87,10 +85,10 @@ def time_of(plan: Plan, shape: tuple[int, int, int]) -> Time:
         block["commit"] = opened + 2 * _timed(lambda draft=draft: commit(draft), 1)[1]
         for name, spent in block.items():
             totals[name] = totals.get(name, 0.0) + count * spent
-        drawing += count * _drawing(rig, shape) if plan.text is None else 0.0
+    drawing = 0.0 if plan.drawing is None else seconds_of(plan.drawing, plan.skeleton, plan.layout, shape[:2])
     blocks = len(plan.skeleton.blocks)
     mean = {name: spent / blocks for name, spent in totals.items()}
-    return Time(steps, mean, blocks, _finish(plan, shape, passes / blocks), drawing / blocks, _files(plan))
+    return Time(steps, mean, blocks, _finish(plan, shape, passes / blocks), drawing, _files(plan))
 
 
 def _open(plan: Plan, shape: tuple[int, int, int], index: int) -> Rig:
@@ -146,22 +144,6 @@ def _finish(plan: Plan, shape: tuple[int, int, int], forward: float) -> float:
     tail = plan.tail()
     measured = (shape[0] - (plan.recipe.samples or 1)) * len(plan.skeleton.blocks) if tail else 0
     return (tail + measured) * forward
-
-
-@torch.no_grad()
-def _drawing(rig: Rig, shape: tuple[int, int, int]) -> float:
-    """Token by token through every linear of the model in float32, :data:`DRAWN_AT_ONCE` samples together."""
-    wide = [value.float() for value in rig.params.values() if value.dim() == 2]
-    rows = [torch.ones(DRAWN_AT_ONCE, value.shape[1], device=rig.bound.device) for value in wide]
-
-    def once() -> None:
-        for row, value in zip(rows, wide, strict=True):
-            functional.linear(row, value)
-
-    _, spent = _timed(once, STEPS)
-    weights = sum(value.numel() for value in wide)
-    head = math.prod(rig.plan.checkpoint.tensors[rig.plan.skeleton.head_weight].shape) / weights
-    return spent * (len(rig.plan.skeleton.blocks) + head) * shape[1] * -(-shape[0] // DRAWN_AT_ONCE)
 
 
 def _files(plan: Plan) -> float:
