@@ -111,6 +111,7 @@ def main() -> None:
         run.draw_from_model = partial(given, text)
         for name, (method, loss) in WAYS.items():
             recipe = Recipe(
+                calibration="self",
                 bits=2,
                 group_size=64,
                 symmetric=False,

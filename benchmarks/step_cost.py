@@ -103,6 +103,7 @@ def main() -> None:
         for name, (method, loss, target) in WAYS.items():
             clock = Clock(plain)
             recipe = Recipe(
+                calibration="self",
                 method=method.format(epochs),
                 loss=loss,
                 samples=SAMPLES,

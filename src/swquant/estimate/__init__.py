@@ -23,7 +23,9 @@ from swquant.estimate.budget import (
 )
 from swquant.estimate.disk import VALUES, disk_of, learned_bytes
 from swquant.estimate.memory import memory_of
-from swquant.estimate.timing import Time, time_of
+from swquant.estimate.shorter import LONG, faster
+from swquant.estimate.timing import Time, count_up
+from swquant.estimate.timing import measure as measured
 from swquant.plan import Plan, make_plan
 from swquant.quant.kind import row_bits
 from swquant.recipe import Recipe
@@ -46,6 +48,8 @@ class Estimate:
         parts: What ``host`` and ``device`` are made of.
         disk: At its largest; ``free`` is what the disk has.
         time: Seconds, by part; ``None`` if nothing was measured.
+        chosen: What was left to ``auto`` and chosen, a sentence.
+        faster: Where the run is long, seconds by the flags that would shorten it.
         problems: What does not fit, a sentence each, with what would.
     """
 
@@ -60,6 +64,8 @@ class Estimate:
     parts: Mapping[str, Any]
     disk: Mapping[str, Any]
     time: Mapping[str, Any] | None
+    chosen: str | None
+    faster: Mapping[str, float]
     problems: tuple[str, ...]
 
     def to_json(self) -> str:
@@ -107,7 +113,9 @@ def estimate(
         *_disk_problems(disk.asked, free, out),
         *drawing_problems(plan),
     ]
-    spent = time_of(plan, shape) if measure and not problems else None
+    found = measured(plan, shape) if measure and not problems else None
+    spent = None if found is None else count_up(plan, shape, found)
+    long = spent is not None and spent.total > LONG
     return Estimate(
         recipe=plan.recipe.to_mapping(),
         blocks=len(plan.skeleton.blocks),
@@ -132,6 +140,8 @@ def estimate(
             "free": free,
         },
         time=None if spent is None else _spent(spent),
+        chosen=plan.chosen,
+        faster=faster(recipe, plan, found, source, source_options) if found is not None and long else {},
         problems=tuple(problems),
     )
 
