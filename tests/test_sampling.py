@@ -29,9 +29,9 @@ class Told(Silent):
     def __init__(self) -> None:
         self.lines: list[str] = []
 
-    def stage(self, name: str) -> None:
+    def stage(self, what: str) -> None:
         """One of them."""
-        self.lines.append(name)
+        self.lines.append(what)
 
 
 def free(monkeypatch: pytest.MonkeyPatch, room: int) -> None:
