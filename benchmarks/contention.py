@@ -119,7 +119,14 @@ def steps(width: int) -> dict[str, list[float]]:
     run.draw_from_model = partial(given, text)
     method = f"omniquant(epochs=1, batch_size={batch}, augmented=False)"
     recipe = Recipe(
-        symmetric=False, method=method, samples=batch * STEPS[width], seq_len=tokens, evaluation_samples=0, device="cpu"
+        symmetric=False,
+        method=method,
+        samples=batch * STEPS[width],
+        seq_len=tokens,
+        evaluation_samples=0,
+        calibration="self",
+        precision="float32",
+        device="cpu",
     )
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:

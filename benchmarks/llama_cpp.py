@@ -31,9 +31,10 @@ from torch.nn.functional import pad
 import node_llama_cpp
 import swquant
 from swquant import Recipe, quantize
-from swquant.calibration import eval_windows, read_text, tokenize
+from swquant.calibration import eval_windows
 from swquant.checkpoint.quantized import Outline, QuantizedModel
 from swquant.checkpoint.reader import open_checkpoint
+from swquant.corpus import read_text, tokenize
 from swquant.formats.gguf import Gguf
 from swquant.quant.spec import QuantSpec
 from swquant.tokenizer import open_reading

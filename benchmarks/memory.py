@@ -36,7 +36,8 @@ if len(sys.argv) > 1:
     source, out, samples, tokens, host = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:])
     text = torch.randint(2, 256, (samples, tokens), generator=torch.Generator().manual_seed(0))
     run.draw_from_model = lambda *_: text
-    recipe = Recipe(samples=samples, seq_len=tokens, epochs=1, evaluation_samples=0, device="cpu")
+    recipe = Recipe(calibration="self", samples=samples, seq_len=tokens, epochs=1, evaluation_samples=0, device="cpu",
+                    precision="float32")
     run.quantize(recipe, source, out, budget=Budget(host=host) if host else None)
 used = resource.getrusage(resource.RUSAGE_SELF)
 print(used.ru_maxrss * 1024, used.ru_utime + used.ru_stime)

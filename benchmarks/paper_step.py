@@ -97,6 +97,7 @@ def main() -> None:
         text = torch.randint(2, 256, (4, tokens), generator=torch.Generator().manual_seed(0))
         run.draw_from_model = lambda *_, text=text: text
         recipe = Recipe(
+            calibration="self",
             bits=2,
             group_size=GROUP,
             symmetric=False,

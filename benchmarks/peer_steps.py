@@ -67,7 +67,7 @@ run.draw_from_model = lambda *_: tokens
 method = "signround(steps={steps}, batch_size={batch})".format(**job)
 samples, length = tokens.shape
 recipe = Recipe(bits=job["bits"], group_size=job["group"], symmetric=False, method=method, loss="mse", samples=samples,
-                seq_len=length, evaluation_samples=0, device="cpu", **job["settings"])
+                seq_len=length, calibration="self", evaluation_samples=0, device="cpu", **job["settings"])
 run.quantize(recipe, job["model"], sys.argv[1] + "-out", observer=Turns())
 """
 

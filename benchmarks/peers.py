@@ -28,8 +28,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from swquant import Recipe, SwquantError, __version__, evaluate, quantize
-from swquant.calibration import read_text, sample_windows, tokenize
+from swquant.calibration import sample_windows
 from swquant.checkpoint.reader import open_checkpoint
+from swquant.corpus import read_text, tokenize
 from swquant.model.calls import probe
 from swquant.model.layout import lay_out
 from swquant.model.opening import open_model

@@ -111,6 +111,7 @@ def main() -> None:
         run.draw_from_model = partial(given, text)
         for name, (method, loss) in WAYS.items():
             recipe = Recipe(
+                calibration="self",
                 bits=2,
                 group_size=64,
                 symmetric=False,
@@ -119,6 +120,7 @@ def main() -> None:
                 samples=4 * batch,
                 seq_len=tokens,
                 evaluation_samples=0,
+                precision="float32",
                 device="cpu",
             )
             with tempfile.TemporaryDirectory() as folder:

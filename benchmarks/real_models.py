@@ -156,7 +156,8 @@ def measure(form: str, place: Path, source: Path, text: Path, runtime: Path, cou
     """The perplexity of the evaluation's windows, on the original's tokens."""
     import torch
 
-    from swquant.calibration import eval_windows, read_text, tokenize
+    from swquant.calibration import eval_windows
+    from swquant.corpus import read_text, tokenize
     from swquant.tokenizer import open_reading
 
     reading = open_reading(source)

@@ -75,6 +75,7 @@ def seconds(setting: Setting, epochs: int, model: Path) -> tuple[float, float]:
     text = torch.randint(2, 256, (samples, setting.tokens), generator=torch.Generator().manual_seed(0))
     run.draw_from_model = partial(given, text)
     recipe = Recipe(
+        calibration="self",
         bits=2,
         group_size=64,
         symmetric=False,
@@ -83,6 +84,7 @@ def seconds(setting: Setting, epochs: int, model: Path) -> tuple[float, float]:
         samples=samples,
         seq_len=setting.tokens,
         evaluation_samples=0,
+        precision="float32",
         device="cpu",
     )
     clock, began = Clock(), time.process_time()

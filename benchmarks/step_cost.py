@@ -103,11 +103,13 @@ def main() -> None:
         for name, (method, loss, target) in WAYS.items():
             clock = Clock(plain)
             recipe = Recipe(
+                calibration="self",
                 method=method.format(epochs),
                 loss=loss,
                 samples=SAMPLES,
                 seq_len=TOKENS,
                 evaluation_samples=0,
+                precision="float32",
                 device="cpu",
             )
             run.quantize(recipe, place / "model", place / name, observer=clock)

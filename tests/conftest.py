@@ -142,7 +142,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
 @pytest.fixture(autouse=True, scope="session")
 def the_same_precision_on_every_processor() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("swquant.engine.precision._has_bfloat16_products", lambda: False)
+        patch.setattr("swquant.device._has_bfloat16_products", lambda: False)
         yield
 
 

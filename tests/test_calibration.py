@@ -7,19 +7,17 @@ import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM
 
 from swquant import SwquantError
-from swquant.calibration import draw_from_model, eval_windows, read_text, sample_windows, tokenize
-from swquant.seeds import generator
+from swquant.calibration import eval_windows, sample_windows
+from swquant.corpus import read_text, tokenize
 from swquant.tokenizer import load_tokenizer
-from tiny_models import tiny_model
 
 
 @given(st.integers(1, 300), st.integers(1, 12), st.integers(1, 40), st.integers(0, 9))
@@ -141,11 +139,11 @@ def test_what_the_datasets_library_is_asked_for(
 ) -> None:
     asked: list[object] = []
 
-    def load_dataset(place: str, **given: object) -> dict[str, list[str]]:
+    def load_dataset(place: str, **given: object) -> Dataset:
         asked.append((place, given))
-        return {"text": ["one", "two"]}
+        return Dataset.from_dict({"id": [1, 2], "text": ["one", "two"]})
 
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
     assert read_text(source) == "one\n\ntwo"
     assert asked == [(path, settings)]
 
@@ -162,34 +160,6 @@ def test_the_text_is_tokenised_once_in_whole(llama: Path, text: Path) -> None:
     tokens = tokenize(tokenizer, text.read_text())
     assert tokens.dtype == torch.int64
     assert tokenizer.decode(tokens, clean_up_tokenization_spaces=False) == text.read_text()
-
-
-def test_samples_follow_the_models_distribution(llama: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
-    notes: list[str] = []
-    drawn = draw_from_model(llama, 400, 2, 0, torch.device("cpu"), notes.append)
-    with torch.no_grad():
-        expected = model(input_ids=torch.tensor([[0]])).logits[0, 0].softmax(-1)
-    assert (drawn[:, 0] == 0).all()
-    frequency = torch.bincount(drawn[:, 1], minlength=320) / 400
-    likely = expected.topk(5).indices
-    torch.testing.assert_close(frequency[likely], expected[likely], atol=0.08, rtol=0)
-    assert notes[-1] == "400 of 400 samples drawn"
-
-
-@pytest.mark.parametrize("model_type", ["mamba", "xlstm", "bamba", "openai-gpt"])
-def test_each_token_is_drawn_from_the_answer_to_the_whole_text(model_type: str) -> None:
-    """A cache with another name, one that fails, one with which the model answers otherwise, and none."""
-    model: Any = tiny_model(model_type)
-    drawn = draw_from_model(lambda: model, 2, 24, 0, torch.device("cpu"), lambda note: None)
-    rng = generator(0, "self", 0)
-    torch.randint(model.config.vocab_size, (2, 1), generator=rng)
-    text = drawn[:, :1]
-    with torch.no_grad():
-        while text.shape[1] < 24:
-            odds = model(input_ids=text, use_cache=False).logits[:, -1].softmax(-1)
-            text = torch.cat((text, torch.multinomial(odds, 1, generator=rng)), 1)
-    assert torch.equal(drawn, text)
 
 
 def test_a_directory_without_a_tokenizer_is_refused(tmp_path: Path) -> None:

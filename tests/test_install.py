@@ -54,6 +54,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     assert {"swquant/py.typed", *(f"swquant/recipes/{name}.yaml" for name in papers)} <= held
     demo = ("calibration.txt", "evaluation.txt", "model/config.json", "model/model.safetensors", "model/tokenizer.json")
     assert {f"swquant/demo_assets/{name}" for name in demo} <= held
+    assert "swquant/texts/calibration.jsonl.gz" in held
 
 
 def test_the_installed_command_lists_what_the_source_does(wheel: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import swquant
 from swquant import Recipe, SwquantError, evaluate, quantize
-from swquant.calibration import begun, eval_windows, sample_windows, tokenize
+from swquant.calibration import begun, eval_windows, sample_windows
+from swquant.corpus import tokenize
 from swquant.evaluation import What, measure
 from swquant.families import begins_each_window
 from swquant.formats.gguf_tokenizer import read_vocabulary

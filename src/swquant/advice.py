@@ -9,6 +9,7 @@ from statistics import median
 from swquant.grids.uniform import SCALE_BITS
 from swquant.phases.base import PhaseReport
 from swquant.phases.scale_training import LEARNED_BYTES
+from swquant.recipe import SELF
 from swquant.report import Report
 from swquant.units import size
 
@@ -181,7 +182,7 @@ def flattering_text(report: Report) -> str | None:
     """Text that the calibration came from flatters."""
     if report.quality is None or report.recipe["evaluation"] is not None:
         return None
-    drawn = report.recipe["calibration"] == "self"
+    drawn = report.recipe["calibration"] == SELF
     source = "text that the model wrote itself" if drawn else "text held out of the calibration's"
     return f"The numbers are of {source}, which flatters. Give --evaluation, or run swquant eval on other text."
 

@@ -11,6 +11,7 @@ import yaml
 from huggingface_hub import ModelCardData
 
 from swquant.errors import SwquantError
+from swquant.recipe import shown_text
 from swquant.report import Output, Report
 from swquant.validation import read_yaml
 
@@ -83,8 +84,9 @@ def _losses(report: Report) -> Iterator[str]:
     if quality is None:
         yield "Nothing was measured."
     else:
-        measured = report.recipe["evaluation"] or f"a part of {_calibration(report.recipe)} that was held out"
-        yield f"On {quality.tokens} tokens of {Path(str(measured)).name}:\n"
+        given = report.recipe["evaluation"]
+        measured = shown_text(str(given)) if given else f"a part of {_calibration(report.recipe)} that was held out"
+        yield f"On {quality.tokens} tokens of {measured}:\n"
         yield "| | original | this model |\n|---|---:|---:|"
         yield f"| perplexity | {quality.perplexity_reference:.3f} | {quality.perplexity:.3f} |"
         yield f"| KL to the original, nats per token | 0 | {quality.kl:.4f} |"
@@ -112,6 +114,4 @@ def _loading(output: Output) -> Iterator[str]:
 
 
 def _calibration(recipe: Mapping[str, Any]) -> str:
-    source = str(recipe["calibration"])
-    text = "text that the original wrote itself" if source == "self" else Path(source).name
-    return f"{recipe['samples']} samples of {recipe['seq_len']} tokens of {text}"
+    return f"{recipe['samples']} samples of {recipe['seq_len']} tokens of {shown_text(str(recipe['calibration']))}"

@@ -41,13 +41,19 @@ RECIPE_OPTIONS = (
     click.option("--method", help="One of swquant list methods, or several: 'awq + tesseraq'.  [by recipe]"),
     click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help="An option of a method; repeatable."),
     click.option("--loss", help="Training loss, e.g. '0.9*mse + 0.1*sliced_wasserstein(slices=256)'."),
-    click.option("--calibration", help="Text or jsonl file, datasets name, or 'self': drawn from the model.  [self]"),
+    click.option(
+        "--calibration",
+        help="Text or jsonl file, datasets name, mix (kinds from the hub, mix:chat+code), bundled (a text that comes "
+        "along), or self: drawn from the model.  [self if it fits and is quick, else bundled]",
+    ),
     click.option("--samples", type=int, help="Calibration samples.  [128, by preset]"),
     click.option("--seq-len", type=int, help="Tokens per sample.  [2048, or the model's limit]"),
     click.option(
         "--epochs", type=int, help="Passes over the samples, for all methods that have them.  [by method, preset]"
     ),
-    click.option("--evaluation", help="Text or datasets name to measure the result on.  [held out of --calibration]"),
+    click.option(
+        "--evaluation", help="What to measure the result on, as --calibration but self.  [held out of --calibration]"
+    ),
     click.option("--evaluation-samples", type=int, help="Windows of --seq-len tokens to measure on; 0 for none.  [16]"),
     click.option("--seed", type=int, help="Seed of everything random.  [0]"),
     click.option("--precision", help="Of matrix products in training: float32, bfloat16 or auto.  [auto]"),

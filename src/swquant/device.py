@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import psutil
 import torch
 from torch import Tensor
 
@@ -26,6 +29,32 @@ def resolve_device(text: str) -> torch.device:
     if device.type not in here or (device.index or 0) >= count:
         raise SwquantError(f"the device {text!r} is not available; this machine has {' and '.join(here)}")
     return device
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device; of the host on a CPU."""
+    return psutil.virtual_memory().available if device.type == "cpu" else torch.accelerator.get_memory_info(device)[0]
+
+
+def multiplies(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a device has instructions for matrix products in ``dtype``; without, each number is converted first."""
+    if dtype == torch.float32:
+        return True
+    if device.type == "cpu":
+        return dtype == torch.bfloat16 and _has_bfloat16_products()
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+    return True
+
+
+def _has_bfloat16_products() -> bool:
+    """The processor's own instructions, as torch finds them: by names from 2.13 on, before by a function for each."""
+    named = getattr(torch.cpu, "get_capabilities", None)
+    if named is not None:
+        found: Mapping[str, object] = named()
+        return any(bool(found.get(name)) for name in ("amx_bf16", "avx512_bf16"))
+    known = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return any(getattr(torch.cpu, name, lambda: False)() for name in known)
 
 
 def moved(rows: Tensor, device: torch.device) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import itertools
 import math
@@ -14,14 +13,15 @@ from typing import Any
 import torch
 
 from swquant import registry
-from swquant.calibration import read_text
 from swquant.checkpoint.names import Piece
 from swquant.checkpoint.opening import SourceOptions, open_source
 from swquant.checkpoint.own_code import trusts_code
 from swquant.checkpoint.quantized import Outline
 from swquant.checkpoint.rotation import rotate
 from swquant.checkpoint.source import Source
-from swquant.device import resolve_device
+from swquant.corpus import Corpus
+from swquant.device import free_memory, resolve_device
+from swquant.drawing import Drawing
 from swquant.engine.block import Job, split_validation
 from swquant.engine.pace import tail_of
 from swquant.engine.precision import PRECISIONS, fastest_precision
@@ -38,6 +38,7 @@ from swquant.model.settings import in_full
 from swquant.model.skeleton import Skeleton
 from swquant.quant.spec import UNIFORM, QuantSpec
 from swquant.recipe import PRESETS, Recipe
+from swquant.sampling import Room, material_of
 from swquant.targets import choose_format, load_target, require_loads, require_model, require_together
 from swquant.targets.base import Target
 from swquant.tokenizer import Reading, digest, open_reading
@@ -67,6 +68,8 @@ class Plan:
         device: Where to compute.
         text: To calibrate on; ``None`` draws samples from the model.
         evaluation: Text to measure on.
+        drawing: How samples are drawn, if they are.
+        chosen: What was left to ``auto`` and chosen, a sentence.
         notes: What each format has to say.
         bytes_source: Size of the source's tensors.
     """
@@ -84,8 +87,10 @@ class Plan:
     target: Target | None
     outline: Outline
     device: torch.device
-    text: str | None
-    evaluation: str | None
+    text: Corpus | None
+    evaluation: Corpus | None
+    drawing: Drawing | None
+    chosen: str | None
     notes: tuple[tuple[str, ...], ...]
     bytes_source: int
 
@@ -99,7 +104,7 @@ class Plan:
             "grids": {
                 site.name: _label(site.spec) for block in self.layout.blocks for site in block if site.spec != self.spec
             },
-            **{name: text and hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()},
+            **{name: text and text.digest() for name, text in texts.items()},
             "tokenizer": digest(self.disk.directory) if any(text is not None for text in texts.values()) else None,
             "begin_each_window": begins_each_window(self.disk.config),
             "versions": versions(),
@@ -172,6 +177,7 @@ def make_plan(
     source: str | Path,
     options: SourceOptions | None = None,
     grids: Mapping[str, QuantSpec | None] | None = None,
+    room: Room = free_memory,
 ) -> Plan:
     """Check a recipe against a model, and fill in its defaults.
 
@@ -180,6 +186,7 @@ def make_plan(
         source: A model directory, or a hub name.
         options: Which of its files, and whether it may be quantized already.
         grids: As the recipe's, on top of these.
+        room: Bytes that it may take on its device.
 
     Raises:
         SwquantError: If any part is unknown, out of range, or does not fit another.
@@ -206,16 +213,15 @@ def make_plan(
     outline = make_outline(disk, checkpoint, skeleton, layout)
     notes = _notes(formats, target, outline)
     seq_len = _sample_length(recipe.seq_len, skeleton.longest, loss, hidden_size)
-    text = None if recipe.calibration == "self" else read_text(recipe.calibration)
-    evaluation = None if recipe.evaluation is None else read_text(recipe.evaluation)
+    recipe = replace(recipe, samples=recipe.samples or preset.samples, seq_len=seq_len)
+    material = material_of(recipe, disk, model.skeleton, layout, device, room)
     resolved = replace(
         recipe,
         method=" + ".join(map(str, steps)),
         options={},
         epochs=None,
         loss=loss and str(loss),
-        samples=recipe.samples or preset.samples,
-        seq_len=seq_len,
+        calibration=material.calibration,
         format=",".join(names),
         device=str(device),
     )
@@ -233,8 +239,10 @@ def make_plan(
         target,
         outline,
         device,
-        text,
-        evaluation,
+        material.text,
+        material.evaluation,
+        material.drawing,
+        material.chosen,
         notes,
         disk.tensor_bytes,
     )

@@ -23,8 +23,9 @@ CHANNEL = "channel"
 LATER_KEYS = ("grid", "grids", "precision")
 """Keys younger than the first recipes, whose hashes stay."""
 
-AUTO = "auto"
-SETTLED = ("precision", "device")
+AUTO, SELF, BUNDLED = "auto", "self", "bundled"
+"""Of calibration: one of the other two, chosen when a run starts; samples from the model; the text of swquant's own."""
+SETTLED = ("precision", "device", "calibration")
 """Keys whose ``auto`` is decided when a run starts, and stays."""
 
 PresetName = Literal["fast", "default", "best"]
@@ -60,7 +61,10 @@ class Recipe:
             parentheses: ``gptq + block_ap(epochs=4) + tesseraq``.
         options: Options of the method, where there is only one.
         loss: Loss expression, e.g. ``0.9*mse + 0.1*sliced_wasserstein(slices=256)``; ``None`` is each method's own.
-        calibration: A text or jsonl file, a datasets name, or ``self`` for samples drawn from the model.
+        calibration: A text or jsonl file; a datasets name; a mixture of them, ``mix`` or some kinds of it,
+            ``mix:chat+code``; ``bundled``, the text that comes with swquant; ``self`` for samples drawn from the model;
+            or ``auto``: ``self`` where the model fits for it and it takes no longer than half an hour, else
+            ``bundled``.
         samples: Calibration samples; ``None`` is the preset's number.
         seq_len: Tokens of a sample; ``None`` is 2048, or the model's limit if that is less.
         epochs: Passes over the samples of every method that trains by epochs; ``None`` is each method's own number.
@@ -92,7 +96,7 @@ class Recipe:
     method: str = "omniquant"
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])
     loss: str | None = None
-    calibration: str = "self"
+    calibration: str = AUTO
     samples: Annotated[int, Field(ge=1)] | None = None
     seq_len: Annotated[int, Field(ge=2)] | None = None
     epochs: Annotated[int, Field(ge=0)] | None = None
@@ -188,7 +192,10 @@ class Recipe:
 
     def settled(self, chosen: Mapping[str, Any]) -> Recipe:
         """This recipe with ``chosen`` for those of :data:`SETTLED` that it leaves open."""
-        return replace(self, **{key: chosen[key] for key in SETTLED if vars(self)[key] == AUTO and key in chosen})
+        taken = {key: chosen[key] for key in SETTLED if vars(self)[key] == AUTO and key in chosen}
+        if taken.get("calibration") not in (SELF, BUNDLED):  # a text that was asked for, which auto never takes
+            taken.pop("calibration", None)
+        return replace(self, **taken)
 
     @property
     def spec(self) -> QuantSpec:
@@ -239,6 +246,12 @@ class Recipe:
 
 
 _DEFAULTS = vars(Recipe())
+
+
+def shown_text(source: str) -> str:
+    """A text of a recipe by its name, without the author's directories."""
+    known = {SELF: "text that the original wrote itself", BUNDLED: "the text that comes with swquant"}
+    return known.get(source, Path(source).name)
 
 
 def _from_file(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swquant.calibration import draw_from_model, eval_windows, sample_windows, tokenize
+from swquant.calibration import eval_windows, sample_windows
 from swquant.checkpoint.opening import SourceOptions, note_of
-from swquant.checkpoint.own_code import trusts_code
-from swquant.checkpoint.widened import Widened
 from swquant.checkpoint.writer import destination, publish, require_disk, require_unused
+from swquant.corpus import tokens_of
 from swquant.device import resolve_device
 from swquant.distributed.ranks import Alone, Ranks
+from swquant.drawing import draw_from_model
 from swquant.engine.block import Job, load_block, quantize_block
 from swquant.engine.bound import BoundBlock
 from swquant.engine.end_to_end import train_scales
@@ -30,11 +30,10 @@ from swquant.engine.observer import Observer, Silent
 from swquant.engine.precision import PRECISIONS, tensor_float32
 from swquant.engine.run_state import HIDDEN_STATES, MANIFEST, RunState, begun_with, lock_directory, open_run_state
 from swquant.errors import DamagedRunError, SwquantError, reason_of
-from swquant.estimate.budget import Budget, micro_batch_within, shape_of
+from swquant.estimate.budget import Budget, drawing_problems, micro_batch_within, shape_of
 from swquant.estimate.disk import disk_of
 from swquant.formats import PLAIN
 from swquant.model.calls import Calls, Front, capture
-from swquant.model.whole import model_of
 from swquant.output import REPORT, load_report, write_output
 from swquant.phases.micro_batch import named, ran_out
 from swquant.phases.train import Train
@@ -122,9 +121,15 @@ def quantize_together(
     if budget is not None and budget.given:
         keep_little()
     recipe = ranks.lead(partial(_settled, recipe, out))
+    room = (budget or Budget()).room
     plans: list[Plan] = []
-    ranks.lead(lambda: plans.append(make_plan(recipe, source, source_options, grids)))
-    plan = plans[0] if plans else make_plan(recipe, source, source_options, grids)
+
+    def first() -> str:
+        plans.append(make_plan(recipe, source, source_options, grids, room))
+        return plans[0].recipe.calibration
+
+    recipe = recipe.settled({"calibration": ranks.lead(first)})
+    plan = plans[0] if plans else make_plan(recipe, source, source_options, grids, room)
     _announce(plan, watching)
     key, work = ranks.lead(plan.key), _work_of(out)
     whole_key = {**key, OUTPUT: plan.output_key()}
@@ -185,6 +190,8 @@ def _announce(plan: Plan, watching: Observer) -> None:
     watching.stage(f"Training on {plan.device} with matrix products in {plan.recipe.precision}")
     if note := note_of(plan.disk):
         watching.stage(note[0].upper() + note[1:])
+    if plan.chosen is not None:
+        watching.stage(plan.chosen)
 
 
 def _work_of(out: Path) -> Path:
@@ -325,6 +332,8 @@ def _nothing_is_lost(work: Path) -> Generator[None]:
 
 def _start(plan: Plan, run_state: RunState, out: Path, watching: Observer, ranks: int) -> None:
     """Make the samples and both models' hidden states before block 0, if the disk and the weights allow for a run."""
+    for problem in drawing_problems(plan):
+        raise SwquantError(problem)
     require_disk(out, disk_of(plan, shape_of(plan), ranks).asked)
     plan.checkpoint.sidecars()
     plan.checkpoint.require_finite(site.weight for site in plan.layout.sites)
@@ -352,27 +361,20 @@ def _samples(plan: Plan, reading: Reading | None, watching: Observer) -> tuple[T
     assert length is not None
     measured = torch.empty(0, length, dtype=torch.long)
     if held and plan.evaluation is not None and reading is not None:
-        measured = eval_windows(tokenize(reading.tokenizer, plan.evaluation), length, held, reading.begin)
+        measured = eval_windows(tokens_of(plan.evaluation, reading.tokenizer), length, held, reading.begin)
         held = 0
-    if plan.text is None or reading is None:
+    if plan.drawing is not None:
         watching.stage(f"Drawing {samples + held} samples of {length} tokens from the model")
-        drawn = draw_from_model(_drawn_from(plan), samples + held, length, recipe.seed, plan.device, watching.stage)
+        drawn = draw_from_model(plan.disk, plan.drawing, samples + held, length, recipe.seed, watching.stage)
         return drawn[:samples], torch.cat((measured, drawn[samples:]))
-    tokens = tokenize(reading.tokenizer, plan.text)
+    assert plan.text is not None
+    assert reading is not None
+    tokens = tokens_of(plan.text, reading.tokenizer)
     held = min(held, len(tokens) // length // EVALUATION_SHARE)
     if held:
         measured = eval_windows(tokens[-held * length :], length, held, reading.begin)
         tokens = tokens[: -held * length]
     return sample_windows(tokens, samples, length, recipe.seed, reading.begin), measured
-
-
-def _drawn_from(plan: Plan) -> Path | Callable[[], Any]:
-    """The model as it was before any rotation; transformers would want packages of its own for some quantized ones.
-
-    Code of the model's own, too, is run where its weights are read.
-    """
-    seen = isinstance(plan.disk, Widened) or trusts_code(plan.disk.config)
-    return partial(model_of, plan.disk) if seen else plan.disk.directory
 
 
 def _quality(plan: Plan, run_state: RunState, watching: Observer) -> Quality | None:

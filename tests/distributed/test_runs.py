@@ -28,6 +28,7 @@ from swquant.formats.compressed_tensors import CompressedTensors
 from swquant.model.skeleton import Block, Call
 from swquant.phases import passes
 from swquant.phases.base import Problem
+from swquant.plan import Plan, make_plan
 from swquant.quant.qtensor import QTensor
 from swquant.run import quantize_together
 
@@ -120,6 +121,23 @@ def test_a_finished_run_is_found_by_all_ranks(crew: RunCrew, llama: Path, text: 
     report = quantize(recipe, llama, tmp_path / "out")
     found = crew(3, lambda ranks: quantize_together(recipe, llama, tmp_path / "out", ranks, Silent()))
     assert found == [report, None, None]
+
+
+def test_all_ranks_take_what_the_first_chose(
+    crew: RunCrew, llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory is free for one of them alone."""
+    rooms, plans, recipe = iter([1 << 40]), list[Plan](), recipe_of(text, "rtn", calibration="auto")
+
+    def planned(*given: Any) -> Plan:
+        plans.append(make_plan(*given))
+        return plans[-1]
+
+    monkeypatch.setattr("swquant.estimate.budget.Budget.room", lambda self, device: next(rooms, 1000))
+    monkeypatch.setattr("swquant.run.make_plan", planned)
+    first, _ = crew(2, lambda ranks: quantize_together(recipe, llama, tmp_path / "out", ranks, Silent()))
+    assert first.recipe["calibration"] == "self"
+    assert [plan.recipe.calibration for plan in plans] == ["self", "self"]
 
 
 def test_one_rank_writes_and_nothing_twice(

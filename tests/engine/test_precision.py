@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 import swquant.run as run
-from swquant import Recipe, SwquantError, plan, quantize
-from swquant.engine import precision, run_state
+from swquant import Recipe, SwquantError, device, plan, quantize
+from swquant.engine import run_state
 from swquant.engine.observer import Silent
 from swquant.engine.precision import at_precision, fastest_precision, tensor_float32
 from swquant.engine.run_state import MANIFEST
 from swquant.report import Report
 
-HAS_BFLOAT16_PRODUCTS = precision._has_bfloat16_products
+HAS_BFLOAT16_PRODUCTS = device._has_bfloat16_products
 """Before what holds for all tests: that no processor has it."""
 
 
@@ -91,24 +91,24 @@ def test_it_is_a_function_of_the_recipe_alone(llama: Path) -> None:
 
 
 def test_the_fastest_precision_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precision, "_has_bfloat16_products", HAS_BFLOAT16_PRODUCTS)
+    monkeypatch.setattr(device, "_has_bfloat16_products", HAS_BFLOAT16_PRODUCTS)
     for found, expected in (({}, "float32"), ({"avx512_bf16": True}, "bfloat16"), ({"amx_bf16": True}, "bfloat16")):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=found: found, raising=False)
         assert fastest_precision(torch.device("cpu")) == expected
     for capability, expected in (((7, 5), "float32"), ((8, 0), "bfloat16"), ((9, 0), "bfloat16")):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
         assert fastest_precision(torch.device("cuda")) == expected
     assert fastest_precision(torch.device("mps")) == "float32"
 
 
 def test_float32_products_are_tf32_beside_bfloat16_on_cuda_alone() -> None:
     before = torch.backends.cuda.matmul.allow_tf32
-    for device, products, expected in (
+    for kind, products, expected in (
         ("cuda", torch.bfloat16, True),
         ("cuda", torch.float32, False),
         ("cpu", torch.bfloat16, before),
     ):
-        with tensor_float32(torch.device(device), products):
+        with tensor_float32(torch.device(kind), products):
             assert torch.backends.cuda.matmul.allow_tf32 == expected
         assert torch.backends.cuda.matmul.allow_tf32 == before
 

@@ -71,9 +71,10 @@ def test_weights_end_to_end_that_do_not_fit_are_to_be_left_out(
 
 
 def test_drawing_samples_needs_room_for_the_whole_model(plan: Plan, llama: Path) -> None:
-    drawing = make_plan(RECIPE, llama)
-    with pytest.raises(SwquantError, match=r"give --calibration TEXT"):
-        micro_batch_within(drawing, Budget(host=1000), 1)
+    tight = Budget(host=1000)
+    drawing = make_plan(replace(RECIPE, calibration="self"), llama, room=tight.room)
+    with pytest.raises(SwquantError, match=r"1\.00 kB are there: give --calibration bundled"):
+        micro_batch_within(drawing, tight, 1)
 
 
 def test_a_run_within_a_budget_has_the_result_of_one_without(
@@ -130,7 +131,7 @@ def test_what_was_finished_or_begun_needs_no_room_for_its_start(
     assert len(kept.blocks) == 2
     drawing = make_plan(RECIPE, llama)
 
-    def none(plan: Plan, interpreter: int, budget: Budget) -> list[str]:
+    def none(plan: Plan) -> list[str]:
         return ["no room"]
 
     monkeypatch.setattr("swquant.estimate.budget.drawing_problems", none)

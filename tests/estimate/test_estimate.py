@@ -24,11 +24,13 @@ from swquant.estimate import estimate, shape_of
 from swquant.estimate.live import Live, without_values
 from swquant.estimate.memory import memory_of
 from swquant.estimate.rig import Rig, bind
+from swquant.estimate.shown import print_estimate
+from swquant.estimate.timing import Measured, measure
 from swquant.plan import make_plan
 from swquant.quant.deferred import in_float
 from swquant.recipe import Recipe
 from swquant.run import quantize
-from swquant.units import parse_size
+from swquant.units import parse_size, span
 
 MakeModel = Callable[..., Path]
 
@@ -198,3 +200,37 @@ def test_the_time_is_known_within_30_percent(wide: Path, text: Path, tmp_path: P
     began = time.perf_counter()
     quantize(recipe, wide, tmp_path / "out")
     assert said["total"] == pytest.approx(time.perf_counter() - began, rel=0.3)
+
+
+def test_a_long_run_is_told_what_makes_it_shorter(
+    wide: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each flag's time is what a plan with that flag says, of the same measurement."""
+    kept: list[list[Measured]] = []
+    recipe = Recipe.load("w2g64").override({"calibration": str(text), "seq_len": 16, "samples": 64, "device": "cpu"})
+    monkeypatch.setattr("swquant.estimate.measured", lambda *given: kept[0] if kept else _noted(kept, measure(*given)))
+    monkeypatch.setattr("swquant.estimate.timing._files", lambda plan: 0.0)
+    short = estimate(recipe, wide, tmp_path / "out")
+    assert short.time is not None
+    assert short.faster == {}
+    monkeypatch.setattr("swquant.estimate.LONG", 0)
+    monkeypatch.setattr("swquant.estimate.shorter.LEAST", {"samples": 8, "seq_len": 4})
+    long = estimate(recipe, wide, tmp_path / "out")
+    assert long.time == short.time
+    assert list(long.faster) == ["--preset fast", "--samples 16", "--seq-len 4", "--epochs 4"]
+    assert max(long.faster.values()) < long.time["total"]
+    for flag, values in (("--samples 16", {"samples": 16}), ("--epochs 4", {"epochs": 4})):
+        time = estimate(recipe.override(values), wide, tmp_path / "out").time
+        assert time is not None
+        assert long.faster[flag] == pytest.approx(time["total"])
+    fast = replace(recipe, method=Recipe.load("w2g64-fast").method, preset="fast")
+    time = estimate(fast, wide, tmp_path / "out").time
+    assert time is not None
+    assert long.faster["--preset fast"] == pytest.approx(time["total"])
+    print_estimate(long, None)
+    assert f"To take less: --preset fast {span(time['total'])}, --samples 16 " in capsys.readouterr().out
+
+
+def _noted(kept: list[list[Measured]], found: list[Measured]) -> list[Measured]:
+    kept.append(found)
+    return found

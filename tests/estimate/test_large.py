@@ -66,5 +66,9 @@ def test_what_does_not_fit_is_said_with_what_would(large: Path, text: Path) -> N
 
 
 def test_drawing_from_a_model_that_memory_does_not_hold_is_said(large: Path) -> None:
-    found = estimate(RECIPE, large, large / "out", Budget(device=24 * GIB, host=64 * GIB), measure=False)
-    assert any("--calibration TEXT" in problem for problem in found.problems)
+    budget, recipe = Budget(device=24 * GIB, host=64 * GIB), RECIPE.override({"calibration": "self"})
+    found = estimate(recipe, large, large / "out", budget, measure=False)
+    assert any("give --calibration bundled" in problem for problem in found.problems)
+    chosen = estimate(RECIPE, large, large / "out", budget, measure=False)
+    assert chosen.recipe["calibration"] == "bundled"
+    assert not [problem for problem in chosen.problems if "drawing" in problem]

@@ -14,8 +14,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from swquant import SwquantError, evaluate
-from swquant.calibration import sample_windows, tokenize
+from swquant.calibration import sample_windows
 from swquant.cli import main
+from swquant.corpus import tokenize
 from swquant.evaluation.gain import recovered_by_metric
 from swquant.evaluation.harness import TaskRun, TaskScore
 from swquant.evaluation.results import Measured

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from swquant import Recipe, SwquantError, quantize
-from swquant.calibration import tokenize
 from swquant.card import licence_of
 from swquant.checkpoint.reader import open_checkpoint
 from swquant.compare import read_report
 from swquant.convert import convert
+from swquant.corpus import tokenize
 from swquant.formats import read_quantized
 from swquant.formats.gguf import Gguf
 from swquant.formats.gguf_model import describe_model

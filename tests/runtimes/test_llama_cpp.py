@@ -16,8 +16,9 @@ from torch.nn.functional import pad
 from transformers import AutoModelForCausalLM
 
 import swquant
-from swquant.calibration import eval_windows, tokenize
+from swquant.calibration import eval_windows
 from swquant.checkpoint.reader import read_config
+from swquant.corpus import tokenize
 from swquant.formats.gguf import Gguf
 from swquant.formats.gguf_blocks import block_type
 from swquant.quant.qtensor import QTensor

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+
+from swquant.device import multiplies
 
 PRECISIONS: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """By the names that recipes have for them."""
@@ -22,24 +23,8 @@ def fastest_precision(device: torch.device) -> str:
     That is CUDA from compute capability 8.0, Intel's GPUs, and processors with AMX or AVX512-BF16; others convert each
     number on its way, which takes longer than float32. Apple's GPUs were not measured.
     """
-    if device.type == "cuda":
-        own = torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
-    elif device.type == "cpu":
-        own = _has_bfloat16_products()
-    else:
-        own = device.type == "xpu"
+    own = device.type != "mps" and multiplies(device, torch.bfloat16)
     return "bfloat16" if own else "float32"
-
-
-def _has_bfloat16_products() -> bool:
-    """The processor's own instructions, as torch finds them (2.13 names them all; before, two by functions)."""
-    if torch.backends.cpu.get_cpu_capability() == "DEFAULT" and sys.platform == "darwin":
-        return False  # torch multiplies through Accelerate there, which was not measured
-    named = getattr(torch.cpu, "get_capabilities", None)
-    if named is not None:
-        found: Mapping[str, object] = named()
-        return any(bool(found.get(name)) for name in ("amx_bf16", "avx512_bf16"))
-    return bool(torch.cpu._is_avx512_bf16_supported())  # pyright: ignore[reportPrivateUsage]
 
 
 @contextmanager

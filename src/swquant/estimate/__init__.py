@@ -13,7 +13,6 @@ from swquant.checkpoint.writer import free_disk
 from swquant.estimate.budget import (
     Budget,
     batch_of,
-    drawing_bytes,
     drawing_problems,
     fit,
     memory_problems,
@@ -24,7 +23,9 @@ from swquant.estimate.budget import (
 )
 from swquant.estimate.disk import VALUES, disk_of, learned_bytes
 from swquant.estimate.memory import memory_of
-from swquant.estimate.timing import Time, time_of
+from swquant.estimate.shorter import LONG, faster
+from swquant.estimate.timing import Time, count_up
+from swquant.estimate.timing import measure as measured
 from swquant.plan import Plan, make_plan
 from swquant.quant.kind import row_bits
 from swquant.recipe import Recipe
@@ -47,6 +48,8 @@ class Estimate:
         parts: What ``host`` and ``device`` are made of.
         disk: At its largest; ``free`` is what the disk has.
         time: Seconds, by part; ``None`` if nothing was measured.
+        chosen: What was left to ``auto`` and chosen, a sentence.
+        faster: Where the run is long, seconds by the flags that would shorten it.
         problems: What does not fit, a sentence each, with what would.
     """
 
@@ -61,6 +64,8 @@ class Estimate:
     parts: Mapping[str, Any]
     disk: Mapping[str, Any]
     time: Mapping[str, Any] | None
+    chosen: str | None
+    faster: Mapping[str, float]
     problems: tuple[str, ...]
 
     def to_json(self) -> str:
@@ -90,9 +95,10 @@ def estimate(
     Raises:
         SwquantError: As the run itself would, of whatever can be known before.
     """
-    plan, interpreter = make_plan(recipe, source, source_options), process_bytes()
+    kept = budget or Budget()
+    plan, interpreter = make_plan(recipe, source, source_options, room=kept.room), process_bytes()
     shape = shape_of(plan)
-    disk, kept, whole = disk_of(plan, shape), budget or Budget(), batch_of(plan, 1)
+    disk, whole = disk_of(plan, shape), batch_of(plan, 1)
     limit = kept.tensor_limit(plan.device, interpreter)
     micro_batch, memory = fit(plan, limit, whole) if kept.given else (whole, memory_of(plan, shape))
     on_host = plan.device.type == "cpu"
@@ -105,9 +111,11 @@ def estimate(
         *memory_problems(plan, memory, limit, micro_batch),
         *_cut(plan, memory.peak, limit, whole if not kept.given else 1),
         *_disk_problems(disk.asked, free, out),
-        *drawing_problems(plan, interpreter, kept),
+        *drawing_problems(plan),
     ]
-    spent = time_of(plan, shape) if measure and not problems else None
+    found = measured(plan, shape) if measure and not problems else None
+    spent = None if found is None else count_up(plan, shape, found)
+    long = spent is not None and spent.total > LONG
     return Estimate(
         recipe=plan.recipe.to_mapping(),
         blocks=len(plan.skeleton.blocks),
@@ -121,7 +129,7 @@ def estimate(
             "interpreter": interpreter,
             "hidden_states": disk.hidden_states,
             "tensors": {**memory.blocks, **({"end to end": memory.finish} if memory.finish else {})},
-            "drawing": drawing_bytes(plan),
+            "drawing": 0 if plan.drawing is None else plan.drawing.needed,
         },
         disk={
             "hidden_states": disk.hidden_states,
@@ -132,6 +140,8 @@ def estimate(
             "free": free,
         },
         time=None if spent is None else _spent(spent),
+        chosen=plan.chosen,
+        faster=faster(recipe, plan, found, source, source_options) if found is not None and long else {},
         problems=tuple(problems),
     )
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 
+from swquant.device import free_memory
 from swquant.errors import SwquantError
 from swquant.estimate.memory import Memory, memory_of
 from swquant.phases.scale_training import ScaleTraining
@@ -38,14 +39,18 @@ class Budget:
 
     def host_limit(self) -> int:
         """Bytes for the process."""
-        return psutil.virtual_memory().available if self.host is None else self.host
+        return free_memory(torch.device("cpu")) if self.host is None else self.host
 
     def tensor_limit(self, device: torch.device, interpreter: int) -> int:
         """Bytes for the tensors of a block at work: on a CPU what the interpreter leaves of the process's."""
         if device.type != "cpu":
-            return torch.accelerator.get_memory_info(device)[0] if self.device is None else self.device
+            return free_memory(device) if self.device is None else self.device
         least = self.host_limit() if self.device is None else min(self.host_limit(), self.device)
         return least - interpreter
+
+    def room(self, device: torch.device) -> int:
+        """:meth:`tensor_limit` for this process as it is."""
+        return self.tensor_limit(device, process_bytes())
 
 
 def micro_batch_within(plan: Plan, budget: Budget, ranks: int, *, begun: bool = False) -> int | None:
@@ -64,7 +69,7 @@ def micro_batch_within(plan: Plan, budget: Budget, ranks: int, *, begun: bool = 
     """
     interpreter = process_bytes()
     problems = process_problems(interpreter, budget)
-    problems += [] if begun else drawing_problems(plan, interpreter, budget)
+    problems += [] if begun else drawing_problems(plan)
     limit, whole = budget.tensor_limit(plan.device, interpreter), batch_of(plan, ranks)
     micro_batch, memory = fit(plan, limit, whole)
     problems += memory_problems(plan, memory, limit, micro_batch)
@@ -122,25 +127,15 @@ def shape_of(plan: Plan) -> tuple[int, int, int]:
     return recipe.samples + recipe.evaluation_samples, recipe.seq_len, plan.hidden_size
 
 
-def drawing_bytes(plan: Plan) -> int:
-    """Of the whole model in float32 where samples are drawn from it; 0 otherwise."""
-    return 4 * parameters_of(plan) if plan.text is None else 0
-
-
 def parameters_of(plan: Plan) -> int:
     """Of the model, in all."""
     return sum(math.prod(stored.shape) for stored in plan.disk.tensors.values())
 
 
-def drawing_problems(plan: Plan, interpreter: int, budget: Budget) -> list[str]:
+def drawing_problems(plan: Plan) -> list[str]:
     """Why samples cannot be drawn from the model, if so."""
-    drawing, there = drawing_bytes(plan), budget.host_limit()
-    if not drawing or interpreter + drawing <= there:
-        return []
-    return [
-        f"drawing samples from the model holds all of it in float32, {size(drawing)}, and "
-        f"{size(there)} are there: give --calibration TEXT"
-    ]
+    problem = None if plan.drawing is None else plan.drawing.problem
+    return [] if problem is None else [problem]
 
 
 def advice(plan: Plan) -> str:

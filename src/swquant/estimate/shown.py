@@ -20,6 +20,11 @@ def print_estimate(found: Estimate, recipe: str | None) -> None:
     for name, value in _facts(found, recipe):
         table.add_row(name, value)
     console.print(table)
+    if found.chosen is not None:
+        console.print(found.chosen, soft_wrap=True)
+    if found.faster:
+        flags = ", ".join(f"{flag} {span(seconds)}" for flag, seconds in found.faster.items())
+        console.print(f"To take less: {flags}; a device that computes faster.", soft_wrap=True)
     for problem in found.problems:
         console.print(f"Does not fit: {problem}", soft_wrap=True)
 
@@ -38,6 +43,8 @@ def _facts(found: Estimate, recipe: str | None) -> Iterator[tuple[str, str]]:
     )
     if found.parts["drawing"]:
         yield "drawing samples from the model", f"{size(found.parts['drawing'])} of memory before the first block"
+    else:
+        yield "calibration", str(found.recipe["calibration"])
     disk = found.disk
     yield "disk", f"{size(disk['peak'])} at most, {size(disk['free'])} free; finished blocks {size(disk['run_state'])}"
     yield "output", ", ".join(f"{name} {size(value)}" for name, value in disk["outputs"].items())

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from swquant.calibration import DRAWN_AT_ONCE
+from swquant.drawing import seconds_of
 from swquant.engine.block import Cached, split_validation, stored_dtypes
 from swquant.estimate.rig import Rig, bind
 from swquant.phases.base import Phase
@@ -59,38 +57,101 @@ class Time:
         return self.blocks * sum(self.block.values()) + self.finish + self.drawing + self.files
 
 
-def time_of(plan: Plan, shape: tuple[int, int, int]) -> Time:
-    """Measure a forward pass, a few steps of each phase, and the searches, on a block of each kind with random weights.
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of a phase on a block.
+
+    Attributes:
+        step: A training step; 0 of a phase that does not train.
+        fixed: Whatever the samples.
+        sample: For each sample beyond the first.
+    """
+
+    step: float = 0.0
+    fixed: float = 0.0
+    sample: float = 0.0
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Seconds that blocks of one kind take.
+
+    Attributes:
+        count: Blocks of this kind.
+        forward: A sample's way through one.
+        fixed: What is done once to each: it is opened and committed.
+        phases: Of each phase, in order, its name and cost.
+    """
+
+    count: int
+    forward: float
+    fixed: float
+    phases: tuple[tuple[str, Cost], ...]
+
+
+def measure(plan: Plan, shape: tuple[int, int, int]) -> list[Measured]:
+    """A forward pass, a few steps of each phase, and the searches, on a block of each kind with random weights.
 
     Args:
         plan: The run; no weight of it is read.
         shape: Of its cached hidden states, ``(samples, tokens, dim)``.
     """
-    calibration = plan.recipe.samples or 1
-    augmented = any(phase.augmented for phase in plan.pipeline.phases)
-    totals: dict[str, float] = {}
-    steps: dict[str, float] = {}
-    passes = drawing = 0.0
+    found: list[Measured] = []
     for index, count in plan.layout.kinds().items():
         rig = _open(plan, shape, index)
         _, forward = _timed(lambda rig=rig: rig.advance(in_float(rig.params)), STEPS)
         forward /= rig.advance(in_float(rig.params))
-        passes += count * forward
-        block = {"forward": (2 * shape[0] + calibration * augmented) * forward}
         draft, opened = _timed(rig.draft, 1)
+        phases: list[tuple[str, Cost]] = []
         for phase in plan.pipeline.phases:
-            name = type(phase).__name__
-            draft, spent, step = _phase(rig, phase, draft, forward)
+            draft, cost = _phase(rig, phase, draft)
+            phases.append((type(phase).__name__, cost))
+        fixed = opened + 2 * _timed(lambda draft=draft: commit(draft), 1)[1]
+        found.append(Measured(count, forward, fixed, tuple(phases)))
+    return found
+
+
+def count_up(plan: Plan, shape: tuple[int, int, int], found: Sequence[Measured], longer: float = 1.0) -> Time:
+    """The time of a run from what its blocks take.
+
+    Args:
+        plan: The run, or another one of the same phases.
+        shape: Of its cached hidden states.
+        found: What :func:`measure` found.
+        longer: Tokens of a sample over those that were measured; what a sample takes grows as they do.
+    """
+    calibration = plan.recipe.samples or 1
+    augmented = any(phase.augmented for phase in plan.pipeline.phases)
+    totals: dict[str, float] = {}
+    steps: dict[str, float] = {}
+    passes = 0.0
+    for kind in found:
+        forward = longer * kind.forward
+        passes += kind.count * forward
+        block = {"forward": (2 * shape[0] + calibration * augmented) * forward}
+        for phase, (name, cost) in zip(plan.pipeline.phases, kind.phases, strict=True):
+            spent = _spent(phase, cost, calibration, forward, longer)
             block[name] = block.get(name, 0.0) + spent
-            if step is not None:
-                steps[name] = max(step, steps.get(name, 0.0))
-        block["commit"] = opened + 2 * _timed(lambda draft=draft: commit(draft), 1)[1]
+            if cost.step:
+                steps[name] = max(longer * cost.step, steps.get(name, 0.0))
+        block["commit"] = kind.fixed
         for name, spent in block.items():
-            totals[name] = totals.get(name, 0.0) + count * spent
-        drawing += count * _drawing(rig, shape) if plan.text is None else 0.0
+            totals[name] = totals.get(name, 0.0) + kind.count * spent
+    drawing = 0.0 if plan.drawing is None else seconds_of(plan.drawing, plan.skeleton, plan.layout, shape[:2])
     blocks = len(plan.skeleton.blocks)
     mean = {name: spent / blocks for name, spent in totals.items()}
-    return Time(steps, mean, blocks, _finish(plan, shape, passes / blocks), drawing / blocks, _files(plan))
+    return Time(steps, mean, blocks, _finish(plan, shape, passes / blocks), drawing, _files(plan))
+
+
+def _spent(phase: Phase, cost: Cost, samples: int, forward: float, longer: float) -> float:
+    """Seconds of a phase on a block of a run."""
+    if not isinstance(phase, Train):
+        return cost.fixed + (samples - 1) * longer * cost.sample
+    if not phase.epochs:
+        return 0.0
+    train, validation = (len(part) for part in split_validation(samples))
+    count = phase.epochs * (phase.steps or -(-train // min(phase.batch_size, train)))
+    return count * longer * cost.step + (phase.epochs + 2) * validation * forward
 
 
 def _open(plan: Plan, shape: tuple[int, int, int], index: int) -> Rig:
@@ -115,22 +176,20 @@ def _made_up(shape: torch.Size, dtype: torch.dtype, rng: torch.Generator) -> Ten
     return (torch.randn(shape, generator=rng) * DEVIATION + (len(shape) == 1)).to(dtype)
 
 
-def _phase(rig: Rig, phase: Phase, draft: Draft, forward: float) -> tuple[Draft, float, float | None]:
-    """The draft after a phase, the seconds it takes in a run, and those of a step if it trains."""
-    samples, last = rig.plan.recipe.samples or 1, len(rig.cached.quantized) - 1
+def _phase(rig: Rig, phase: Phase, draft: Draft) -> tuple[Draft, Cost]:
+    """The draft after a phase, and what that costs."""
+    last = len(rig.cached.quantized) - 1
     ticks: list[float] = []
     if isinstance(phase, Train):
         if not phase.epochs:
-            return draft, 0.0, None
-        train, validation = (len(part) for part in split_validation(samples))
+            return draft, Cost()
+        train = len(split_validation(rig.plan.recipe.samples or 1)[0])
         batch = min(phase.batch_size, train)
         short = replace(phase, epochs=1, steps=None if phase.steps is None else STEPS)
         rows = list(range(min(batch, last) or 1)) * STEPS
         problem = rig.problem(short, rows, [last], lambda done, total: ticks.append(time.perf_counter()))
         after, _ = short.run(draft, problem)
-        step = statistics.median(later - earlier for earlier, later in itertools.pairwise(ticks))
-        count = phase.epochs * (phase.steps or -(-train // batch))
-        return after, count * step + (phase.epochs + 2) * validation * forward, step
+        return after, Cost(step=statistics.median(later - earlier for earlier, later in itertools.pairwise(ticks)))
     watched: list[float] = []
     problem = rig.problem(phase, [0], [last])
 
@@ -138,7 +197,7 @@ def _phase(rig: Rig, phase: Phase, draft: Draft, forward: float) -> tuple[Draft,
         watched.append(_timed(lambda: problem.watch(*given), 1)[1])
 
     (after, _), spent = _timed(lambda: phase.run(draft, replace(problem, watch=watch)), 1)
-    return after, spent + (samples - 1) * sum(watched), None
+    return after, Cost(fixed=spent, sample=sum(watched))
 
 
 def _finish(plan: Plan, shape: tuple[int, int, int], forward: float) -> float:
@@ -146,22 +205,6 @@ def _finish(plan: Plan, shape: tuple[int, int, int], forward: float) -> float:
     tail = plan.tail()
     measured = (shape[0] - (plan.recipe.samples or 1)) * len(plan.skeleton.blocks) if tail else 0
     return (tail + measured) * forward
-
-
-@torch.no_grad()
-def _drawing(rig: Rig, shape: tuple[int, int, int]) -> float:
-    """Token by token through every linear of the model in float32, :data:`DRAWN_AT_ONCE` samples together."""
-    wide = [value.float() for value in rig.params.values() if value.dim() == 2]
-    rows = [torch.ones(DRAWN_AT_ONCE, value.shape[1], device=rig.bound.device) for value in wide]
-
-    def once() -> None:
-        for row, value in zip(rows, wide, strict=True):
-            functional.linear(row, value)
-
-    _, spent = _timed(once, STEPS)
-    weights = sum(value.numel() for value in wide)
-    head = math.prod(rig.plan.checkpoint.tensors[rig.plan.skeleton.head_weight].shape) / weights
-    return spent * (len(rig.plan.skeleton.blocks) + head) * shape[1] * -(-shape[0] // DRAWN_AT_ONCE)
 
 
 def _files(plan: Plan) -> float:

@@ -11,7 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from swquant.calibration import begun, eval_windows, read_text, tokenize
+from swquant.calibration import begun, eval_windows
+from swquant.corpus import read_corpus, tokenize, tokens_of
 from swquant.documents import read_documents
 from swquant.errors import SwquantError, reason_of
 
@@ -68,7 +69,7 @@ def measured_windows(source: str, tokenizer: Any, context: int, limit: int | Non
 
     Args:
         source: A name of :data:`PROTOCOLS`; ``NAME=FILE`` for the same protocol on a jsonl file (it may be gzipped),
-            such as a shard of C4; or what :func:`swquant.calibration.read_text` takes.
+            such as a shard of C4; or what :func:`swquant.corpus.read_corpus` takes.
         tokenizer: The model's.
         context: Tokens of a window.
         limit: Only the first so many windows.
@@ -80,7 +81,7 @@ def measured_windows(source: str, tokenizer: Any, context: int, limit: int | Non
     name, given, file = source.partition("=")
     protocol = None if Path(source).is_file() else PROTOCOLS.get(name)
     if protocol is None:
-        return eval_windows(tokenize(tokenizer, read_text(source)), context, limit, begin)
+        return eval_windows(tokens_of(read_corpus(source), tokenizer), context, limit, begin)
     documents = read_documents(Path(file), protocol.field) if given else _load(name, protocol)
     if protocol.windows is not None:
         limit = min(limit or protocol.windows, protocol.windows)

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from swquant.recipe import SELF, shown_text
 from swquant.report import BlockReport, CodeUse, Output, Quality, Report
 from swquant.units import size, span
 
@@ -73,10 +74,9 @@ def measured_on(report: Report) -> str:
     """The text of the report's numbers."""
     recipe = report.recipe
     if recipe["evaluation"] is not None:
-        return PurePath(str(recipe["evaluation"])).name
-    if recipe["calibration"] == "self":
-        return "text that the original wrote itself"
-    return f"a part of {PurePath(str(recipe['calibration'])).name} that was held out"
+        return shown_text(str(recipe["evaluation"]))
+    text = shown_text(str(recipe["calibration"]))
+    return text if recipe["calibration"] == SELF else f"a part of {text} that was held out"
 
 
 def main_facts(report: Report) -> list[Fact]:

@@ -43,8 +43,10 @@ def whole_model(
     place: Path,
     parts: Iterable[Mapping[str, Any]],
     quantized: Collection[str] = (),
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None,
 ) -> Any:
-    """transformers' model in float32, every quantized weight dequantized.
+    """transformers' model, every quantized weight dequantized.
 
     Args:
         values: The content of its ``config.json``.
@@ -52,12 +54,14 @@ def whole_model(
         place: Where they are, for messages.
         parts: The tensors, or quantized weights, by name on disk.
         quantized: Modules on disk that are quantized.
+        dtype: Of its parameters.
+        device: Where to put each as it comes; ``None`` is where it comes from.
 
     Raises:
         SwquantError: It does not describe a model, or a tensor is missing or has another shape, or a quantized one is
             none of the model's.
     """
-    model, names = build_model(values, shapes, place, torch.float32)
+    model, names = build_model(values, shapes, place, dtype)
     require_called_for(names, quantized, place)
     known = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
     for name, value in to_memory(names, parts):
@@ -69,7 +73,7 @@ def whole_model(
                 f"{name} in {place} has the shape {list(filled.shape)}, config.json calls for {list(known[name].shape)}"
             )
         parent, _, leaf = name.rpartition(".")
-        filled = filled.to(known[name].dtype)
+        filled = filled.to(device, known[name].dtype)
         is_parameter = isinstance(known[name], nn.Parameter)
         setattr(
             model.get_submodule(parent), leaf, nn.Parameter(filled, requires_grad=False) if is_parameter else filled
@@ -78,14 +82,15 @@ def whole_model(
     for name, value in (*model.named_parameters(), *model.named_buffers()):
         if value.is_meta:
             raise SwquantError(f"{place} does not load: it has no tensor {name!r}, which its config.json calls for")
-    return model.eval()
+    return model.to(device).eval()
 
 
-def model_of(source: Source) -> Any:
-    """The whole model of a checkpoint.
+def model_of(source: Source, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> Any:
+    """The whole model of a checkpoint, see :func:`whole_model`; the host holds one tensor of it at a time.
 
     Raises:
         SwquantError: As :func:`whole_model`.
     """
     shapes = {name: stored.shape for name, stored in source.tensors.items()}
-    return whole_model(source.config, shapes, source.directory, ({name: source.read(name)} for name in source.tensors))
+    parts = ({name: source.read(name)} for name in source.tensors)
+    return whole_model(source.config, shapes, source.directory, parts, dtype=dtype, device=device)

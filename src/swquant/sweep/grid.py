@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from swquant.errors import SwquantError, did_you_mean
 from swquant.losses import parse_loss
 from swquant.methods import parse_methods
-from swquant.recipe import Recipe
+from swquant.recipe import AUTO, SELF, Recipe
 from swquant.validation import read_yaml
 
 MODEL, RECIPE, CASES = "model", "recipe", "cases"
@@ -98,6 +98,9 @@ def _cell(values: dict[str, Any], path: Path) -> Cell:
     else:
         recipe = Recipe() if "method" in values else Recipe.recommended(values)[1]
     recipe = recipe.override(values)
+    if recipe.calibration == AUTO:
+        # Trials are compared with each other, so none may choose for itself.
+        recipe = replace(recipe, calibration=SELF)
     _ = recipe.spec
     parse_methods(recipe.method, recipe.options, recipe.epochs)
     if recipe.loss is not None:

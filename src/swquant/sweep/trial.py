@@ -15,19 +15,18 @@ from typing import Any
 
 import torch
 
-from swquant.calibration import read_text
 from swquant.checkpoint.opening import open_source
+from swquant.corpus import read_corpus
 from swquant.errors import SwquantError
 from swquant.output import REPORT
 from swquant.plan import versions
-from swquant.recipe import CHANNEL, Recipe
+from swquant.recipe import CHANNEL, SELF, Recipe
 from swquant.report import Report, Shift
 from swquant.run import quantize
 from swquant.sweep.grid import Cell
 
 ROW = "row.json"
 DONE, FAILED = "done", "failed"
-SELF = "self"
 _TEXTS = ("calibration", "evaluation")
 
 
@@ -96,7 +95,7 @@ class Identities:
 
     def _text(self, source: str) -> str:
         if source not in self._texts:
-            self._texts[source] = hashlib.sha256(read_text(source).encode()).hexdigest()
+            self._texts[source] = read_corpus(source).digest()
         return self._texts[source]
 
 
