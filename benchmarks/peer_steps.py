@@ -90,7 +90,7 @@ AutoRound(model, tokenizer=tokenizer, dataset=rows, device_map="cpu", low_cpu_me
 OWN, OWN_SHORT = "ours", "ours, bfloat16"
 PEER, PEER_SHORT = "auto-round, float32, not compiled", "auto-round as it comes"
 SETTINGS: Mapping[str, Mapping[str, object]] = {
-    OWN: {},
+    OWN: {"precision": "float32"},
     PEER: {"amp": False, "enable_torch_compile": False},
     OWN_SHORT: {"precision": "bfloat16"},
     PEER_SHORT: {},

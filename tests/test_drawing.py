@@ -154,8 +154,7 @@ def test_a_cpu_that_does_not_multiply_bfloat16_draws_in_float32_if_that_fits(
     make_model: MakeModel, monkeypatch: pytest.MonkeyPatch, native: bool
 ) -> None:
     plan = planned(make_model("llama", 2, torch.bfloat16))
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: native)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr("swquant.device._has_bfloat16_products", lambda: native)
     assert multiplies(CPU, torch.float32)
     assert not multiplies(CPU, torch.float16)
     wide = drawing_of(plan.disk, plan.skeleton, CPU, ROOM, (1, 32))
@@ -170,10 +169,10 @@ def test_a_cpu_that_does_not_multiply_bfloat16_draws_in_float32_if_that_fits(
 def test_where_memory_runs_out_fewer_are_drawn_at_once(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan, notes, real = planned(llama), list[str](), drawing._draw
 
-    def small(model: Any, rows: range, *others: Any) -> torch.Tensor:
+    def small(model: Any, cache: str, rows: range, *others: Any) -> torch.Tensor:
         if len(rows) > most:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(model, rows, *others)
+        return real(model, cache, rows, *others)
 
     monkeypatch.setattr(drawing, "_draw", small)
     most = 8

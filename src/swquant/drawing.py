@@ -290,6 +290,8 @@ def _cache(model: Any, drawing: Drawing) -> str | None:
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     tokens = torch.arange(1, 1 + _TRIED, device=drawing.device)[None] % vocabulary
     whole: Tensor = _answer(model, tokens).logits[:, -1]
+    if not whole.isfinite().all():
+        return None  # there is nothing to compare, and drawing refuses it
     for name in ALL_CACHE_NAMES:
         past: Any = None
         logits = torch.full_like(whole, torch.nan)
