@@ -15,8 +15,8 @@ from torch import Tensor
 
 from swquant.phases import columns
 from swquant.phases.columns import round_columns
-from swquant.phases.gptq import _factored, _invert_upper
 from swquant.phases.gptq import _compensated as compensated
+from swquant.phases.gptq import _factored, _invert_upper
 from swquant.quant.draft import Slot, open_draft
 from swquant.quant.grid import Grid, extent_of, minmax_grid
 from swquant.quant.spec import QuantSpec

@@ -1,4 +1,4 @@
-"""Run by test_columns.py in a process of its own, with TRITON_INTERPRET=1: the kernel on the CPU, one line a mistake."""
+"""Run by test_columns.py in its own process, with TRITON_INTERPRET=1: the kernel on the CPU, one line a mistake."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
@@ -27,6 +27,10 @@ from swquant.seeds import generator
 
 PROOF_TOKENS = 64
 """Tokens of the sample on which equivalences are proven."""
+
+
+class _AllSeen(BaseException):
+    """Every watched linear has been called; no model's own ``except Exception`` takes it for a failure."""
 
 
 @dataclass(frozen=True)
@@ -84,18 +88,27 @@ class BoundBlock:
         linears: Sequence[str],
         visit: Callable[[str, Tensor], None],
     ) -> None:
-        """Run over this rank's samples of ``source`` and show ``visit`` each batch's inputs of the named linears."""
-        floats = in_float(params)
+        """Run over this rank's samples of ``source`` and show ``visit`` each batch's inputs of the named linears.
+
+        A batch goes no further through the block than to the last of them, before it multiplies.
+        """
+        floats, left = in_float(params), set[str]()
+        ends = set(linears) <= self.layout.flows[self.index].once
 
         def seen(linear: str, _: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             visit(linear, arguments[0].flatten(0, -2))
+            left.discard(linear)
+            if ends and not left:
+                raise _AllSeen
 
         with ExitStack() as hooks:
             for linear in linears:
                 module = self.block.module.get_submodule(linear)
                 hooks.callback(module.register_forward_pre_hook(partial(seen, linear)).remove)
             for batch, hidden in on_device(source, own_batches(self.ranks, source), self.device):
-                self.forward(floats, hidden, torch.arange(batch.start, batch.stop))
+                left.update(linears)
+                with suppress(_AllSeen):
+                    self.forward(floats, hidden, torch.arange(batch.start, batch.stop))
 
     def input_ranges(
         self, params: Mapping[str, Tensor], source: Tensor, linears: Sequence[str]

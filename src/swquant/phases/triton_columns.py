@@ -1,5 +1,5 @@
 # pyright: basic, reportMissingImports=false
-"""Columns rounded one after the other, in Triton; imported by :mod:`swquant.phases.columns` with triton installed alone.
+"""Columns rounded one after the other, in Triton; imported by :mod:`swquant.phases.columns` alone.
 
 A program has some rows of all columns of a block in registers and goes through the columns. Products and differences
 are not fused (``enable_fp_fusion``), division and rounding are IEEE's, so the bits are those of plain torch.
