@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from swquant.distributed.ranks import Alone
 from swquant.engine import hidden_states
-from swquant.engine.bound import BoundBlock
+from swquant.engine.bound import BoundBlock, Drift
 from swquant.model.flow import trace
 from swquant.model.skeleton import Block, Call
 from swquant.phases import hessian
@@ -81,6 +81,20 @@ def test_it_ends_before_the_last_one_multiplies(
         found = torch.cat([x for linear, x in seen if linear == name])
         expected = whole[name].flatten(0, -2)
         torch.testing.assert_close(found[found[:, 0].argsort()], expected[expected[:, 0].argsort()])
+
+
+@pytest.mark.parametrize("at_once", [1, 2, SAMPLES])
+def test_drift_is_added_up_while_the_outputs_are_written(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    module, source = Chain(1), torch.randn(SAMPLES, TOKENS, WIDTH)
+    bound = bound_of(module, at_once, monkeypatch)
+    params = {name: value.detach() for name, value in module.state_dict().items()}
+    reference, written = torch.randn_like(source), torch.empty_like(source)
+    drift = Drift(reference)
+    assert bound.advance(params, source, written, drift=drift)
+    error, energy = ((values.double() ** 2).sum() for values in (written - reference, reference))
+    assert drift.relative(Alone()) == pytest.approx(float(error / energy), rel=1e-6)
+    assert Drift(torch.zeros_like(source)).relative(Alone()) == 0
 
 
 @pytest.mark.parametrize("strip", [1, 3, 192])

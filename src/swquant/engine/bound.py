@@ -33,6 +33,34 @@ class _AllSeen(BaseException):
     """Every watched linear has been called; no model's own ``except Exception`` takes it for a failure."""
 
 
+@dataclass
+class Drift:
+    """How far the quantized model's hidden states are off: ``sum (q - r)**2 / sum r**2`` over all tokens.
+
+    Attributes:
+        reference: The original's, ``[samples, tokens, dim]``.
+        error: The numerator, of the samples that this rank has added.
+        energy: The denominator.
+    """
+
+    reference: Tensor
+    error: float = 0.0
+    energy: float = 0.0
+
+    def add(self, batch: slice, hidden: Tensor) -> None:
+        """Count the samples ``batch``: a token's sum is in float32, that of tokens in float64."""
+        original = self.reference[batch]
+        self.error += float((hidden - original).square_().sum(-1).double().sum())
+        self.energy += float(original.square().sum(-1).double().sum())
+
+    def relative(self, ranks: Ranks) -> float:
+        """Of all ranks' samples."""
+        sums = torch.tensor([self.error, self.energy], dtype=torch.float64)
+        ranks.sum([sums])
+        error, energy = sums.tolist()
+        return error / energy if energy else 0.0
+
+
 @dataclass(frozen=True)
 class BoundBlock:
     """A block bound to its place in the model.
@@ -59,7 +87,12 @@ class BoundBlock:
 
     @torch.no_grad()
     def advance(
-        self, params: Mapping[str, Tensor], source: Tensor, destination: Tensor, samples: Tensor | None = None
+        self,
+        params: Mapping[str, Tensor],
+        source: Tensor,
+        destination: Tensor,
+        samples: Tensor | None = None,
+        drift: Drift | None = None,
     ) -> bool:
         """Write what the block makes of this rank's part of ``source`` to ``destination``.
 
@@ -68,6 +101,7 @@ class BoundBlock:
             source: Hidden states ``[samples, tokens, dim]``.
             destination: Of the same shape.
             samples: Which samples they are; ``None`` is all from the first on.
+            drift: Adds up how far the block's outputs are from the original's.
 
         Returns:
             Whether all is finite.
@@ -78,6 +112,8 @@ class BoundBlock:
             out = self.forward(floats, hidden, known[batch]).cpu()
             finite = finite and is_finite(out)
             destination[batch] = out
+            if drift is not None:
+                drift.add(batch, out)
         return finite
 
     @torch.no_grad()
