@@ -304,5 +304,5 @@ def test_late_groups_see_the_weights_as_they_are_when_their_turn_comes() -> None
     blocks = torch.eye(32).expand(4, -1, -1)
     groups = open_groups(weight, Slot(spec), blocks, late=True)
     for column in range(128):
-        groups.of_column(column, later)
+        groups.of_columns([column], later)
     assert torch.equal(groups.grid.scale, searched(later, spec, 1.0, 1.0, blocks).scale)

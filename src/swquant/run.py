@@ -146,7 +146,7 @@ def quantize_together(
             return before[0] if before else None
         held.enter_context(tensor_float32(plan.device, PRECISIONS[plan.recipe.precision]))
         micro_batch = ranks.lead(partial(_make_ready, plan, budget, ranks.size, key, out, held, watching))
-        job = replace(plan.job(), ranks=ranks, micro_batch=micro_batch)
+        job = replace(plan.job(), ranks=ranks, micro_batch=micro_batch, trims=budget is not None and budget.given)
         run_state = _train(plan, job, work, key, watching)
         ranks.leave()
         if ranks.rank > 0:

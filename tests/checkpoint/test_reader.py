@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -275,6 +276,48 @@ class TestFingerprint:
         edit_index(directory, dict.fromkeys(weights, "other.safetensors"))
         fingerprints.append(open_checkpoint(directory).fingerprint())
         assert len(set(fingerprints)) == 3
+
+    @pytest.mark.parametrize("subfolder", [None, "original"])
+    def test_names_of_blobs_in_a_hub_cache_are_taken_for_hashes(
+        self, lay_out: Make, weights: dict[str, Tensor], tmp_path: Path, subfolder: str | None
+    ) -> None:
+        """As huggingface_hub lays it out; the small file's name is git's, and tells nothing of the content alone."""
+        plain = lay_out(weights)
+        repo, snapshot = tmp_path / "models--owner--name", Path("snapshots", "abc", subfolder or "")
+        (repo / "blobs").mkdir(parents=True)
+        (repo / snapshot).mkdir(parents=True)
+        for path in plain.iterdir():
+            content = path.read_bytes()
+            kind = hashlib.sha256 if path.suffix == ".safetensors" else hashlib.sha1
+            blob = repo / "blobs" / kind(content).hexdigest()
+            blob.write_bytes(content)
+            (repo / snapshot / path.name).symlink_to(os.path.relpath(blob, repo / snapshot))
+        shard, config = ((repo / snapshot / name).resolve() for name in ("model.safetensors", "config.json"))
+        fingerprint = open_checkpoint(plain).fingerprint()
+        assert open_checkpoint(repo / snapshot).fingerprint() == fingerprint
+        content = bytearray(shard.read_bytes())
+        content[-1] ^= 1
+        shard.write_bytes(content)
+        assert open_checkpoint(repo / snapshot).fingerprint() == fingerprint, "the shard was read"
+        other = shard.with_name(hashlib.sha256(content).hexdigest())
+        shard.rename(other)
+        (repo / snapshot / "model.safetensors").unlink()
+        (repo / snapshot / "model.safetensors").symlink_to(other)
+        changed = open_checkpoint(repo / snapshot).fingerprint()
+        assert changed != fingerprint
+        config.write_text(config.read_text() + " ")
+        assert open_checkpoint(repo / snapshot).fingerprint() != changed
+
+    @pytest.mark.parametrize("place", ["files", "blobs"])
+    def test_a_name_that_looks_like_a_hash_is_none_elsewhere(
+        self, lay_out: Make, weights: dict[str, Tensor], tmp_path: Path, place: str
+    ) -> None:
+        directory = lay_out(weights)
+        fingerprint = open_checkpoint(directory).fingerprint()
+        (tmp_path / place).mkdir()
+        (directory / "model.safetensors").rename(tmp_path / place / ("0" * 64))
+        (directory / "model.safetensors").symlink_to(tmp_path / place / ("0" * 64))
+        assert open_checkpoint(directory).fingerprint() == fingerprint
 
 
 class TestSidecars:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import zlib
 from pathlib import Path
 
 import pytest
+import torch
 
 from swquant import SwquantError
+from swquant.engine import run_state as module
 from swquant.engine.block import AUGMENTED
+from swquant.engine.hidden_states import create_hidden
 from swquant.engine.run_state import (
     FINAL,
     HIDDEN_STATES,
@@ -18,6 +22,7 @@ from swquant.engine.run_state import (
     lock_directory,
     open_run_state,
 )
+from swquant.quant.draft import Committed
 
 
 def test_a_lock_is_free_behind_its_context(tmp_path: Path) -> None:
@@ -57,3 +62,39 @@ def test_a_manifest_that_is_none_is_said_to_be_damaged(tmp_path: Path, content: 
     (tmp_path / MANIFEST).write_bytes(content)
     with pytest.raises(SwquantError, match=r"manifest.json is damaged .*; delete .* to start over"):
         open_run_state(tmp_path, {})
+
+
+@pytest.mark.parametrize("early", [(), HIDDEN_STATES[:1], HIDDEN_STATES])
+def test_a_block_is_committed_after_its_hidden_states_are_on_the_disk(
+    tmp_path: Path, early: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a thread has begun to flush is waited for, and the checksums are those of the files."""
+    order: list[str] = []
+    flush, replace = module.flush, module.replace_file
+    monkeypatch.setattr(module, "flush", lambda path: (flush(path), order.append(path.name)))
+    monkeypatch.setattr(module, "replace_file", lambda path, content: (order.append(path.name), replace(path, content)))
+    run_state, shape = RunState(tmp_path, {}), (2, 3, 4)
+    for block in (0, 1):
+        for index, name in enumerate(HIDDEN_STATES):
+            create_hidden(run_state.hidden_path(name, block), shape).fill_(block + index)
+        if block == 0:
+            run_state.begin({"tokens": torch.zeros(2, 3)}, shape, {})
+    order.clear()
+    for name in early:
+        run_state.keep_early(name)
+    run_state.finish_block(Committed({}, {}), {})
+    files = {run_state.hidden_path(name, 1).name: value for name, value in zip(HIDDEN_STATES, (1.0, 2.0), strict=True)}
+    assert sorted(order[:-1]) == sorted(files)
+    assert order[-1] == MANIFEST
+    for name, value in files.items():
+        part = zlib.crc32(torch.full(shape, value).numpy().tobytes())
+        assert run_state.files[name] == zlib.crc32(part.to_bytes(4, "little"))
+    open_run_state(tmp_path, {}).verify()
+
+
+def test_hidden_states_that_cannot_be_flushed_early_are_not_committed(tmp_path: Path) -> None:
+    run_state = RunState(tmp_path, {}, (1, 1, 1))
+    run_state.keep_early(HIDDEN_STATES[0])
+    with pytest.raises(OSError, match="reference-00001"):
+        run_state.finish_block(Committed({}, {}), {})
+    assert not (tmp_path / MANIFEST).exists()

@@ -208,7 +208,7 @@ def test_late_grids_see_the_weights_as_they_are_when_their_turn_comes(grid: str,
     current = random_weight(1) * 2
     at_start = current.clone()
     for column in range(512):
-        found = groups.of_column(column, current)
+        found, _ = groups.of_columns([column], current)
         assert found.scale.shape == (6, 1, 1)
         if column % kind.group_size == kind.group_size - 1:
             current[:, column + 1 :] *= 0.97

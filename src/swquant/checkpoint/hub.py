@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,6 +21,21 @@ from swquant.errors import SwquantError
 
 _IGNORED = ("*/*", "consolidated*")
 """Subfolders hold other formats; ``consolidated`` files repeat the weights in a layout of their own."""
+
+
+_SHA256 = re.compile("[0-9a-f]{64}")
+"""A blob's name where the hub stores large files (LFS, Xet); others have git's, SHA-1 of more than the content."""
+
+
+def hub_digest(path: Path) -> str | None:
+    """SHA-256 of a file of the local cache, of which the hub's client says it by the name of the blob; else ``None``.
+
+    The cache has ``blobs/<name>`` beside ``snapshots/<commit>/<file>``, and the latter is a link to the former.
+    """
+    blob = path.resolve()
+    snapshots = blob.parent.with_name("snapshots")
+    is_ours = path.is_symlink() and blob.parent.name == "blobs" and snapshots in path.parent.resolve().parents
+    return blob.name if is_ours and _SHA256.fullmatch(blob.name) else None
 
 
 def split_revision(name: str, revision: str | None) -> tuple[str, str | None]:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swquant.checkpoint.hub import download, require_subfolder, split_revision
+from swquant.checkpoint.hub import download, hub_digest, require_subfolder, split_revision
 from swquant.checkpoint.own_code import CODE, CONFIG, names_code, trusts_code, without_code
 from swquant.checkpoint.shards import Stored, find_shards, opened, read_errors, read_headers, read_json, shown
 from swquant.checkpoint.values import MOST, finite, require_range, runs, wanted_rows
@@ -204,16 +204,17 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """SHA-256 over ``config.json``, trusted code and every shard, name and content, wherever the directory lies.
 
+        A large file in a hub cache has the SHA-256 of its content for a name, which is taken for it: it is not read.
+
         Raises:
             SwquantError: A file cannot be read, or has changed since it was opened.
         """
         digest = hashlib.sha256()
         files = {stored.file for stored in self.tensors.values()}
         for path in (self.directory / CONFIG, *self._code(), *sorted(files)):
-            with read_errors(path), path.open("rb") as file:
-                digest.update(json.dumps([path.name, os.fstat(file.fileno()).st_size]).encode())
-                while chunk := file.read(_CHUNK):
-                    digest.update(chunk)
+            with read_errors(path):
+                content = hub_digest(path) or _digest(path)
+                digest.update(json.dumps([path.name, path.stat().st_size, content]).encode())
             self._require_unchanged(path)
         return digest.hexdigest()
 
@@ -258,6 +259,15 @@ def open_checkpoint(source: str | Path, *, quantized: bool = False, trusted: boo
     if not any(stored.dtype.is_floating_point for stored in tensors.values()):
         raise SwquantError(f"{directory} holds no floating-point tensor, expected a model's weights")
     return Checkpoint(directory, config, dict(sorted(tensors.items())), stamps)
+
+
+def _digest(path: Path) -> str:
+    """SHA-256 of a file's content."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _stamp(file: Path) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from swquant.checkpoint.source import Source
 from swquant.distributed.ranks import Alone, Ranks, on_any, require_same
-from swquant.engine.bound import BoundBlock, own_batches
+from swquant.engine.bound import BoundBlock, Drift
 from swquant.engine.drift import measure_block, measured_samples
 from swquant.engine.hidden_states import create_hidden, open_hidden
 from swquant.engine.kept import kept_copy
@@ -55,6 +55,7 @@ class Job:
         micro_batch: Samples of a batch that each rank takes through a block at once; ``None`` is all that are its own.
             It changes no result but for rounding.
         precision: Of the matrix products in training; targets and both models' hidden states are always float32.
+        trims: Freed memory is given back to the system after each part of a block, as a budget of memory asks for.
     """
 
     checkpoint: Source
@@ -68,6 +69,12 @@ class Job:
     ranks: Ranks = field(default_factory=Alone)
     micro_batch: int | None = None
     precision: torch.dtype = torch.float32
+    trims: bool = False
+
+    def trim(self) -> None:
+        """Give freed memory back, where that is asked for."""
+        if self.trims:
+            release()
 
 
 def quantize_block(job: Job, run_state: RunState, calls: Calls, observer: Observer) -> int | None:
@@ -98,6 +105,9 @@ def quantize_block(job: Job, run_state: RunState, calls: Calls, observer: Observ
         with named(f"in the original model's block {index}"):
             bound.advance(params, cached.quantized[: job.samples], cached.augmented[: job.samples])
     ranks.barrier()
+    reference, quantized = HIDDEN_STATES
+    if ranks.rank == 0:
+        run_state.keep_early(reference)
 
     problem = pose(
         job,
@@ -111,21 +121,23 @@ def quantize_block(job: Job, run_state: RunState, calls: Calls, observer: Observ
     grids = job.layout.grids(index)
     with named(f"in rounding block {index} to the nearest"):
         draft = open_draft(params, grids, grids, stored_dtypes(job, index))
-    release()
-    committed, reports = _fold(draft, job.phases, problem, index)
+    job.trim()
+    committed, reports = _fold(draft, job, problem, index)
     require_same(ranks, _tensors(committed), f"block {index}")
     with named(f"in the quantized block {index}"):
-        finite = bound.advance(committed.floats(), cached.quantized, cached.next_quantized)
+        drift = Drift(cached.next_reference)
+        finite = bound.advance(committed.floats(), cached.quantized, cached.next_quantized, drift=drift)
     require_finite(finite, ranks, f"block {index} puts out, quantized by this recipe,")
-    drifted = drift(cached.next_reference, cached.next_quantized, ranks)
-    release()
+    drifted = drift.relative(ranks)
+    job.trim()
 
     def finish() -> None:
+        run_state.keep_early(quantized)
         report = BlockReport(
             phases=tuple(reports),
             drift=drifted,
             seconds=round(time.monotonic() - started, 3),
-            measured=_measured(job, bound, cached, commit(draft), committed),
+            measured=_measured(job, bound, cached, commit(draft) if job.phases else committed, committed),
             peak_bytes=peak_bytes(),
             device_peak_bytes=device_peak_bytes(job.device),
             forward_seconds=forward,
@@ -137,7 +149,7 @@ def quantize_block(job: Job, run_state: RunState, calls: Calls, observer: Observ
 
     with named(f"in measuring and saving block {index}"):
         ranks.lead(finish)
-    release()
+    job.trim()
     return problem.micro_batch.samples
 
 
@@ -266,20 +278,6 @@ def split_validation(samples: int) -> tuple[list[int], list[int]]:
     return list(range(samples - validation)), list(range(samples - validation, samples))
 
 
-def drift(reference: Tensor, quantized: Tensor, ranks: Ranks) -> float:
-    """How far the quantized model's hidden states are off: ``sum (q - r)**2 / sum r**2`` over all tokens.
-
-    Each rank adds up the samples that it has written itself; after it, all are there.
-    """
-    sums = torch.zeros(2, dtype=torch.float64)
-    for batch in own_batches(ranks, reference):
-        sums[0] += (quantized[batch] - reference[batch]).double().square().sum()
-        sums[1] += reference[batch].double().square().sum()
-    ranks.sum([sums])
-    error, energy = sums.tolist()
-    return error / energy if energy else 0.0
-
-
 def _tensors(committed: Committed) -> Iterator[Tensor]:
     """Codes and grids, and what is not quantized."""
     for quantized in committed.quantized.values():
@@ -288,12 +286,12 @@ def _tensors(committed: Committed) -> Iterator[Tensor]:
     yield from committed.params.values()
 
 
-def _fold(draft: Draft, phases: Sequence[Phase], problem: Problem, index: int) -> tuple[Committed, list[PhaseReport]]:
+def _fold(draft: Draft, job: Job, problem: Problem, index: int) -> tuple[Committed, list[PhaseReport]]:
     reports: list[PhaseReport] = []
-    for phase in phases:
+    for phase in job.phases:
         with named(f"in {type(phase).__name__} on block {index}"):
             draft, report = phase.run(draft, problem)
         reports.append(report)
-        release()
+        job.trim()
     with named(f"in turning block {index} into codes"):
         return commit(draft), reports

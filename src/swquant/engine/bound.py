@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
@@ -27,6 +27,38 @@ from swquant.seeds import generator
 
 PROOF_TOKENS = 64
 """Tokens of the sample on which equivalences are proven."""
+
+
+class _AllSeen(BaseException):
+    """Every watched linear has been called; no model's own ``except Exception`` takes it for a failure."""
+
+
+@dataclass
+class Drift:
+    """How far the quantized model's hidden states are off: ``sum (q - r)**2 / sum r**2`` over all tokens.
+
+    Attributes:
+        reference: The original's, ``[samples, tokens, dim]``.
+        error: The numerator, of the samples that this rank has added.
+        energy: The denominator.
+    """
+
+    reference: Tensor
+    error: float = 0.0
+    energy: float = 0.0
+
+    def add(self, batch: slice, hidden: Tensor) -> None:
+        """Count the samples ``batch``: a token's sum is in float32, that of tokens in float64."""
+        original = self.reference[batch]
+        self.error += float((hidden - original).square_().sum(-1).double().sum())
+        self.energy += float(original.square().sum(-1).double().sum())
+
+    def relative(self, ranks: Ranks) -> float:
+        """Of all ranks' samples."""
+        sums = torch.tensor([self.error, self.energy], dtype=torch.float64)
+        ranks.sum([sums])
+        error, energy = sums.tolist()
+        return error / energy if energy else 0.0
 
 
 @dataclass(frozen=True)
@@ -55,7 +87,12 @@ class BoundBlock:
 
     @torch.no_grad()
     def advance(
-        self, params: Mapping[str, Tensor], source: Tensor, destination: Tensor, samples: Tensor | None = None
+        self,
+        params: Mapping[str, Tensor],
+        source: Tensor,
+        destination: Tensor,
+        samples: Tensor | None = None,
+        drift: Drift | None = None,
     ) -> bool:
         """Write what the block makes of this rank's part of ``source`` to ``destination``.
 
@@ -64,6 +101,7 @@ class BoundBlock:
             source: Hidden states ``[samples, tokens, dim]``.
             destination: Of the same shape.
             samples: Which samples they are; ``None`` is all from the first on.
+            drift: Adds up how far the block's outputs are from the original's.
 
         Returns:
             Whether all is finite.
@@ -74,6 +112,8 @@ class BoundBlock:
             out = self.forward(floats, hidden, known[batch]).cpu()
             finite = finite and is_finite(out)
             destination[batch] = out
+            if drift is not None:
+                drift.add(batch, out)
         return finite
 
     @torch.no_grad()
@@ -84,18 +124,27 @@ class BoundBlock:
         linears: Sequence[str],
         visit: Callable[[str, Tensor], None],
     ) -> None:
-        """Run over this rank's samples of ``source`` and show ``visit`` each batch's inputs of the named linears."""
-        floats = in_float(params)
+        """Run over this rank's samples of ``source`` and show ``visit`` each batch's inputs of the named linears.
+
+        A batch goes no further through the block than to the last of them, before it multiplies.
+        """
+        floats, left = in_float(params), set[str]()
+        ends = set(linears) <= self.layout.flows[self.index].once
 
         def seen(linear: str, _: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             visit(linear, arguments[0].flatten(0, -2))
+            left.discard(linear)
+            if ends and not left:
+                raise _AllSeen
 
         with ExitStack() as hooks:
             for linear in linears:
                 module = self.block.module.get_submodule(linear)
                 hooks.callback(module.register_forward_pre_hook(partial(seen, linear)).remove)
             for batch, hidden in on_device(source, own_batches(self.ranks, source), self.device):
-                self.forward(floats, hidden, torch.arange(batch.start, batch.stop))
+                left.update(linears)
+                with suppress(_AllSeen):
+                    self.forward(floats, hidden, torch.arange(batch.start, batch.stop))
 
     def input_ranges(
         self, params: Mapping[str, Tensor], source: Tensor, linears: Sequence[str]

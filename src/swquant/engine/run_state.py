@@ -7,6 +7,7 @@ import re
 import shutil
 import zlib
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,6 +68,7 @@ class RunState:
     training: Mapping[str, Any] | None = None
     final: Mapping[str, Any] | None = None
     _final_is_intact: bool = field(default=False, init=False, repr=False)
+    _early: dict[str, Future[int]] = field(default_factory=dict[str, "Future[int]"], init=False, repr=False)
 
     @property
     def done(self) -> int:
@@ -124,6 +126,16 @@ class RunState:
         except OSError as error:
             raise self._damaged(str(error)) from error
         return reference, quantized
+
+    def keep_early(self, name: str) -> None:
+        """Begin to flush the hidden states of the model ``name`` after the next block, in a thread, and to sum them up.
+
+        They are complete and stay as they are; :meth:`finish_block` waits for what is left, so that it commits nothing
+        that is not on the disk.
+        """
+        path, thread = self.hidden_path(name, self.done + 1), ThreadPoolExecutor(1, "keep-early")
+        self._early[path.name] = thread.submit(_flushed, path)
+        thread.shutdown(wait=False)
 
     def finish_block(self, committed: Committed, report: Mapping[str, Any]) -> None:
         """Commit a block; the cached hidden states after it have been written by the caller."""
@@ -221,8 +233,8 @@ class RunState:
         self.files[path.name] = save_tensors(path, tensors)
 
     def _keep_hidden(self, path: Path) -> None:
-        flush(path)
-        self.files[path.name] = checksum_of(path)
+        early = self._early.pop(path.name, None)
+        self.files[path.name] = _flushed(path) if early is None else early.result()
 
     def _commit(self, *dropped: str) -> None:
         """Write the manifest without the files ``dropped``, and remove these."""
@@ -303,6 +315,12 @@ def lock_directory(root: Path) -> AbstractContextManager[object]:
         return FileLock(root / LOCK).acquire(timeout=0)
     except Timeout as error:
         raise SwquantError(f"another process is writing to {root}; wait for it, or choose another --out") from error
+
+
+def _flushed(path: Path) -> int:
+    """The checksum of a file that is on the disk on return."""
+    flush(path)
+    return checksum_of(path)
 
 
 def _is_ours(name: str) -> bool:

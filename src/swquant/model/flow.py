@@ -32,6 +32,7 @@ class Flow:
         outputs: Number of values that the block returns as a tuple; ``None`` if it returns the hidden states alone.
         writes: It puts something into a list or mapping that it was given, which other blocks may read.
         failed: Why the block could not be run without values; the rest is then a guess from its code.
+        once: The linears that are called once, or not at all where no token is sent to them; none where it failed.
     """
 
     linears: tuple[str, ...]
@@ -40,6 +41,7 @@ class Flow:
     outputs: int | None
     writes: bool = False
     failed: str | None = None
+    once: frozenset[str] = frozenset()
 
 
 @torch.no_grad()
@@ -68,7 +70,8 @@ def trace(block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
         linears = tuple(name for name, module in block.named_modules() if isinstance(module, nn.Linear))
         return Flow(linears, tuple((name,) for name in linears), {}, len(out) if out else None, failed=failed)
     writes = before != [len(one) for one in held]
-    return Flow(*seen.sets(), len(out) if isinstance(out, tuple | list) else None, writes)
+    outputs = len(out) if isinstance(out, tuple | list) else None
+    return Flow(*seen.sets(), outputs, writes, once=frozenset(seen.order) - seen.again)
 
 
 def _containers(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
@@ -86,12 +89,15 @@ class _Seen:
     def __init__(self) -> None:
         self.kept: list[Any] = []
         self.order: list[str] = []
+        self.again: set[str] = set()
         self.readers: dict[int, list[str]] = {}
         self.makers: dict[int, str] = {}
 
     def note(self, name: str, module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
         if isinstance(module, nn.Linear):
-            if args and name not in self.order:
+            if name in self.order:
+                self.again.add(name)
+            elif args:
                 self.kept.append(args[0])
                 self.order.append(name)
                 self.readers.setdefault(id(args[0]), []).append(name)

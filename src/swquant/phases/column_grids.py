@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -28,8 +28,12 @@ class ColumnGrids(Protocol):
         """Of all groups, once every column has had its turn."""
         ...
 
-    def of_column(self, column: int, current: Tensor) -> Grid:
-        """The grid of the group that ``column`` is in; a late one is made of the ``current`` weights."""
+    def runs(self, columns: range) -> Iterator[slice]:
+        """Consecutive parts of ``columns``, places in the order of rounding, whose grids are had at once."""
+        ...
+
+    def of_columns(self, columns: Sequence[int], current: Tensor) -> tuple[Grid, list[int]]:
+        """Grids, and which of them each of a run's columns is on; a late one is made of the ``current`` weights."""
         ...
 
 
@@ -68,8 +72,12 @@ class _ReadyGroups:
     grid: Grid
     spec: QuantSpec
 
-    def of_column(self, column: int, current: Tensor) -> Grid:
-        return grid_at(self.grid.parts, self.spec, column)
+    def runs(self, columns: range) -> Iterator[slice]:
+        yield slice(columns.start, columns.stop)
+
+    def of_columns(self, columns: Sequence[int], current: Tensor) -> tuple[Grid, list[int]]:
+        width = self.spec.group_width(current.shape[1])
+        return self.grid, [column // width for column in columns]
 
 
 @dataclass(frozen=True)
@@ -85,15 +93,22 @@ class _LateGroups:
     def grid(self) -> Grid:
         return self.slot.spec.kind.grid(self.parts, self.slot.spec)
 
-    def of_column(self, column: int, current: Tensor) -> Grid:
-        spec = self.slot.spec
+    def runs(self, columns: range) -> Iterator[slice]:
+        start = columns.start
+        while start < columns.stop:
+            stop = min(columns.stop, (start // self.width + 1) * self.width)
+            yield slice(start, stop)
+            start = stop
+
+    def of_columns(self, columns: Sequence[int], current: Tensor) -> tuple[Grid, list[int]]:
+        spec, column = self.slot.spec, columns[0]
         widths = {name: part.width for name, part in spec.kind.parts(spec).items()}
         whole = spec.super_width
         if whole is not None and column % whole == 0:
             self._fill(self._searched(column, current, whole), column, widths, whole)
         if column % self.width == 0:
             self._fill(self._recoded(column, current, widths), column, widths, self.width)
-        return grid_at(self.parts, spec, column)
+        return grid_at(self.parts, spec, column), [0] * len(columns)
 
     def _fill(self, found: Mapping[str, Tensor], column: int, widths: Mapping[str, int | None], width: int) -> None:
         for name, value in found.items():

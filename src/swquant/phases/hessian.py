@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +29,9 @@ EXPERT = re.compile(r"\.\d+\.")
 
 AT_ONCE = 1 << 30
 """Bytes of second moments that are summed up in one pass over the samples."""
+
+STRIP = 192
+"""Rows of second moments that are summed up in one product: from their diagonal on, since the other half follows."""
 
 CHUNK = 1 << 22
 """Weights whose candidates are compared at a time."""
@@ -112,8 +115,9 @@ def stages(inputs: Sequence[tuple[str, ...]], width: Callable[[str], int]) -> tu
 def input_moments(problem: Problem, params: Mapping[str, Tensor], linears: Sequence[str]) -> list[Moments]:
     """Moments of the inputs that ``linears`` have in the block with ``params``, over all calibration samples.
 
-    Sums are kept in float32 (float64 for float64 inputs), on each rank those over its own samples. An expert has those
-    of the tokens that are sent to it; where there are none, all moments are zero.
+    Sums are kept in float32 (float64 for float64 inputs), on each rank those over its own samples. Of second moments,
+    which are symmetric, the upper half is summed up and mirrored. An expert has those of the tokens that are sent to
+    it; where there are none, all moments are zero.
     """
     seen: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
     for linear in linears:
@@ -123,7 +127,8 @@ def input_moments(problem: Problem, params: Mapping[str, Tensor], linears: Seque
 
     def visit(linear: str, inputs: Tensor) -> None:
         x, (second, magnitude, tokens) = widened(inputs), seen[linear]
-        second.addmm_(x.T, x)
+        for rows in _strips(second):
+            second[rows, rows.start :].addmm_(x[:, rows].T, x[:, rows.start :])
         magnitude.add_(x.abs().sum(0))
         tokens.add_(x.shape[0])
 
@@ -131,10 +136,17 @@ def input_moments(problem: Problem, params: Mapping[str, Tensor], linears: Seque
     found: list[Moments] = []
     for linear in linears:
         second, magnitude, tokens = seen.pop(linear)
+        for rows in _strips(second):
+            second[rows.stop :, rows] = second[rows, rows.stop :].T
         problem.ranks.sum([second, magnitude, tokens])
         count = max(1, int(tokens))
         found.append(Moments(second.div_(count), magnitude.div_(count), int(tokens)))
     return found
+
+
+def _strips(second: Tensor) -> Iterator[slice]:
+    for start in range(0, len(second), STRIP):
+        yield slice(start, min(start + STRIP, len(second)))
 
 
 def by_rows(ranks: Ranks, rows: int, work: Callable[[slice], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
