@@ -24,7 +24,7 @@ from swquant.checkpoint.values import require_range
 from swquant.errors import SwquantError
 from swquant.families import Family
 from swquant.families.base import NormLinears, ValueOutput
-from swquant.quant.hadamard import random_rotation
+from swquant.quant.hadamard_transform import Transform, random_rotation
 from swquant.seeds import generator
 
 CHUNK_ROWS = 4096
@@ -38,14 +38,14 @@ class _Change:
     Attributes:
         source: The tensor ``W`` of the original.
         fold: The norm whose weight it takes in.
-        left: Orthogonal ``[k, k]``, applied to each ``k`` consecutive rows.
-        right: Orthogonal ``[k, k]``, applied to each ``k`` consecutive columns.
+        left: Orthogonal, of order ``k``, applied to each ``k`` consecutive rows.
+        right: Likewise to each ``k`` consecutive columns.
     """
 
     source: str
     fold: str | None = None
-    left: Tensor | None = None
-    right: Tensor | None = None
+    left: Transform | None = None
+    right: Transform | None = None
 
 
 @dataclass(frozen=True)
@@ -60,16 +60,16 @@ class RotatedCheckpoint:
         config: Its configuration, with untied embeddings.
         tensors: Its tensors, with the head's own if the embeddings were tied.
         seed: The seed of both rotations.
-        stream: ``R``, ``float64 [dim, dim]``.
-        heads: ``H``, ``float64 [head_dim, head_dim]``.
+        stream: ``R``, of order ``dim``.
+        heads: ``H``, of order ``head_dim``.
     """
 
     inner: Source
     config: Mapping[str, Any]
     tensors: Mapping[str, Stored]
     seed: int
-    stream: Tensor = field(repr=False, compare=False)
-    heads: Tensor = field(repr=False, compare=False)
+    stream: Transform = field(repr=False, compare=False)
+    heads: Transform = field(repr=False, compare=False)
     changes: Mapping[str, _Change] = field(repr=False, compare=False)
     folded: frozenset[str] = field(repr=False)
 
@@ -163,10 +163,20 @@ class RotatedCheckpoint:
         if change.fold is not None:
             out = out * self.inner.read(change.fold).double()
         if change.right is not None:
-            out = (out.unflatten(1, (-1, len(change.right))) @ change.right).flatten(1)
+            out = _transformed(out, change.right)
         if change.left is not None:
-            out = (change.left.T @ out.unflatten(0, (-1, len(change.left)))).flatten(0, 1)
-        return out.view(original.shape)
+            out = _transformed(out.T, change.left).T
+        return out.reshape(original.shape)
+
+
+def _transformed(matrix: Tensor, transform: Transform) -> Tensor:
+    """``transform`` applied to as many consecutive columns at a time as it has; some rows at a time, a new tensor."""
+    order = len(transform.signs)
+    out = torch.empty(matrix.shape, dtype=matrix.dtype)
+    for start in range(0, len(matrix), CHUNK_ROWS):
+        rows = matrix[start : start + CHUNK_ROWS]
+        out[start : start + CHUNK_ROWS] = transform.forward(rows.reshape(-1, order)).view(rows.shape)
+    return out
 
 
 def rotate(inner: Source, family: Family, tied: bool, seed: int) -> RotatedCheckpoint:
@@ -209,7 +219,7 @@ def rotate(inner: Source, family: Family, tied: bool, seed: int) -> RotatedCheck
     return RotatedCheckpoint(inner, config, tensors, seed, stream, heads, changes, frozenset(folded))
 
 
-def _block_changes(prefix: str, family: Family, stream: Tensor, heads: Tensor) -> dict[str, _Change]:
+def _block_changes(prefix: str, family: Family, stream: Transform, heads: Transform) -> dict[str, _Change]:
     """Changes of a block's linears, and of such biases as they may have, by full name."""
     weights: dict[str, _Change] = {}
     for pair in family.equivalences:

@@ -1,4 +1,4 @@
-"""Hadamard matrices by the constructions of Sylvester and Paley, and random rotations made of them."""
+"""Hadamard matrices by the constructions of Sylvester and Paley."""
 
 from __future__ import annotations
 
@@ -30,19 +30,6 @@ def hadamard(n: int) -> Tensor:
 def has_hadamard(n: int) -> bool:
     """Whether :func:`hadamard` has a matrix of order ``n``."""
     return _base(n) is not None
-
-
-def random_rotation(n: int, generator: torch.Generator) -> Tensor:
-    """``diag(s) @ hadamard(n)`` with random signs ``s`` (QuaRot, arXiv 2404.00456), ``float64 [n, n]``.
-
-    Where no Hadamard matrix of order ``n`` is known here, a random orthogonal matrix, uniform over all of them: the QR
-    decomposition of a Gaussian matrix, the diagonal of ``R`` made positive.
-    """
-    if has_hadamard(n):
-        signs = torch.randint(2, (n, 1), generator=generator).double() * 2 - 1
-        return signs * hadamard(n)
-    basis, triangle = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))
-    return basis * triangle.diagonal().sign()
 
 
 _SYLVESTER = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)

@@ -16,7 +16,7 @@ _LARGEST_STEP = 64
 
 @dataclass(frozen=True)
 class Transform:
-    """The orthogonal matrix ``Q = diag(signs) (F1 (x) F2 (x) ...)``, its columns in some order.
+    """The orthogonal matrix ``Q = diag(signs) (... (x) F2 (x) F1)``.
 
     It is applied factor by factor, as products with matrices up to 64 x 64: points * width * log(width) operations
     where the width is a power of two (Ailon and Chazelle, "The Fast Johnson-Lindenstrauss Transform", SIAM J. Comput.
@@ -69,6 +69,25 @@ def draw_transform(width: int, generator: torch.Generator, like: Tensor) -> Tran
         normals = torch.randn(base, base, generator=generator, device=generator.device)
         factors.append(torch.linalg.qr(normals.double().cpu()).Q)
     return Transform(signs, tuple(factor.to(like) for factor in factors))
+
+
+def random_rotation(width: int, generator: torch.Generator) -> Transform:
+    """``diag(s) @ hadamard(width)`` with random signs ``s`` (QuaRot, arXiv 2404.00456), in float64 on the CPU.
+
+    Where no Hadamard matrix of this order is known here, a random orthogonal matrix, uniform over all of them: the QR
+    decomposition of a Gaussian matrix, the diagonal of ``R`` made positive.
+
+    Args:
+        width: Order of the matrix.
+        generator: Of the CPU.
+    """
+    base, exact = _base(width)
+    if not exact:
+        basis, triangle = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64))
+        return Transform(torch.ones(width, dtype=torch.float64), (basis * triangle.diagonal().sign(),))
+    signs = torch.randint(2, (width,), generator=generator).double() * 2 - 1
+    orders = [order for order in (base, *_steps(width // base)) if order > 1]
+    return Transform(signs, tuple(map(_matrix, orders)))
 
 
 def _base(width: int) -> tuple[int, bool]:
