@@ -40,7 +40,7 @@ from swquant.phases.train import Train
 from swquant.plan import Plan, make_plan
 from swquant.quant.deferred import in_float
 from swquant.quant.spec import QuantSpec
-from swquant.recipe import Recipe
+from swquant.recipe import SETTLED, Recipe
 from swquant.report import Quality, Report
 from swquant.tokenizer import Reading
 
@@ -120,7 +120,7 @@ def quantize_together(
     out, watching = Path(out), observer if ranks.rank == 0 else Silent()
     if budget is not None and budget.given:
         keep_little()
-    recipe = ranks.lead(partial(_settled, recipe, out))
+    recipe = recipe.settled(ranks.lead(partial(_settled, recipe, out)))
     room = (budget or Budget()).room
     plans: list[Plan] = []
 
@@ -162,25 +162,26 @@ def quantize_together(
     return report
 
 
-def _settled(recipe: Recipe, out: Path) -> Recipe:
-    """The recipe with what its ``auto`` meant when this run began, so that it goes on as it began on any machine.
+def _settled(recipe: Recipe, out: Path) -> Mapping[str, Any]:
+    """What a recipe's ``auto`` meant when this run began, so that it goes on as it began on any machine.
 
     Raises:
         SwquantError: It computes on a device that is not here.
     """
     finished, work = _report_in(out), _work_of(out)
     begun = begun_with(work) if finished is None else finished.key
-    settled = recipe.settled(begun.get("recipe", {}))
+    chosen = begun.get("recipe", {})
+    device = recipe.settled(chosen).device
     try:
-        resolve_device(settled.device)
+        resolve_device(device)
     except SwquantError as error:
-        if settled.device == recipe.device or finished is not None:
-            return recipe
+        if device == recipe.device or finished is not None:
+            return {}
         raise SwquantError(
-            f"the unfinished run in {work} computes on {settled.device}, and {error}; finish it there, delete the "
+            f"the unfinished run in {work} computes on {device}, and {error}; finish it there, delete the "
             "directory to drop it, or choose another --out"
         ) from error
-    return settled
+    return {key: chosen[key] for key in SETTLED if key in chosen}
 
 
 def _announce(plan: Plan, watching: Observer) -> None:

@@ -19,7 +19,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from swquant import Recipe, quantize
-from swquant.calibration import eval_windows, read_text, tokenize
+from swquant.calibration import eval_windows
+from swquant.corpus import read_text, tokenize
 from swquant.evaluation.perplexity import window_nll
 from swquant.formats import read_quantized
 from swquant.quant.qtensor import QTensor
