@@ -9,6 +9,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+os.environ["HF_HUB_OFFLINE"] = (
+    "1"  # read when these are imported; without it a name of no dataset waits for the network
+)
+
 import pytest
 import torch
 from filelock import FileLock

@@ -264,10 +264,7 @@ WORDS: dict[str, tuple[list[str], tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("mistake", WORDS)
-def test_words_and_numbers(
-    capsys: pytest.CaptureFixture[str], llama: Path, tmp_path: Path, mistake: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_words_and_numbers(capsys: pytest.CaptureFixture[str], llama: Path, tmp_path: Path, mistake: str) -> None:
     arguments, parts = WORDS[mistake]
     said = refused(capsys, tmp_path, "quantize", llama, "--out", tmp_path / "out", "--method", "rtn", *arguments)
     assert all(part in said for part in parts), said

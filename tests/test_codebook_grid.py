@@ -124,6 +124,7 @@ def test_a_run_writes_weights_on_the_papers_levels(
     assert (held["recipe"]["grid"], held["recipe"]["bits"], held["recipe"]["symmetric"]) == (GRID, 4, True)
 
 
+@pytest.mark.slow
 def test_searches_and_training_lose_less_than_rounding(model: Path, recipe: Recipe, tmp_path: Path) -> None:
     recipe = replace(recipe, bits=2, samples=32, seq_len=32)
     methods = ("rtn", "gptq + end_to_end(epochs=2)", "block_ap(epochs=4)")

@@ -123,7 +123,7 @@ def test_a_model_without_a_last_norm_is_read_as_transformers_reads_it(
     assert report.outputs[0].verification["kl"] < 1e-6
 
 
-@pytest.mark.parametrize("name", ["w2g64", "w2g64-asym"])
+@pytest.mark.parametrize("name", ["w2g64", pytest.param("w2g64-asym", marks=pytest.mark.slow)])
 def test_the_recommended_recipe_lowers_what_rounding_lost(
     llama: Path, recipe: Recipe, tmp_path: Path, name: str
 ) -> None:

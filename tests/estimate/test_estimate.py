@@ -202,6 +202,7 @@ def test_the_time_is_known_within_30_percent(wide: Path, text: Path, tmp_path: P
     assert said["total"] == pytest.approx(time.perf_counter() - began, rel=0.3)
 
 
+@pytest.mark.slow
 def test_a_long_run_is_told_what_makes_it_shorter(
     wide: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -78,7 +78,7 @@ def wait_for(process: subprocess.Popen[bytes], log: Path, word: str) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_to_a_process(run, tmp_path: Path, number: int) -> None:
     out, log = tmp_path / "out", tmp_path / "log.txt"
     process = start(run, out, log)

@@ -113,7 +113,8 @@ def test_four_bits(wide_llama: Path, recipe: Recipe, tmp_path: Path) -> None:
     assert report.quality.kl < 0.05
 
 
-@pytest.mark.parametrize("grid", ["q2_k", pytest.param("q3_k", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("grid", ["q2_k", "q3_k"])
 def test_training_improves_on_rounding(wide_llama: Path, recipe: Recipe, grid: str, tmp_path: Path) -> None:
     recipe = replace(recipe, samples=48, seq_len=48)
 
