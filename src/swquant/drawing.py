@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers.generation.utils import ALL_CACHE_NAMES
 
 from swquant.checkpoint.source import Source
 from swquant.device import multiplies
@@ -287,6 +286,8 @@ def _cache(model: Any, drawing: Drawing) -> str | None:
     State-space models have another name than attention. A few keep nothing, or come to another answer with what they
     keep: these read the whole text anew for each token.
     """
+    from transformers.generation.utils import ALL_CACHE_NAMES  # seconds, and models have imported it by now
+
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     tokens = torch.arange(1, 1 + _TRIED, device=drawing.device)[None] % vocabulary
     whole: Tensor = _answer(model, tokens).logits[:, -1]
