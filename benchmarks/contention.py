@@ -35,9 +35,9 @@ SETTINGS: dict[str, dict[str, str]] = {
     "one thread": {"OMP_NUM_THREADS": "1"},
 }
 OPENMP = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
-SHAPES = {192: (8, 256), 1024: (1, 1024), 4096: (1, 256)}
-"""Samples of a step and tokens of a sample."""
-STEPS = {192: 40, 1024: 8, 4096: 4}
+SHAPES = {192: (8, 256), 256: (1, 256), 1024: (1, 1024), 4096: (1, 256)}
+"""Samples of a step and tokens of a sample; 256 is the demo's."""
+STEPS = {192: 40, 256: 100, 1024: 8, 4096: 4}
 
 
 def main() -> None:
@@ -45,7 +45,7 @@ def main() -> None:
         print(json.dumps(steps(int(sys.argv[2]))))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--widths", type=int, nargs="+", choices=tuple(SHAPES), default=tuple(SHAPES))
+    parser.add_argument("--widths", type=int, nargs="+", choices=tuple(SHAPES), default=(192, 1024, 4096))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--demo", action="store_true")
     args = parser.parse_args()

@@ -111,6 +111,8 @@ class Recipe:
     grids: Mapping[str, QuantSpec | None] = field(default_factory=dict[str, "QuantSpec | None"])
 
     def __post_init__(self) -> None:
+        if self.group_size == CHANNEL:  # pyright: ignore[reportUnnecessaryComparison]  as files have it
+            object.__setattr__(self, "group_size", None)
         for key, value in fixed_by(self.grid).items():
             if vars(self)[key] == _DEFAULTS[key]:
                 object.__setattr__(self, key, value)

@@ -4,6 +4,7 @@ import pytest
 
 from swquant.errors import SwquantError
 from swquant.quant.spec import QuantSpec
+from swquant.recipe import Recipe
 
 
 def test_codes_and_groups() -> None:
@@ -28,3 +29,7 @@ def test_a_width_that_the_group_size_does_not_divide_is_named_with_what_fits() -
     with pytest.raises(SwquantError, match=r"mlp\.up_proj has 96 inputs.*64 does not divide.*fit: 32, channel"):
         QuantSpec(2, 64, True).require_divides("mlp.up_proj", 96)
     QuantSpec(2, None, True).require_divides("mlp.up_proj", 97)
+
+
+def test_a_recipe_in_python_takes_the_word_that_files_have() -> None:
+    assert Recipe(group_size="channel").spec == QuantSpec(2, None, True)  # pyright: ignore[reportArgumentType]
