@@ -44,7 +44,7 @@ def fails_and_goes_on(run, capsys: pytest.CaptureFixture[str], out: Path, fail_a
     with pytest.MonkeyPatch.context() as patch:
         seen = count_flushes(patch, fail_at)
         said = run.fails(capsys, out, 1)
-    assert len(seen) == fail_at + 1
+    assert fail_at < len(seen) <= fail_at + 3  # two caches of hidden states may be flushed in threads meanwhile
     assert "No space left on device" in said
     assert "the same command goes on from there" in said
     if out.exists():

@@ -166,7 +166,7 @@ class RotatedCheckpoint:
             out = _transformed(out, change.right)
         if change.left is not None:
             out = _transformed(out.T, change.left).T
-        return out.reshape(original.shape)
+        return out.reshape(original.shape).contiguous()
 
 
 def _transformed(matrix: Tensor, transform: Transform) -> Tensor:

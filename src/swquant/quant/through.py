@@ -41,7 +41,7 @@ class _Level(torch.autograd.Function):
 
 def nearest(values: Tensor, levels: Tensor) -> Tensor:
     """Index of the level that is nearest to each value, the lower one of two; ``levels`` ascend."""
-    return torch.bucketize(values, (levels[1:] + levels[:-1]) / 2)
+    return torch.bucketize(values.contiguous(), (levels[1:] + levels[:-1]) / 2)
 
 
 def wide_dtype(values: Tensor) -> torch.dtype:
