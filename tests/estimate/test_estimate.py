@@ -15,6 +15,7 @@ import torch
 from click.testing import CliRunner
 
 import swquant.run
+from swquant import registry
 from swquant.checkpoint.reader import Checkpoint
 from swquant.cli import app
 from swquant.engine.block import Cached, stored_dtypes
@@ -99,6 +100,19 @@ def test_tensors_without_values_take_what_tensors_with_values_take(llama: Path, 
             peaks.append(live.peak)
     assert peaks[0] == pytest.approx(peaks[1], rel=0.02)
     assert peaks[0] > 4 * sum(value.numel() for value in params.values())
+
+
+@pytest.mark.parametrize("loss", registry.names("swquant.losses"))
+def test_every_loss_is_counted_on_few_threads_too(llama: Path, loss: str) -> None:
+    recipe = replace(RECIPE, calibration="bundled", loss="mse")
+    plans = [make_plan(one, llama) for one in (recipe, replace(recipe, loss=f"0.9*mse + 0.1*{loss}"))]
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        plain, with_loss = (memory_of(plan, shape_of(plan)).blocks["Train"] for plan in plans)
+    finally:
+        torch.set_num_threads(before)
+    assert with_loss > 0.99 * plain
 
 
 def test_no_weight_is_read(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
