@@ -4,11 +4,12 @@
     python benchmarks/gpu.py --small [--out FILE]
 
 *machine*: its matrix products and its copies, against which the others are held. *smoke*: every method on the demo
-model, its codes beside the CPU's, both in float32, and its perplexity in the device's own precision too (GPTQ's codes differ between two numbers of threads already). *steps*: a
-training step of each method on one block of width 4096, and the most memory that the run held on the device beside
-what ``plan`` says. *loss*: the same steps with and without the sliced-Wasserstein term, in turns. *gptq*: one layer.
-*finish*: a step of the end-to-end stage. *kernels*: products with packed weights. ``--small`` is a rehearsal on a few
-tokens of narrow blocks, on the CPU where there is no GPU, and writes only where ``--out`` says.
+model, its codes beside the CPU's, both in float32, and its perplexity in the device's own precision too; GPTQ's codes
+differ between two numbers of threads already. *steps*: a training step of each method on one block of width 4096, and
+the most memory that the run held on the device beside what ``plan`` says. *loss*: the same steps with and without the
+sliced-Wasserstein term, in turns. *gptq*: one layer. *finish*: a step of the end-to-end stage. *kernels*: products with
+packed weights. ``--small`` is a rehearsal on a few tokens of narrow blocks, on the CPU where there is no GPU, and
+writes only where ``--out`` says.
 
 Each part is a process of its own with a limit of time, and every line is written when it is there: what fails, crashes
 or takes too long costs itself alone, and its traceback stands in the results.

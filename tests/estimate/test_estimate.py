@@ -102,17 +102,17 @@ def test_tensors_without_values_take_what_tensors_with_values_take(llama: Path, 
     assert peaks[0] > 4 * sum(value.numel() for value in params.values())
 
 
-@pytest.mark.parametrize("loss", registry.names("swquant.losses"))
-def test_every_loss_is_counted_on_few_threads_too(llama: Path, loss: str) -> None:
+def test_every_loss_is_counted_on_few_threads_too(llama: Path) -> None:
+    every = " + ".join(f"0.1*{name}" for name in registry.names("swquant.losses"))
     recipe = replace(RECIPE, calibration="bundled", loss="mse")
-    plans = [make_plan(one, llama) for one in (recipe, replace(recipe, loss=f"0.9*mse + 0.1*{loss}"))]
+    plans = [make_plan(one, llama) for one in (recipe, replace(recipe, loss=every))]
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        plain, with_loss = (memory_of(plan, shape_of(plan)).blocks["Train"] for plan in plans)
+        plain, with_all = (memory_of(plan, shape_of(plan)).blocks["Train"] for plan in plans)
     finally:
         torch.set_num_threads(before)
-    assert with_loss > 0.99 * plain
+    assert with_all > plain
 
 
 def test_no_weight_is_read(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
