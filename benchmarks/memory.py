@@ -52,12 +52,20 @@ def peak(*arguments: str) -> tuple[int, float]:
     return int(held), float(seconds)
 
 
-def make(folder: Path, blocks: int, tokens: int = TOKENS, width: int = WIDTH) -> Path:
+def make(
+    folder: Path,
+    blocks: int,
+    tokens: int = TOKENS,
+    width: int = WIDTH,
+    *,
+    inner: int | None = None,
+    vocabulary: int = 256,
+) -> Path:
     """Write block by block, so that this process needs little memory too."""
     config = LlamaConfig(
-        vocab_size=256,
+        vocab_size=vocabulary,
         hidden_size=width,
-        intermediate_size=INNER * width // WIDTH // 64 * 64,
+        intermediate_size=inner or INNER * width // WIDTH // 64 * 64,
         num_hidden_layers=blocks,
         num_attention_heads=16,
         max_position_embeddings=tokens,

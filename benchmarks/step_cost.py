@@ -71,20 +71,20 @@ def plain_pass(folder: Path) -> Callable[[], None]:
 
 
 class Clock(Silent):
-    """Times a run's steps and a plain pass after each."""
+    """Times a run's steps by ``now``, in seconds, and a plain pass after each."""
 
-    def __init__(self, plain: Callable[[], None]) -> None:
-        self.plain, self.last = plain, 0.0
+    def __init__(self, plain: Callable[[], None], now: Callable[[], float] = time.process_time) -> None:
+        self.plain, self.now, self.last = plain, now, 0.0
         self.steps: list[float] = []
         self.plains: list[float] = []
 
     def step(self, done: int, total: int) -> None:
         """A step has ended."""
-        now = time.process_time()
+        now = self.now()
         if self.last:
             self.steps.append(now - self.last)
         self.plain()
-        self.last = time.process_time()
+        self.last = self.now()
         self.plains.append(self.last - now)
 
 

@@ -42,7 +42,7 @@ def multiplies(device: torch.device, dtype: torch.dtype) -> bool:
         return True
     if device.type == "cpu":
         return dtype == torch.bfloat16 and _has_bfloat16_products()
-    if device.type == "cuda" and dtype == torch.bfloat16:
+    if is_cuda(device) and dtype == torch.bfloat16:
         return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
     return True
 
@@ -57,8 +57,18 @@ def _has_bfloat16_products() -> bool:
     return any(getattr(torch.cpu, name, lambda: False)() for name in known)
 
 
+def is_cuda(device: torch.device) -> bool:
+    """Whether it is CUDA, or ROCm, which torch calls so: Triton's kernels run there, and pinned memory is read."""
+    return device.type == "cuda"
+
+
+def fuses_optimizers(device: torch.device) -> bool:
+    """Whether torch takes an optimizer's step in one kernel there, five times as fast as its default on a CPU."""
+    return device.type in ("cpu", "cuda")
+
+
 def moved(rows: Tensor, device: torch.device) -> Tensor:
     """``rows`` on ``device``; a CUDA device takes them out of pinned memory, and nobody waits until it has them."""
-    if device.type == "cuda" and rows.device.type == "cpu":
+    if is_cuda(device) and rows.device.type == "cpu":
         return rows.pin_memory().to(device, non_blocking=True)
     return rows.to(device)

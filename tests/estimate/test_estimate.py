@@ -15,6 +15,7 @@ import torch
 from click.testing import CliRunner
 
 import swquant.run
+from swquant import registry
 from swquant.checkpoint.reader import Checkpoint
 from swquant.cli import app
 from swquant.engine.block import Cached, stored_dtypes
@@ -99,6 +100,19 @@ def test_tensors_without_values_take_what_tensors_with_values_take(llama: Path, 
             peaks.append(live.peak)
     assert peaks[0] == pytest.approx(peaks[1], rel=0.02)
     assert peaks[0] > 4 * sum(value.numel() for value in params.values())
+
+
+def test_every_loss_is_counted_on_few_threads_too(llama: Path) -> None:
+    every = " + ".join(f"0.1*{name}" for name in registry.names("swquant.losses"))
+    recipe = replace(RECIPE, calibration="bundled", loss="mse")
+    plans = [make_plan(one, llama) for one in (recipe, replace(recipe, loss=every))]
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        plain, with_all = (memory_of(plan, shape_of(plan)).blocks["Train"] for plan in plans)
+    finally:
+        torch.set_num_threads(before)
+    assert with_all > plain
 
 
 def test_no_weight_is_read(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,8 +49,8 @@ def measure(front: Front, checkpoint: Source, cached: tuple[Tensor, Tensor], tok
                         (original.argmax(-1) == quantized.argmax(-1)).sum(),
                     ]
                 )
-                .double()
                 .cpu()
+                .double()
             )
             count += len(wanted)
     before, after, kl, agreed = (sums / count).tolist()
@@ -124,7 +124,7 @@ class Heads:
         total = torch.zeros((), dtype=torch.float64)
         states, targets = hidden.flatten(0, 1), reference.flatten(0, 1)
         for rows in self.chunks(len(states)):
-            total += _divergence(*self.log_probabilities(targets[rows], states[rows])).double().cpu()
+            total += _divergence(*self.log_probabilities(targets[rows], states[rows])).cpu().double()
         return (total / len(states)).float()
 
     def gradient(self, reference: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,5 +136,5 @@ class Heads:
             with torch.enable_grad():
                 loss = _divergence(*self.log_probabilities(targets[rows], leaf))
             slope[rows] = torch.autograd.grad(loss, leaf)[0].div_(len(states))
-            total += loss.detach().double().cpu()
+            total += loss.detach().cpu().double()
         return (total / len(states)).float(), slope.view(hidden.shape)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from swquant.device import is_cuda
 from swquant.engine.durable import allocate
 
 BYTES = 4
@@ -61,7 +62,7 @@ def on_device(cache: Tensor, parts: Iterable[slice], device: torch.device) -> It
     A CPU computes on the file's own pages. For a CUDA device a thread reads the next part into pinned memory while the
     device has the one before.
     """
-    if device.type != "cuda":
+    if not is_cuda(device):
         for part in parts:
             yield part, cache[part].to(device)
         return

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from swquant.device import moved
 from swquant.losses.base import without_autocast
+from swquant.quant.valueless import valueless
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 Ints = np.ndarray[Any, np.dtype[np.int32]]
@@ -109,7 +110,7 @@ def _project(points: Tensor, directions: Tensor) -> Tensor:
 
 def _back_project(slope: Tensor, directions: Tensor) -> Tensor:
     """Return ``slope.T @ directions.T``, [points, width]."""
-    if slope.device.type != "cpu":
+    if slope.device.type != "cpu" or valueless(slope):
         return slope.t() @ directions.t()
     # NumPy asks the system for huge pages, which spares large fresh memory most of its page faults.
     out = torch.from_numpy(np.empty((slope.shape[1], directions.shape[0]), slope.numpy().dtype))
@@ -123,7 +124,7 @@ def _unsort(rows: Tensor, order: Tensor) -> Tensor:
 
 def _sort_rows(values: Tensor, *, with_order: bool) -> tuple[Tensor, Tensor | None]:
     """Sort each row stably, in place where that is faster; return the rows and, if asked, the permutation."""
-    fast = values.device.type == "cpu" and values.dtype == torch.float32
+    fast = values.device.type == "cpu" and values.dtype == torch.float32 and not valueless(values)
     if not fast or torch.get_num_threads() > _THREADS_NUMPY_OUTRUNS:
         ordered, order = torch.sort(values, dim=1, stable=True)
         return ordered, order if with_order else None

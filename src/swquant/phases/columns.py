@@ -18,6 +18,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from swquant.device import is_cuda
 from swquant.errors import reason_of
 from swquant.quant.grid import Grid
 from swquant.quant.rounding import fake_quantize
@@ -52,7 +53,7 @@ def round_columns(
     """
     if grid.levels is None and work.device.type == "cpu" and _numba_works() and _numba_pays(work):
         _by_numba(work, errors, upper, grid, group, spec)
-    elif grid.levels is None and work.is_cuda and work.dtype == torch.float32 and _triton_works(work.device):
+    elif grid.levels is None and is_cuda(work.device) and work.dtype == torch.float32 and _triton_works(work.device):
         from swquant.phases import triton_columns
 
         triton_columns.rounded(work, errors, upper, _across(grid), group, spec.max_code)

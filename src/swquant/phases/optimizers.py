@@ -10,8 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-FUSED = ("cpu", "cuda")
-"""Devices on which a step is one kernel, five times as fast as torch's default on a CPU."""
+from swquant.device import fuses_optimizers
 
 LARGEST_FACTOR = 25.0
 """Most by which a phase shorter than its optimizer's span raises the rates; see docs/methods/block_ap.md."""
@@ -56,7 +55,7 @@ class Optimizer:
         kept = [dict(group, rate=group["lr"]) for group in groups if group["params"]]
         if self.kind == "sign_sgd":
             return SignSGD(kept)
-        fused = all(value.device.type in FUSED for group in kept for value in group["params"])
+        fused = all(fuses_optimizers(value.device) for group in kept for value in group["params"])
         return (torch.optim.Adam if self.kind == "adam" else torch.optim.AdamW)(kept, fused=fused)
 
     def factor(self, step: int, steps: int) -> float:

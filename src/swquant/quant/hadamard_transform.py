@@ -67,7 +67,7 @@ def draw_transform(width: int, generator: torch.Generator, like: Tensor) -> Tran
         factors.append(_matrix(base))
     elif base > 1:
         normals = torch.randn(base, base, generator=generator, device=generator.device)
-        factors.append(torch.linalg.qr(normals.double().cpu()).Q)
+        factors.append(torch.linalg.qr(normals.cpu().double()).Q)
     return Transform(signs, tuple(factor.to(like) for factor in factors))
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from swquant.device import is_cuda
 from swquant.errors import reason_of
 from swquant.quant.deferred import solid
 from swquant.quant.grid import Grid
@@ -189,7 +190,7 @@ class _FakeQuantize(torch.autograd.Function):
 
 def _fused(weight: Tensor) -> bool:
     """Whether one kernel each way does it: on CUDA (or ROCm, which torch calls so), where triton works."""
-    return weight.is_cuda and weight.dtype != torch.float64 and _triton_works(weight.device)
+    return is_cuda(weight.device) and weight.dtype != torch.float64 and _triton_works(weight.device)
 
 
 @cache

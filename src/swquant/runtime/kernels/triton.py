@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from swquant.device import is_cuda
 from swquant.runtime.kernels.base import PackedWeight
 
 FEW_ROWS = 4
@@ -23,7 +24,7 @@ class Triton:
 
     def refusal(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Runs on CUDA (or ROCm, which torch calls so), for the three dtypes of models, where triton is installed."""
-        if device.type != "cuda":
+        if not is_cuda(device):
             return f"it runs on CUDA, and the inputs are on {device}"
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"inputs are {dtype}, expected float32, bfloat16 or float16"
