@@ -20,7 +20,7 @@ import torch
 from scipy.stats import t
 
 from swquant import Recipe, quantize
-from swquant.demo import CONTEXT, EPOCHS, SAMPLES, WINDOWS
+from swquant.demo import CONTEXT, EPOCHS, WINDOWS
 
 LOSSES = ("mse", "0.9*mse + 0.1*sliced_wasserstein")
 RESULTS = Path(__file__).parent / "results" / "demo_seeds.json"
@@ -48,7 +48,7 @@ def main() -> None:
                 loss=loss if method == "omniquant" else None,
                 epochs=EPOCHS if method == "omniquant" else None,
                 calibration=str(assets / "calibration.txt"),
-                samples=SAMPLES,
+                samples=48,
                 seq_len=CONTEXT,
                 evaluation=str(assets / "evaluation.txt"),
                 evaluation_samples=WINDOWS,

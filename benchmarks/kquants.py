@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from swquant import Recipe, quantize
-from swquant.demo import CONTEXT, SAMPLES, WINDOWS
+from swquant.demo import CONTEXT, WINDOWS
 
 WIDTH = 768
 Q2_K, UNIFORM = {"grid": "q2_k"}, {"bits": 2, "group_size": 64, "symmetric": False}
@@ -63,7 +63,7 @@ def main() -> None:
             grid, method = RUNS[name]
             shared = {
                 "calibration": str(assets / "calibration.txt"),
-                "samples": SAMPLES,
+                "samples": 48,
                 "seq_len": CONTEXT,
                 "evaluation": str(assets / "evaluation.txt"),
                 "evaluation_samples": arguments.windows,

@@ -80,7 +80,6 @@ def test_the_skeleton_is_that_of_the_plain_model(fp8: Path, plain: Path) -> None
 
 
 def test_weights_are_those_that_transformers_loads(fp8: Path) -> None:
-    pytest.importorskip("accelerate")
     config = FineGrainedFP8Config(weight_block_size=(BLOCK, BLOCK), dequantize=True)
     model: Any = AutoModelForCausalLM.from_pretrained(fp8, dtype=torch.bfloat16, quantization_config=config)
     source = open_source(fp8)

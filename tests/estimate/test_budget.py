@@ -53,7 +53,9 @@ def test_a_budget_that_no_micro_batch_keeps_is_refused_with_flags_that_help(plan
         micro_batch_within(plan, Budget(host=needed(plan, 1) - 1), 1)
 
 
-@pytest.mark.parametrize(("mapped_from", "each"), [(kept.MAPPED_FROM, 20), (1 << 15, 16)])
+@pytest.mark.parametrize(
+    ("mapped_from", "each"), [pytest.param(kept.MAPPED_FROM, 20, marks=pytest.mark.slow), (1 << 15, 16)]
+)
 def test_weights_end_to_end_that_do_not_fit_are_to_be_left_out(
     plan: Plan, llama: Path, text: Path, monkeypatch: pytest.MonkeyPatch, mapped_from: int, each: int
 ) -> None:

@@ -80,7 +80,13 @@ def test_the_disk_is_known_within_2_percent(
 
 
 @pytest.mark.parametrize(
-    "method", ["omniquant(epochs=1)", "block_ap(epochs=1, batch_size=2)", "awq", "signround(steps=1)"]
+    "method",
+    [
+        "omniquant(epochs=1)",
+        "block_ap(epochs=1, batch_size=2)",
+        pytest.param("awq", marks=pytest.mark.slow),
+        "signround(steps=1)",
+    ],
 )
 def test_tensors_without_values_take_what_tensors_with_values_take(llama: Path, method: str) -> None:
     plan = make_plan(replace(RECIPE, method=method, seq_len=32), llama)

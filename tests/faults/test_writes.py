@@ -125,6 +125,7 @@ main(sys.argv[2:])
 """The command line, under which the disk is full when the next block begins."""
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_in_mid_run(run, small_disk: Path) -> None:
     """What is mapped has its room beforehand, so that no write to it ends the process by a signal."""
     out, ballast = small_disk / "out", small_disk / "ballast"

@@ -86,7 +86,7 @@ def test_every_method_of_the_folder_is_here() -> None:
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-@pytest.mark.parametrize("grid", ["q2_k", "q3_k"])
+@pytest.mark.parametrize("grid", ["q2_k", pytest.param("q3_k", marks=pytest.mark.slow)])
 def test_a_run_writes_the_weights_of_its_blocks(
     wide_llama: Path, recipe: Recipe, seen: list[QTensor], method: str, grid: str, tmp_path: Path
 ) -> None:
@@ -127,6 +127,7 @@ def test_training_improves_on_rounding(wide_llama: Path, recipe: Recipe, grid: s
     assert trained < 0.9 * rtn
 
 
+@pytest.mark.slow
 def test_scales_trained_end_to_end_are_those_that_are_written(
     wide_llama: Path, recipe: Recipe, seen: list[QTensor], tmp_path: Path
 ) -> None:

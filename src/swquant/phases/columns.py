@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,7 +84,9 @@ def _across(grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _by_numba(work: Tensor, errors: Tensor, upper: Tensor, grid: Grid, group: Sequence[int], spec: QuantSpec) -> None:
-    from swquant.phases.numba_columns import rounded
+    from swquant.phases import numba_columns
+
+    rounded: Any = numba_columns.rounded
 
     upper, index = upper.contiguous(), torch.tensor(group)
     ends = torch.tensor([0, spec.max_code], dtype=work.dtype)
@@ -118,7 +121,9 @@ def _numba_works() -> bool:
 
 def _numba_pays(work: Tensor) -> bool:
     """Whether the block is large enough to compile for, or that has been done."""
-    from swquant.phases.numba_columns import rounded
+    from swquant.phases import numba_columns
+
+    rounded: Any = numba_columns.rounded
 
     return work.numel() >= COMPILED or bool(rounded.signatures)
 

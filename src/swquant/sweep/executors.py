@@ -167,12 +167,17 @@ def _import_ray() -> Any:
 
 def _work(order: Order, slot: int) -> None:
     """The life of a local worker; it ends with the sweep, however that ends."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+    end_with_parent()
     if torch.accelerator.is_available():
         torch.accelerator.set_device_index(slot % torch.accelerator.device_count())
     run_trial(order)
+
+
+def end_with_parent() -> None:
+    """End this process when the one that started it ends, however that ends."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
 
 
 def _end_with(sentinel: int) -> None:
