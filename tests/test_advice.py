@@ -52,6 +52,7 @@ MOVED = {"shift": SHIFT, "codes": {"q": {"entropy": 1.9, "saturated": 0.1}}}
 SCALES = replace(make(blocks=[block() | {"measured": MEASURED}] * 3), finish=FINISH)
 
 CASES = {
+    "ruined": (make(51.0), make(49.0), "its perplexity is 5.1 times the original's"),
     "nothing_trained": (make(blocks=ROUNDED), make(), "Leave --method out"),
     "end_to_end_missing": (make(), replace(make(), finish=FINISH), "+ end_to_end"),
     "codes_stayed": (

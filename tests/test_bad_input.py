@@ -316,7 +316,7 @@ def test_commands(
         (b"", "wiki.txt", "too short: 4 samples of 32 tokens need at least 32 tokens, 0 are left"),
         (b"one two three", "wiki.txt", "too short: 4 samples of 32 tokens need at least 32 tokens"),
         (b"\xff\xfe\x00", "wiki.txt", "cannot be read as UTF-8: invalid start byte at byte 0"),
-        (b'{"txt": "x"}\n', "wiki.jsonl", "line 1: the object has no field 'text' (it has txt)"),
+        (b'{"txt": "x"}\n', "wiki.jsonl", "and no chat in 'messages' or 'conversations' (it has txt)"),
     ],
 )
 def test_a_calibration_text(

@@ -54,8 +54,11 @@ def test_jsonl_documents_are_joined_by_two_newlines(tmp_path: Path) -> None:
 BAD_LINES = [
     ("{", "not JSON: Expecting property name enclosed in double quotes at column 2"),
     ("{'text': 1}", "not JSON: Expecting property name enclosed in double quotes at column 2"),
-    ('{"body": "x", "id": 1}', r"the object has no field 'text' \(it has body, id\)"),
-    ("{}", r"the object has no field 'text' \(it has none\)"),
+    (
+        '{"body": "x", "id": 1}',
+        r"the object has no field 'text'.* \(it has body, id\)",
+    ),
+    ("{}", r"the object has no field 'text'.* \(it has none\)"),
     ('{"text": 3}', "'text' is '3', expected a string"),
     ('{"text": null}', "'text' is 'None', expected a string"),
     ("[1]", "a list, expected a JSON object with a 'text' field"),
@@ -96,7 +99,10 @@ def test_a_json_file_may_be_one_value(tmp_path: Path, indent: int | None) -> Non
     path.write_text(json.dumps({"text": "one", "id": 1}, indent=indent))
     assert read_text(str(path)) == "one"
     path.write_text(json.dumps([{"text": "one"}, {"body": "two"}], indent=indent))
-    with pytest.raises(SwquantError, match=r"entry 2: the object has no field 'text' \(it has body\)"):
+    with pytest.raises(
+        SwquantError,
+        match=r"entry 2: the object has no field 'text'.* \(it has body\)",
+    ):
         read_text(str(path))
     path.write_text('[\n{"text": "one"},\n{"text": }\n]')
     with pytest.raises(SwquantError, match=r"data\.json: not JSON: Expecting value at line 3, column 10"):

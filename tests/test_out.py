@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from swquant import Recipe, SwquantError, quantize
-from swquant.checkpoint.writer import require_unused
 from swquant.convert import convert
+from swquant.places import require_unused
 
 
 @pytest.fixture

@@ -16,6 +16,9 @@ from swquant.units import size
 MUCH, SOME, LITTLE = 1.5, 1.05, 1.01
 """Perplexity over the original's: much, some, and next to nothing lost."""
 
+RUINED = 5.0
+"""Perplexity over the original's from which nobody has a use for the output."""
+
 RISEN, FALLING = 1.02, 0.98
 """Validation loss of the last round over the least one; of the last over the one before it."""
 
@@ -36,6 +39,16 @@ Rule = Callable[[Report], str | None]
 def advise(report: Report) -> tuple[str, ...]:
     """The sentences of all rules that apply, the most promising first."""
     return tuple(said for said in (rule(report) for rule in RULES) if said is not None)
+
+
+def ruined(report: Report) -> str | None:
+    """Some outputs are no language models any more."""
+    if _lost(report) < RUINED or report.quality is None:
+        return None
+    return (
+        f"The output is ruined: its perplexity is {_lost(report):.3g} times the original's. Train it (leave --method "
+        "out), or give it more bits."
+    )
 
 
 def nothing_trained(report: Report) -> str | None:
@@ -196,6 +209,7 @@ def few_tokens(report: Report) -> str | None:
 
 
 RULES: tuple[Rule, ...] = (
+    ruined,
     nothing_trained,
     end_to_end_missing,
     codes_stayed,

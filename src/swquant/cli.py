@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 KINDS = ("methods", "losses", "families", "formats", "grids", "targets", "recipes")
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 """Variables by which users say how OpenMP's threads wait."""
+SOURCE_OPTIONS = ("revision", "subfolder", "dequantize_source", "trust_remote_code")
+REPORT = "report.json"
+RESUMED = ("quantize", "sweep")
+"""Commands that go on where they were stopped."""
 USER_ERROR = 2
 FAILURE = 1
 INTERRUPTED = 130
@@ -145,6 +149,15 @@ def quantize(
     The same command goes on where a killed run stopped, and ends in the same bits. Started by torchrun, its processes
     share the work: torchrun --nproc-per-node 4 -m swquant quantize ...
     """
+    from swquant.places import require_unused
+
+    if not (out / REPORT).is_file():  # else it may be this run's own, finished
+        require_unused(out)
+    asked = {name: flags.pop(name) for name in ("log_json", "tensorboard_directory", "wandb_project")}
+    files = {name: flags.pop(name) for name in SOURCE_OPTIONS}
+    recipe_name, recipe = _recipe(recipe_name, options, flags)
+
+    # What takes seconds to import comes after what can be refused without it.
     from swquant.checkpoint.hub import push, require_push
     from swquant.distributed.group import joined
     from swquant.observers.stopping import following
@@ -154,15 +167,12 @@ def quantize(
 
     if push_to_hub is not None:
         require_push(push_to_hub)
-    asked = {name: flags.pop(name) for name in ("log_json", "tensorboard_directory", "wandb_project")}
-    files = _files(flags)
-    recipe_name, recipe = _recipe(recipe_name, options, flags)
     budget = _budget(device_memory, host_memory)
     with (
         joined(os.environ, recipe.device) as ranks,
         everyone(out.name, **asked) if ranks.rank == 0 else following() as watching,
     ):
-        report = quantize_together(recipe, source, out, ranks, watching, budget, files)
+        report = quantize_together(recipe, source, out, ranks, watching, budget, _files(files))
     if report is None:
         return
     print_report(report, out, recipe_name)
@@ -375,8 +385,7 @@ def _files(flags: dict[str, Any]) -> SourceOptions:
     """What :func:`source_options` give, taken out of ``flags``."""
     from swquant.checkpoint.opening import SourceOptions
 
-    names = ("revision", "subfolder", "dequantize_source", "trust_remote_code")
-    return SourceOptions(*(flags.pop(name) for name in names))
+    return SourceOptions(*(flags.pop(name) for name in SOURCE_OPTIONS))
 
 
 def _budget(device: str | None, host: str | None) -> Budget:
@@ -440,9 +449,10 @@ def main(arguments: list[str] | None = None) -> None:
     except click.ClickException as error:
         _fail(" ".join(error.format_message().split()), USER_ERROR)
     except (KeyboardInterrupt, click.Abort):
-        _fail("stopped; the same command goes on from the last finished block", INTERRUPTED)
+        _fail(f"stopped{_after(arguments, '; the same command goes on from the last finished block')}", INTERRUPTED)
     except OSError as error:
-        _fail(f"{error}; what is finished is kept, and the same command goes on from there", FAILURE)
+        kept = _after(arguments, "; what is finished is kept, and the same command goes on from there")
+        _fail(f"{error}{kept}", FAILURE)
     except (MemoryError, RuntimeError) as error:
         from swquant.phases.micro_batch import ran_out
 
@@ -454,6 +464,12 @@ def main(arguments: list[str] | None = None) -> None:
             "a device with more memory, or see what swquant plan says",
             FAILURE,
         )
+
+
+def _after(arguments: list[str] | None, sentence: str) -> str:
+    """The sentence, if the command is one that goes on where it was stopped."""
+    given = sys.argv[1:] if arguments is None else arguments
+    return sentence if given[:1] and given[0] in RESUMED else ""
 
 
 def _fail(sentence: str, code: int) -> None:

@@ -14,7 +14,7 @@ from swquant import registry
 from swquant.card import licence_of
 from swquant.checkpoint.quantized import Outline, QuantizedModel, shapes_of, without
 from swquant.checkpoint.reader import find_model, require_own
-from swquant.checkpoint.writer import destination, publish, require_disk, require_unused
+from swquant.checkpoint.writer import publish
 from swquant.errors import SwquantError
 from swquant.formats import PLAIN, read_quantized
 from swquant.formats.base import Format, examine, held_by
@@ -23,6 +23,7 @@ from swquant.model.settings import in_full
 from swquant.model.skeleton import build_skeleton
 from swquant.model.whole import require_called_for
 from swquant.output import RECIPE, REPORT, described, load_report, output_of, place_of
+from swquant.places import destination, require_disk, require_unused
 from swquant.plan import choose_formats, unquantized
 from swquant.recipe import Recipe
 from swquant.report import Output

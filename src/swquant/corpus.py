@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -122,7 +123,10 @@ def read_corpus(source: str, tokens: int = MIXED) -> Corpus:
         return _mixed(source, tokens)
     deep = os.sep in source.removesuffix(os.sep).partition(os.sep)[2]
     if deep or source.startswith(".") or source.lower().endswith((*LINES, *TEXTS)):
-        raise SwquantError(f"there is no text file {source}; give a .txt or .jsonl file, a datasets name, or 'self'")
+        raise SwquantError(
+            f"there is no text file {source}; give a .txt or .jsonl file, a datasets name, mix, or bundled; "
+            "--calibration takes auto and self, too"
+        )
     return _of_documents(_read_dataset(source))
 
 
@@ -242,14 +246,34 @@ def _of_kind(name: str) -> Iterator[Document]:
         raise _unreadable(where, error) from error
 
 
+def load_dataset(path: str, **settings: Any) -> Any:
+    """``datasets.load_dataset``, out of its cache at once where the hub does not answer.
+
+    Raises:
+        ImportError: The library is not installed.
+        Exception: Whatever its loaders, file systems and the hub raise.
+    """
+    import datasets
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return datasets.load_dataset(path, **settings)
+    try:
+        get_session().head(constants.ENDPOINT, timeout=10)
+    except Exception:  # of whichever client the hub's library has
+        # The libraries would try again for half a minute, in lines of their own, before they look into their caches.
+        with patch.object(constants, "HF_HUB_OFFLINE", True), patch("datasets.config.HF_HUB_OFFLINE", True):
+            return datasets.load_dataset(path, **settings)
+    return datasets.load_dataset(path, **settings)
+
+
 def _load(path: str, where: str, **settings: Any) -> Any:
     try:
-        import datasets
+        return load_dataset(path, **settings)
     except ImportError as error:
         raise SwquantError(f"reading {where} needs: pip install 'swquant[datasets]'") from error
-    try:
-        return datasets.load_dataset(path, **settings)
-    except Exception as error:  # the library raises whatever its loaders, file systems and the hub do
+    except Exception as error:
         raise _unreadable(where, error) from error
 
 

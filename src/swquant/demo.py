@@ -77,7 +77,9 @@ def run_demo(out: Path | None) -> dict[str, Report]:
         orders = {way.title: Order(way, str(assets), str(place / way.folder)) for way in WAYS}
         seconds = _run(orders)
         reports = {title: read_report(Path(order.place)) for title, order in orders.items()}
-    Console(highlight=False).print(_table(reports, seconds))
+    console = Console(highlight=False)
+    console.print(_table(reports, seconds))
+    console.print(f"The model is {ASSETS / 'model'}, the texts lie beside it.", soft_wrap=True)
     return reports
 
 

@@ -142,7 +142,8 @@ def _field(value: Any, where: str, field: str = "text") -> str:
         raise SwquantError(f"{where}: {kind}, expected a JSON object with a {field!r} field")
     if field not in value:
         keys = ", ".join(f"{key:.40}" for key in list(value)[:8]) or "none"
-        raise SwquantError(f"{where}: the object has no field {field!r} (it has {keys})")
+        chats = f" and no chat in {' or '.join(map(repr, CHATS))}" if field == "text" else ""
+        raise SwquantError(f"{where}: the object has no field {field!r}{chats} (it has {keys})")
     text = value[field]
     if not isinstance(text, str):
         raise SwquantError(f"{where}: {field!r} is {str(text)[:40]!r}, expected a string")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from swquant.calibration import eval_windows, sample_windows
 from swquant.checkpoint.opening import SourceOptions, note_of
-from swquant.checkpoint.writer import destination, publish, require_disk, require_unused
+from swquant.checkpoint.writer import publish
 from swquant.corpus import tokens_of
 from swquant.device import resolve_device
 from swquant.distributed.ranks import Alone, Ranks
@@ -37,6 +37,7 @@ from swquant.model.calls import Calls, Front, capture
 from swquant.output import REPORT, load_report, write_output
 from swquant.phases.micro_batch import named, ran_out
 from swquant.phases.train import Train
+from swquant.places import destination, require_disk, require_unused
 from swquant.plan import Plan, make_plan
 from swquant.quant.deferred import in_float
 from swquant.quant.spec import QuantSpec
@@ -188,7 +189,7 @@ def _announce(plan: Plan, watching: Observer) -> None:
     """What is about to be done, to what."""
     watching.stage(f"Reading {plan.checkpoint.directory.name}: {plan.recipe.summary}")
     watching.stage(plan.assumed())
-    watching.stage(f"Training on {plan.device} with matrix products in {plan.recipe.precision}")
+    watching.stage(f"Computing on {plan.device}, matrix products of training in {plan.recipe.precision}")
     if note := note_of(plan.disk):
         watching.stage(note[0].upper() + note[1:])
     if plan.chosen is not None:

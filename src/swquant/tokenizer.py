@@ -88,7 +88,7 @@ def load_tokenizer(directory: Path, *, trusted: bool = False) -> Any:
         return _by_transformers(directory, trusted)
     backend = _backend(directory)
     try:
-        tokenizer: Any = _quietly(PreTrainedTokenizerFast.from_pretrained, directory, local_files_only=True)
+        tokenizer: Any = quietly(PreTrainedTokenizerFast.from_pretrained, directory, local_files_only=True)
     except Exception as error:  # tokenizer files fail in as many ways as there are tokenizers
         raise _unloadable(directory, error) from error
     tokenizer._tokenizer = backend  # as the file has it: transformers adds to it what the settings name
@@ -203,7 +203,7 @@ def _own_code(directory: Path) -> bool:
 
 def _by_transformers(directory: Path, trusted: bool) -> Any:
     try:
-        return _quietly(AutoTokenizer.from_pretrained, directory, local_files_only=True, trust_remote_code=trusted)
+        return quietly(AutoTokenizer.from_pretrained, directory, local_files_only=True, trust_remote_code=trusted)
     except Exception as error:  # tokenizer files fail in as many ways as there are tokenizers
         if _own_code(directory) and not trusted:
             raise SwquantError(
@@ -213,14 +213,17 @@ def _by_transformers(directory: Path, trusted: bool) -> Any:
         raise _unloadable(directory, error) from error
 
 
-def _quietly(load: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run what transformers comments on; what matters of it is said here."""
-    level = logging.get_verbosity()
+def quietly(load: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run what transformers comments on, in words and bars; what matters of it is said here."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         return load(*args, **kwargs)
     finally:
         logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _unloadable(directory: Path, error: Exception) -> SwquantError:

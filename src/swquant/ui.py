@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, Tex
 from rich.table import Table
 from rich.text import Text
 
+from swquant.advice import advise
 from swquant.engine.observer import Observer
 from swquant.engine.pace import Pace
 from swquant.evaluation import Evaluation, Gain, Measured
@@ -146,7 +147,9 @@ def print_report(report: Report, out: Path, recipe: str | None = None) -> None:
     for name, value in _facts(report, recipe):
         table.add_row(name, value)
     console.print(table)
-    console.print(f"\nCharts, and what to try next: {out / PAGE}", soft_wrap=True)
+    if advice := advise(report):
+        console.print(f"\nTo try next: {advice[0]}", soft_wrap=True)
+    console.print(f"\nCharts, and what else to try: {out / PAGE}", soft_wrap=True)
     print_outputs(report.outputs, out)
 
 
@@ -156,7 +159,7 @@ def print_outputs(outputs: Sequence[Output], out: Path) -> None:
     for output in outputs:
         place = out / output.directory
         console.print(f"\nTo load {place} ({output.format}):\n", soft_wrap=True)
-        console.print(output.loading, soft_wrap=True)
+        console.print(f"path = {str(place)!r}\n{output.loading}", soft_wrap=True)
         if output.command is not None:
             command = output.command.replace("PATH", shlex.quote(str(place)))
             console.print("\nTo serve it:\n")
@@ -263,12 +266,13 @@ def _facts(report: Report, recipe: str | None) -> Iterator[tuple[str, str]]:
         yield "same first choice", f"{100 * quality.top1:.1f} % of tokens"
     worst = max(range(len(report.blocks)), key=lambda index: report.blocks[index]["drift"])
     when = " before the end-to-end training" if report.finish else ""
-    yield f"drift of the hidden states{when}", f"{report.blocks[-1]['drift']:.4f} at the end, most after block {worst}"
+    last = f"{report.blocks[-1]['drift']:.4f} after the last block, most after block {worst + 1}"
+    yield f"relative error of hidden states{when}", last
     if report.finish is not None:
         finish = report.finish
         kept = f"epoch {finish['kept_epoch']} of {len(finish['curve'])}, {span(finish['seconds'])}"
         yield "end to end, validation KL", f"{finish['before']:.4g} -> {finish['after']:.4g} ({kept})"
-    yield "time", span(report.seconds)
+    yield "time of blocks and training", span(report.seconds)
     named = f"{recipe}: " if recipe else ""
     yield "recipe", f"{named}{report.recipe['method']}; all of it in swquant.yaml ({report.recipe_hash})"
     for text in (*notes_of(report), *report.events):
@@ -279,4 +283,6 @@ def _block_line(index: int, blocks: int, report: Mapping[str, Any]) -> str:
     losses = "".join(f", loss {phase['before']:.4g} -> {phase['after']:.4g}" for phase in report["phases"])
     events = sum(len(phase["events"]) for phase in report["phases"])
     trouble = f", {events} recoveries, told in the report" if events else ""
-    return f"block {index + 1}/{blocks}{losses}, drift {report['drift']:.4f}, {report['seconds']:.1f} s{trouble}"
+    return (
+        f"block {index + 1}/{blocks}{losses}, relative error {report['drift']:.4f}, {report['seconds']:.1f} s{trouble}"
+    )

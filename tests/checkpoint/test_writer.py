@@ -22,8 +22,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from swquant.checkpoint.reader import open_checkpoint
-from swquant.checkpoint.writer import Written, publish, require_disk, require_unused, write_checkpoint
+from swquant.checkpoint.writer import Written, publish, write_checkpoint
 from swquant.errors import SwquantError
+from swquant.places import require_disk, require_unused
 
 INDEX = "model.safetensors.index.json"
 CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "name": "ü"}

@@ -19,6 +19,7 @@ from swquant.checkpoint.own_code import CODE, without_code
 from swquant.checkpoint.reader import TEMPLATES
 from swquant.checkpoint.shards import read_json
 from swquant.errors import SwquantError
+from swquant.places import destination, in_use, require_unused
 
 SHARD_BYTES = 16 << 20
 """Parts are merged into one shard up to this size; a larger part is a shard of its own."""
@@ -144,74 +145,13 @@ def publish(staging: Path, out: Path) -> None:
         staging.rename(target)
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-            raise _in_use(out, "it was filled in the meantime") from error
+            raise in_use(out, "it was filled in the meantime") from error
         if error.errno == errno.EXDEV:
             raise SwquantError(
                 f"{staging} and {out} are on different file systems; choose an --out beside it"
             ) from error
         raise
     sync_directory(target.parent)
-
-
-def destination(out: Path) -> Path:
-    """Where ``out`` leads, links followed: what is staged beside it is on the file system that it is published to."""
-    return Path(os.path.realpath(out))
-
-
-def require_unused(out: Path) -> None:
-    """Refuse a place that is neither free nor an empty directory that another can take the place of.
-
-    Raises:
-        SwquantError: Naming what is there.
-    """
-    if not out.exists():
-        if out.is_symlink():
-            raise _in_use(out, "it is a broken link")
-        above = _nearest(out)
-        if not above.is_dir():
-            raise _in_use(out, f"{above} is a file")
-        return
-    if not out.is_dir():
-        raise _in_use(out, "it is a file")
-    if os.path.ismount(out):
-        raise _in_use(out, "it is a mount point, which no other directory can replace")
-    if out.samefile(Path.cwd()):
-        raise _in_use(out, "it is the directory that you are in")
-    first = min((path.name for path in out.iterdir()), default=None)
-    if first is not None:
-        raise _in_use(out, f"it holds {first!r}")
-
-
-def free_disk(path: Path) -> int:
-    """Bytes that may still be written where ``path`` is or would be."""
-    return shutil.disk_usage(_nearest(path)).free
-
-
-def require_disk(path: Path, needed: int) -> None:
-    """Refuse to begin what the disk cannot hold.
-
-    Args:
-        path: Where it is to be written; need not exist yet.
-        needed: Bytes.
-
-    Raises:
-        SwquantError: With the space needed and the space available.
-    """
-    free = free_disk(path)
-    if free < needed:
-        raise SwquantError(
-            f"{path} needs {needed / 1e9:.2f} GB of disk and {free / 1e9:.2f} GB are available; "
-            "free some space or choose another --out"
-        )
-
-
-def _nearest(path: Path) -> Path:
-    """``path`` itself if it exists, or the nearest place above it that does."""
-    return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
-
-
-def _in_use(out: Path, why: str) -> SwquantError:
-    return SwquantError(f"the output directory {out} is in use: {why}; choose another --out, or empty it")
 
 
 def _shards(parts: Iterable[Mapping[str, Tensor]], limit: int) -> Iterator[dict[str, Tensor]]:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from swquant.checkpoint.opening import SourceOptions
-from swquant.checkpoint.writer import free_disk
 from swquant.estimate.budget import (
     Budget,
     batch_of,
@@ -26,6 +25,7 @@ from swquant.estimate.memory import memory_of
 from swquant.estimate.shorter import LONG, faster
 from swquant.estimate.timing import Time, count_up
 from swquant.estimate.timing import measure as measured
+from swquant.places import free_disk
 from swquant.plan import Plan, make_plan
 from swquant.quant.kind import row_bits
 from swquant.recipe import Recipe

@@ -49,5 +49,9 @@ def _facts(found: Estimate, recipe: str | None) -> Iterator[tuple[str, str]]:
     yield "disk", f"{size(disk['peak'])} at most, {size(disk['free'])} free; finished blocks {size(disk['run_state'])}"
     yield "output", ", ".join(f"{name} {size(value)}" for name, value in disk["outputs"].items())
     if found.time is not None:
-        block = ", ".join(f"{name} {span(value)}" for name, value in found.time["block"].items())
-        yield "time", f"{span(found.time['total'])}, each block {block}"
+        time = found.time
+        block = ", ".join(f"{name} {span(value)}" for name, value in time["block"].items())
+        rest = {"end to end": time["finish"], "drawing samples": time["drawing"], "files": time["files"]}
+        others = "".join(f"; {name} {span(value)}" for name, value in rest.items() if value >= 0.01 * time["total"])
+        blocks = f"{time['blocks']} blocks {span(time['blocks'] * sum(time['block'].values()))}"
+        yield "time", f"{span(time['total'])}: {blocks} (each {block}){others}"

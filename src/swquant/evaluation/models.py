@@ -21,6 +21,7 @@ from swquant.model.empty import read_config as parse_config
 from swquant.model.whole import model_of, whole_model
 from swquant.phases.micro_batch import ran_out
 from swquant.runtime import load
+from swquant.tokenizer import quietly
 
 
 def load_model(
@@ -75,7 +76,8 @@ def load_by_transformers(directory: Path, device: torch.device, *, trusted: bool
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="You passed `quantization_config`")
-            model: Any = model_class(config, parse_config(config, directory), directory).from_pretrained(
+            model: Any = quietly(
+                model_class(config, parse_config(config, directory), directory).from_pretrained,
                 directory,
                 dtype=torch.float32,
                 use_safetensors=True,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from swquant.calibration import begun, eval_windows
-from swquant.corpus import read_corpus, tokenize, tokens_of
+from swquant.corpus import load_dataset, read_corpus, tokenize, tokens_of
 from swquant.documents import read_documents
 from swquant.errors import SwquantError, reason_of
 
@@ -124,14 +124,12 @@ def draw_windows(documents: Sequence[str], tokenizer: Any, context: int, count: 
 
 def _load(name: str, protocol: Protocol) -> list[str]:
     try:
-        import datasets
+        rows = load_dataset(protocol.dataset, **protocol.settings)
+        return list(rows[protocol.field])
     except ImportError as error:
         raise SwquantError(
             f"reading {name} from the hub needs: pip install 'swquant[datasets]'; or give a file, {name}=FILE.jsonl"
         ) from error
-    try:
-        rows: Any = datasets.load_dataset(protocol.dataset, **protocol.settings)
-        return list(rows[protocol.field])
     except Exception as error:  # the library raises whatever its loaders, file systems and the hub do
         reason = reason_of(error)
         raise SwquantError(

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from swquant.checkpoint.quantized import Outline, QuantizedModel, entries
-from swquant.checkpoint.writer import Written, copy_sidecars, require_unused, write_beside
+from swquant.checkpoint.writer import Written, copy_sidecars, write_beside
 from swquant.errors import SwquantError, reason_of
 from swquant.formats.gguf_blocks import block_type
 from swquant.formats.gguf_model import ROPE_FREQS, YARN_BETAS, Model, Rope, describe_model, reorder
 from swquant.formats.gguf_tokenizer import Vocabulary, read_vocabulary
+from swquant.places import require_unused
 from swquant.quant.qtensor import QTensor
 from swquant.quant.spec import QuantSpec
 

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from swquant.checkpoint.quantized import Encode, QuantizedModel, entries
-from swquant.checkpoint.writer import Written, copy_sidecars, require_unused, write_beside
+from swquant.checkpoint.writer import Written, copy_sidecars, write_beside
 from swquant.formats.onnx_layout import DATA, MODEL, PROPERTY, DecoderLayout, decoder_layout, onnx_types, require_onnx
 from swquant.formats.reading import generation_settings
+from swquant.places import require_unused
 from swquant.quant.qtensor import QTensor
 
 if TYPE_CHECKING:
