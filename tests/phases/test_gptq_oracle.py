@@ -66,7 +66,7 @@ def oracle_grid(w: Tensor, h: Tensor, lo: Tensor, hi: Tensor, bits: int, symmetr
         for factor, sign in itertools.product(factors, (1.0, -1.0)):
             offer(low * factor, high * factor, sign * torch.ones_like(low))
     else:
-        for first, last in itertools.product(factors, factors):
+        for first, last in itertools.product(factors[::2], factors[::2]):
             offer(low * first, high * last, torch.ones_like(low))
     for _ in range(3 if search else 0):
         grid = OracleGrid(*best, bits, symmetric)
@@ -90,7 +90,7 @@ def oracle_grid(w: Tensor, h: Tensor, lo: Tensor, hi: Tensor, bits: int, symmetr
 
 
 def aimed(W: Tensor, x: Tensor, y: Tensor, target: float) -> Tensor:
-    """From ``W`` towards the ``V`` with the least ``|V x - W y|^2 / n + lambda |V - W|^2``, by a system of equations."""
+    """From ``W`` towards the ``V`` with the least ``|V x - W y|^2 / n + lambda |V - W|^2``, by one system."""
     weight = (0.01 * x.square().sum() / x.shape[1]).sqrt()
     rows = torch.cat([x, weight * torch.eye(x.shape[1], dtype=x.dtype)])
     wanted = torch.cat([y @ W.T, weight * W.T])

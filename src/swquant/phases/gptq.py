@@ -43,7 +43,7 @@ class Gptq:
     code leaves out; the weight of an input that is always zero is rounded to the nearest, not set to zero; ``search``.
 
     With a ``target`` of ``a`` what is rounded is not ``W`` but the weight with the least ``mean |V x - W y|^2``, damped
-    like ``H``, or as much of the way there (the objective of GPTAQ, Li et al., arXiv 2504.02692, eq. 5)::
+    like ``H``, or as much of the way there (the objective of GPTAQ, Li et al., arXiv 2504.02692)::
 
         V = W + a W D H^-1,   D = mean (y - x) x^T
 
@@ -86,13 +86,14 @@ class Gptq:
                 second = _usable(moments, linears[0], events)
                 inputs = _factored(second, self.damping, self.act_order, linears[0], events)
                 pull = self._pull(moments, inputs, linears[0], events)
+                del moments
                 for name in (f"{linear}.weight" for linear in linears):
                     weight, slot = draft.params[name], draft.slots[name]
                     aim = weight if pull is None else widened(weight).addmm(widened(weight), pull)
                     params[name], grid = _by_rows(aim, slot, inputs, self.search, problem.ranks)
                     slots[name] = Slot(slot.spec, grid=grid)
                     tally.add(weight, snap(weight, slot), snap(params[name], slots[name]), second)
-                del second, inputs, pull, moments  # so that the next set's are not made while these are held
+                del second, inputs, pull  # so that the next set's are not made while these are held
         problem.step(total, total)
         return replace(draft, params=params, slots=slots), tally.report("Gptq", events)
 

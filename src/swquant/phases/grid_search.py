@@ -14,6 +14,8 @@ from swquant.quant.spec import QuantSpec
 from swquant.quant.through import widened
 
 FACTORS = tuple(1 - step / 20 for step in range(7))
+"""Of a range; every second one where they are paired."""
+
 FITS = 3
 CHUNK = 1 << 18
 """Weights whose candidates are compared at a time, so that what that needs stays in a core's cache."""
@@ -32,11 +34,11 @@ def search_grid(
 ) -> Grid:
     r"""The grid on which each group, rounded to the nearest, has the least ``sum_i h_i (Q(w_i) - w_i)^2``.
 
-    ``h_i = mean x_i^2`` is the diagonal of the inputs' second moments, by which NeUQI (Lin et al., arXiv 2505.17595,
-    eq. 5) makes the error of a row's output a sum over its weights. First ranges are compared: ``factors`` times the
-    low and the high end, on asymmetric grids every pair of factors, on symmetric ones both signs. From the best one on,
-    the grid is fitted to its codes and the codes to the grid, :data:`FITS` times: with ``u_i`` a code less the zero
-    point, and ``q_i`` the code itself, ::
+    ``h_i = mean x_i^2`` is the diagonal of the inputs' second moments, by which NeUQI (Lin et al., arXiv 2505.17595)
+    makes the error of a row's output a sum over its weights. First ranges are compared: ``factors`` times the low and
+    the high end, on symmetric grids with both signs, on asymmetric ones every pair of every second factor. From the
+    best one on, the grid is fitted to its codes and the codes to the grid, :data:`FITS` times: with ``u_i`` a code less
+    the zero point, and ``q_i`` the code itself, ::
 
         scale = sum h u w / sum h u^2,                   the zero point as it is
         w ~ scale q + low by weighted least squares,     and a zero point that follows, on asymmetric grids
@@ -69,11 +71,10 @@ def search_grid(
 
 def _ranges(low: Tensor, high: Tensor, spec: QuantSpec, factors: Sequence[float]) -> Iterator[Ends]:
     ones = torch.ones_like(low)
-    for lo in factors:
-        if spec.symmetric:
-            yield from ((low * lo, high * lo, sign) for sign in (ones, -ones))
-        else:
-            yield from ((low * lo, high * hi, None) for hi in factors)
+    if spec.symmetric:
+        yield from ((low * factor, high * factor, sign) for factor in factors for sign in (ones, -ones))
+    else:
+        yield from ((low * lo, high * hi, None) for lo in factors[::2] for hi in factors[::2])
 
 
 class _Best:
