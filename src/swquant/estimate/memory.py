@@ -20,6 +20,7 @@ from swquant.phases.awq_clip import AwqClip
 from swquant.phases.awq_scale import AwqScale
 from swquant.phases.base import Phase
 from swquant.phases.gptq import Gptq
+from swquant.phases.hessian import EXPERT
 from swquant.phases.scale_training import LEARNED_BYTES, ScaleTraining
 from swquant.phases.train import Train
 from swquant.plan import Plan
@@ -136,7 +137,7 @@ def _step(rig: Rig, phase: Phase, draft: Draft, micro_batch: int | None) -> Draf
     Where a phase keeps its best state in memory, that of a round before is there beside the step.
     """
     if isinstance(phase, Gptq):
-        return _gptq(draft, rig, bool(phase.target))
+        return _gptq(draft, rig, phase)
     if isinstance(phase, AwqScale):
         phase = replace(phase, ratios=phase.ratios[:CANDIDATES])
     if isinstance(phase, AwqClip):
@@ -154,7 +155,7 @@ def _step(rig: Rig, phase: Phase, draft: Draft, micro_batch: int | None) -> Draf
     return after
 
 
-def _gptq(draft: Draft, rig: Rig, aimed: bool) -> Draft:
+def _gptq(draft: Draft, rig: Rig, phase: Gptq) -> Draft:
     """What GPTQ leaves and holds at most, without its columns one by one.
 
     While it sums moments up towards a target it holds a batch's inputs in the original model. At its columns it holds
@@ -163,8 +164,8 @@ def _gptq(draft: Draft, rig: Rig, aimed: bool) -> Draft:
     params = {name: torch.empty(draft.params[name].shape) for name in draft.slots}
     states = rig.cached.quantized
     tokens = len(states[next(batches(states))]) * states.shape[1]
-    for value in params.values():
-        width = value.shape[1]
+    for name, value in params.items():
+        width, aimed = value.shape[1], bool(phase.target) and not EXPERT.search(name)
         _hold([(width, width)] * (HESSIANS + AIMED * aimed))
         _hold([(width, width)] * (1 + aimed) + [(tokens, width)] * (1 + aimed))
         _hold([(width, width)] * (2 + aimed) + [(len(value), width)] * (3 + aimed))

@@ -25,7 +25,7 @@ class GPTQ:
     act_order: bool = False
     damping: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.01
     search: bool = True
-    target: Annotated[float, Field(ge=0, le=1)] = 0.0
+    target: Annotated[float, Field(ge=0, le=1)] = 0.25
 
     def parts(self, setting: Setting) -> tuple[Part, ...]:
         """One search."""

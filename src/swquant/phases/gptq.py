@@ -11,7 +11,7 @@ from swquant.distributed.ranks import Ranks
 from swquant.phases.base import PhaseReport, Problem
 from swquant.phases.column_grids import open_groups
 from swquant.phases.columns import round_columns
-from swquant.phases.hessian import ErrorTally, Moments, by_rows, input_moments, stages
+from swquant.phases.hessian import EXPERT, ErrorTally, Moments, by_rows, input_moments, stages
 from swquant.quant.draft import Draft, Slot, realize, snap
 from swquant.quant.finite import is_finite
 from swquant.quant.grid import Grid
@@ -47,7 +47,8 @@ class Gptq:
 
         V = W + a W D H^-1,   D = mean (y - x) x^T
 
-    GPTAQ itself lets column ``j``'s part of ``D`` change the columns after ``j`` alone, when its turn has come.
+    GPTAQ itself lets column ``j``'s part of ``D`` change the columns after ``j`` alone, when its turn has come. Experts
+    have no target: which tokens reach them is another matter in each model.
 
     Attributes:
         damping: ``lambda`` as a share of the mean of ``diag(H)``; raised tenfold as often as ``H`` cannot be factored.
@@ -61,7 +62,7 @@ class Gptq:
     damping: float = 0.01
     act_order: bool = False
     search: bool = True
-    target: float = 0.0
+    target: float = 0.25
 
     @property
     def augmented(self) -> bool:
@@ -78,14 +79,15 @@ class Gptq:
         total = sum(map(len, steps))
         for sets in steps:
             so_far = realize(replace(draft, params=params, slots=slots))
-            originals = draft.params if self.target else None
+            aimed = bool(self.target) and not EXPERT.search(sets[0][0])
+            originals = draft.params if aimed else None
             found = input_moments(problem, {**params, **so_far}, [linears[0] for linears in sets], originals)
             for linears in sets:
                 problem.step(len(slots), total)
                 moments = found.pop(0)
                 second = _usable(moments, linears[0], events)
                 inputs = _factored(second, self.damping, self.act_order, linears[0], events)
-                pull = self._pull(moments, inputs, linears[0], events)
+                pull = self._pull(moments, inputs, linears[0], events) if aimed else None
                 del moments
                 for name in (f"{linear}.weight" for linear in linears):
                     weight, slot = draft.params[name], draft.slots[name]
@@ -98,9 +100,7 @@ class Gptq:
         return replace(draft, params=params, slots=slots), tally.report("Gptq", events)
 
     def _pull(self, moments: Moments, inputs: _Inputs, name: str, events: list[str]) -> Tensor | None:
-        """``a D H^-1 [in, in]``; ``None`` without a target, or where ``D`` is not known, which is noted."""
-        if not self.target:
-            return None
+        """``a D H^-1 [in, in]``; ``None`` where ``D`` is not known, which is noted."""
         if moments.deviation is None or not is_finite(moments.deviation):
             events.append(f"{name}: its inputs in the original model are not known token by token; no target")
             return None
