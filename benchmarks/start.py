@@ -1,10 +1,11 @@
 """What methods without training start from: each way alone and together, on trained models.
 
-    python benchmarks/start.py MODELS [--models smollm2 ...] [--grids w2g64 ...] [--seeds 0 1 2] [--methods ...]
+    python benchmarks/start.py MODELS [--models smollm2 ...] [--grids w2g64 ...] [--seeds 0 1 2] [--blocks N]
 
 ``MODELS`` has a folder of ``wheel_model.py`` for each model. A case is a model, a grid, a method and a seed, which
-draws the samples: 16 of 256 tokens, measured on 16 windows of 256 tokens of the evaluation text. Each is a process of
-its own on one thread; finished cases stay in the results' file and are not repeated.
+draws the samples: 16 of 256 tokens, measured on windows of 256 tokens of the evaluation text. Each is a process of
+its own on one thread; finished cases stay in the results' file and are not repeated. With ``--blocks`` only the first
+ones are quantized, which is quicker.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ GRIDS = {
     "w2g64-asym": ["--bits", "2", "--group-size", "64", "--asymmetric"],
     "w3g64": ["--bits", "3", "--group-size", "64"],
 }
-METHODS = ("rtn", "gptq")
-SAMPLES, LENGTH, WINDOWS = 16, 256, 16
+METHODS = ("rtn", "rtn(search=True)", "gptq(search=False, target=0)", "gptq(target=0)", "gptq(search=False)", "gptq")
+SAMPLES, LENGTH = 16, 256
 
 
 def main() -> None:
@@ -40,13 +41,15 @@ def main() -> None:
     parser.add_argument("--grids", nargs="+", choices=GRIDS, default=tuple(GRIDS))
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--seeds", nargs="+", type=int, default=(0,))
+    parser.add_argument("--blocks", type=int)
+    parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     for model, grid, seed, method in product(args.models, args.grids, args.seeds, args.methods):
         results = known(args.out)
-        name = f"{model} {grid} {method} {seed}"
+        name = f"{model} {grid}{f'/{args.blocks}' if args.blocks else ''} {method} {seed}"
         if name not in results:
-            found = run(args.folder.resolve() / model, GRIDS[grid], method, seed)
+            found = run(args.folder.resolve() / model, GRIDS[grid], method, seed, args.blocks, args.windows)
             args.out.write_text(json.dumps({**known(args.out), name: found}, indent=1) + "\n", encoding="utf-8")
             print(name, found, flush=True)
     show(known(args.out))
@@ -56,21 +59,31 @@ def known(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def run(folder: Path, grid: list[str], method: str, seed: int) -> dict[str, float]:
-    """Quantize one case and read its report."""
+def run(folder: Path, grid: list[str], method: str, seed: int, blocks: int | None, windows: int) -> dict[str, float]:
+    """Quantize one case, or its first ``blocks`` alone, and read its report."""
     with tempfile.TemporaryDirectory() as scratch:
+        layers = json.loads((folder / "model" / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"]
+        kept = {f"*.layers.{index}.*": None for index in range(blocks or layers, layers)}
+        recipe = Path(scratch) / "recipe.yaml"
+        recipe.write_text(json.dumps({"grids": kept} if kept else {}), encoding="utf-8")
         out, started = Path(scratch) / "out", time.monotonic()
         command = [sys.executable, "-m", "swquant", "quantize", str(folder / "model"), "--out", str(out), *grid]
+        command += ["--recipe", str(recipe)] if kept else []
         command += ["--method", method, "--seed", str(seed), "--samples", str(SAMPLES), "--seq-len", str(LENGTH)]
         command += ["--calibration", str(folder / "calibration.txt"), "--evaluation", str(folder / "evaluation.txt")]
-        command += ["--evaluation-samples", str(WINDOWS), "--device", "cpu"]
+        command += ["--evaluation-samples", str(windows), "--device", "cpu"]
         refusal = sentence_of(command)
         if refusal is not None:
             sys.exit(refusal)
         report = json.loads((out / "report.json").read_text(encoding="utf-8"))
         work = sum(block["seconds"] for block in report["blocks"])
         quality = {name: report["quality"][name] for name in ("kl", "perplexity", "perplexity_reference")}
-        return {**quality, "seconds": round(time.monotonic() - started, 1), "blocks": round(work, 1)}
+        return {
+            **quality,
+            "windows": windows,
+            "seconds": round(time.monotonic() - started, 1),
+            "blocks": round(work, 1),
+        }
 
 
 def show(results: Mapping[str, Mapping[str, float]]) -> None:
