@@ -39,8 +39,8 @@ SW = "sliced_wasserstein(slices=16)"
 SUM = {"loss": f"0.6*mse + 0.4*{SW}"}
 DIFFERING, DIFFERING_BEHIND_GPTQ = 0.002, 0.1
 """Greatest share of codes that may differ: rounding errors move a weight across the middle between two codes. GPTQ has
-the rest of the row make up for it, so that one such code changes its row, the inputs of what follows, and more rows: with a
-target, which follows these inputs, and a search, which has two answers too, at once, more than can be told from a fault."""
+the rest of the row make up for it, so that one such code changes its row, the inputs of what follows, and more rows.
+With a search and a target at once, which both follow those inputs, that is too much to tell from a fault."""
 
 
 def recipe_of(text: Path, method: str, **values: Any) -> Recipe:
