@@ -27,8 +27,10 @@ from swquant.families.llama import LLAMA
 from swquant.formats import read_quantized
 from swquant.inspection import inspect
 from swquant.learnables.grid_params import GridParams
-from swquant.phases.column_grids import open_groups, searched
+from swquant.phases.column_grids import open_groups
+from swquant.phases.grid_search import search_grid
 from swquant.quant.draft import Draft, Slot, commit, grid_of, open_draft, realize
+from swquant.quant.grid import extent_of
 from swquant.quant.qtensor import QTensor
 from swquant.quant.spec import QuantSpec
 
@@ -302,8 +304,8 @@ def test_gradients_are_those_of_a_transcription() -> None:
 
 def test_late_groups_see_the_weights_as_they_are_when_their_turn_comes() -> None:
     spec, weight, later = QuantSpec.named(GRID, 3, 32), random_weight(0), random_weight(1)
-    blocks = torch.eye(32).expand(4, -1, -1)
-    groups = open_groups(weight, Slot(spec), blocks, late=True)
+    energy = torch.ones(4, 32)
+    groups = open_groups(weight, Slot(spec), energy, late=True)
     for column in range(128):
         groups.of_columns([column], later)
-    assert torch.equal(groups.grid.scale, searched(later, spec, 1.0, 1.0, blocks).scale)
+    assert torch.equal(groups.grid.scale, search_grid(later, extent_of(later, spec), spec, energy).scale)

@@ -49,8 +49,8 @@ def test_few_samples(tmp_path: Path, method: str, least: float, most: float) -> 
 @pytest.mark.parametrize(
     ("method", "least", "most"),
     [
-        ("gptq", 38.9, 40.8),
-        ("rotate + gptq", 40.3, 42.3),
+        ("gptq", 38.4, 40.4),
+        ("rotate + gptq", 38.1, 40.1),
         ("awq", 42.7, 44.7),
         ("signround(steps=20)", 37.6, 39.6),
         ("tesseraq(rounds=3, iterations=4)", 39.6, 41.6),

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -106,6 +107,36 @@ def test_tensors_without_values_take_what_tensors_with_values_take(llama: Path, 
             peaks.append(live.peak)
     assert peaks[0] == pytest.approx(peaks[1], rel=0.02)
     assert peaks[0] > 4 * sum(value.numel() for value in params.values())
+
+
+class Counted(Live):
+    """With the values that code asks for."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return func(*args)
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+@pytest.mark.parametrize("options", ["search=False, target=0", "search=False"])
+def test_gptq_takes_what_is_said(make_model: MakeModel, options: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without its columns one by one, which take no more."""
+    narrow = make_model("llama", 1, torch.bfloat16, hidden_size=128, intermediate_size=512, head_dim=32)
+    plan = make_plan(replace(RECIPE, method=f"gptq({options})", calibration="bundled", seq_len=32), narrow)
+    monkeypatch.setattr("swquant.phases.gptq.round_columns", lambda *_: None)
+    (phase,), shape = plan.pipeline.phases, shape_of(plan)
+    dtypes = stored_dtypes(plan.job(), 0)
+    bound = bind(plan, 0, shape[1], torch.device("cpu"), range(1, shape[0] + 1))
+    with Counted() as live:
+        cached = Cached(*(torch.rand(shape) for _ in range(3)), torch.empty(0), torch.rand(shape))
+        before = live.now
+        own = bound.block.module.state_dict()
+        params = {name: torch.rand(value.shape).to(dtypes[name]) for name, value in own.items()}
+        rig = Rig(plan, replace(bound, calls=bound.calls.copied()), params, cached)
+        draft = rig.draft()
+        live.mark()
+        phase.run(draft, rig.problem(phase, [0, 1], [2]))
+    assert memory_of(plan, shape).blocks["Gptq"] == pytest.approx(live.peak - before, rel=0.15)
 
 
 def test_every_loss_is_counted_on_few_threads_too(llama: Path) -> None:

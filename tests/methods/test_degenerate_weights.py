@@ -25,6 +25,7 @@ QUICK = {
     "gptq + block_ap(batch_size=2)": {"epochs": 2},
     "tesseraq": {"options": {"rounds": 2, "iterations": 3}},
     "rotate + signround(steps=3)": {},
+    "rtn(search=True)": {},
 }
 SINGLE = [name for name in registry.names("swquant.methods") if name not in ("rotate", "end_to_end")]
 

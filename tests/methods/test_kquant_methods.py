@@ -17,10 +17,11 @@ from swquant.formats.kquant_blocks import K_GRIDS, block_bytes, encode_blocks
 from swquant.learnables.base import BlockFacts
 from swquant.learnables.grid_params import GridParams
 from swquant.learnables.weights import Weights
-from swquant.phases import column_grids
 from swquant.phases.column_grids import open_groups
+from swquant.phases.grid_search import search_grid
 from swquant.plan import make_plan
 from swquant.quant.draft import Slot, commit, grid_of, open_draft, realize
+from swquant.quant.grid import extent_of
 from swquant.quant.qtensor import QTensor
 from swquant.quant.spec import QuantSpec
 from swquant.registry import names
@@ -205,8 +206,8 @@ def test_late_grids_see_the_weights_as_they_are_when_their_turn_comes(grid: str,
     """``d`` comes from a super-block's weights at its first column, and every group's integers from its own."""
     spec, kind = QuantSpec.named(grid), K_GRIDS[grid]
     weight = random_weight(0)
-    blocks = torch.eye(kind.group_size).expand(spec.groups(512), -1, -1) if search else None
-    groups = open_groups(weight, Slot(spec), blocks, late=True)
+    energy = torch.ones(spec.groups(512), kind.group_size) if search else None
+    groups = open_groups(weight, Slot(spec), energy, late=True)
     current = random_weight(1) * 2
     at_start = current.clone()
     for column in range(512):
@@ -215,9 +216,9 @@ def test_late_grids_see_the_weights_as_they_are_when_their_turn_comes(grid: str,
         if column % kind.group_size == kind.group_size - 1:
             current[:, column + 1 :] *= 0.97
     final = groups.grid.parts
-    fresh = column_grids.searched(
-        at_start[:, :256].contiguous(), spec, 1.0, 1.0, None if blocks is None else blocks[: kind.groups]
-    )
+    first_block = at_start[:, :256].contiguous()
+    own = None if energy is None else energy[: kind.groups]
+    fresh = search_grid(first_block, extent_of(first_block, spec), spec, own)
     for name in final.keys() & {"d", "dmin"}:
         assert torch.equal(final[name][:, :1], fresh.parts[name])
     last = kind.groups - 1

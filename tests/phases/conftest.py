@@ -22,10 +22,14 @@ WIDTH, INNER, HEADS, KEY_HEADS, SAMPLES, TOKENS = 64, 96, 4, 2, 6, 24
 
 @dataclass(frozen=True)
 class TinyBlock:
-    """Parameters and inputs ``[samples, tokens, width]`` whose channels differ in size and are correlated."""
+    """Parameters and inputs ``[samples, tokens, width]`` whose channels differ in size and are correlated.
+
+    ``reference`` is what the original model would put into the block.
+    """
 
     params: dict[str, Tensor]
     inputs: Tensor
+    reference: Tensor
 
     @staticmethod
     def run(params: Mapping[str, Tensor], x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -55,6 +59,17 @@ class TinyBlock:
                 for name in linears:
                     visit(name, seen[name])
 
+        def watch_both(
+            params: Mapping[str, Tensor],
+            originals: Mapping[str, Tensor],
+            linears: list[str],
+            visit: Callable[[str, Tensor, Tensor], None],
+        ) -> None:
+            for batch, original in zip(self.inputs.split(4), self.reference.split(4), strict=True):
+                seen, before = self.run(params, batch)[1], self.run(originals, original)[1]
+                for name in linears:
+                    visit(name, seen[name], before[name])
+
         target = self.run(self.params, self.inputs)[0]
         return Problem(
             forward=lambda params, x, samples: self.run(params, x)[0],
@@ -69,6 +84,7 @@ class TinyBlock:
             rng=partial(generator, 0),
             device=torch.device("cpu"),
             step=lambda done, total: None,
+            watch_both=watch_both,
         )
 
 
@@ -87,6 +103,7 @@ def tiny_block() -> Callable[[int], TinyBlock]:
         params["input_layernorm.weight"] = draw(WIDTH).exp()
         params["post_attention_layernorm.weight"] = draw(WIDTH).exp()
         mix = torch.eye(WIDTH, dtype=torch.double) + 0.3 * draw(WIDTH, WIDTH)
-        return TinyBlock(params, draw(SAMPLES, TOKENS, WIDTH) @ mix)
+        inputs = draw(SAMPLES, TOKENS, WIDTH) @ mix
+        return TinyBlock(params, inputs, inputs + 0.2 * draw(SAMPLES, TOKENS, WIDTH))
 
     return make

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -45,20 +46,55 @@ class OracleGrid:
         return (self.codes(w) - self.zero) * self.step
 
 
-def oracle_grid(w: Tensor, H: Tensor, lo: Tensor, hi: Tensor, bits: int, symmetric: bool, search: bool) -> OracleGrid:
-    """The grid of the group ``w [out, width]``; by brute force over factors and signs where ``search`` is on."""
+def oracle_grid(w: Tensor, h: Tensor, lo: Tensor, hi: Tensor, bits: int, symmetric: bool, search: bool) -> OracleGrid:
+    """The grid of the group ``w [out, width]`` under ``h [width]``: brute force, then fits by least squares."""
     low, high = w.amin(1, keepdim=True).clamp(max=0) * lo, w.amax(1, keepdim=True).clamp(min=0) * hi
     factors = [1 - i / 20 for i in range(7)] if search else [1.0]
-    weights = H if search else torch.eye(len(H), dtype=H.dtype)
-    best_factor, best_sign = torch.ones_like(low), torch.ones_like(low)
+    energy = h if search else torch.ones_like(h)
+    best = (low.clone(), high.clone(), torch.ones_like(low))
     least = torch.full_like(low, float("inf"))
-    for factor in factors:
-        for sign in (1.0, -1.0) if symmetric else (1.0,):
-            error = OracleGrid(low * factor, high * factor, sign, bits, symmetric).values(w) - w
-            cost = torch.einsum("oi,ij,oj->o", error, weights, error).unsqueeze(1)
-            better = cost < least
-            best_factor[better], best_sign[better], least[better] = factor, sign, cost[better]
-    return OracleGrid(low * best_factor, high * best_factor, best_sign, bits, symmetric)
+
+    def offer(low: Tensor, high: Tensor, sign: Tensor) -> None:
+        error = OracleGrid(low, high, sign, bits, symmetric).values(w) - w
+        cost = torch.einsum("i,oi->o", energy, error.square()).unsqueeze(1)
+        better = cost < least
+        least[better] = cost[better]
+        for kept, new in zip(best, (low, high, sign), strict=True):
+            kept[better] = new[better]
+
+    if symmetric:
+        for factor, sign in itertools.product(factors, (1.0, -1.0)):
+            offer(low * factor, high * factor, sign * torch.ones_like(low))
+    else:
+        for first, last in itertools.product(factors[::2], factors[::2]):
+            offer(low * first, high * last, torch.ones_like(low))
+    for _ in range(3 if search else 0):
+        grid = OracleGrid(*best, bits, symmetric)
+        codes, root = grid.codes(w), energy.sqrt()
+
+        def fit(*units: Tensor, root: Tensor = root) -> Tensor:
+            """Coefficients of ``units [out, width]`` in each row, ``[out, units]``."""
+            columns = torch.stack(units, -1) * root[:, None]
+            return torch.linalg.lstsq(columns, (w * root).unsqueeze(-1)).solution.squeeze(-1)
+
+        scale = fit(codes - grid.zero)
+        if symmetric:
+            offer(-scale.abs() * 2 ** (bits - 1), torch.zeros_like(scale), scale.sign())
+            continue
+        line = fit(codes, torch.ones_like(codes))
+        offer(-grid.zero * scale, (2**bits - 1 - grid.zero) * scale, torch.ones_like(scale))
+        slope, start = line[:, :1], line[:, 1:]
+        end = start + slope * (2**bits - 1)
+        offer(start.clamp(max=0), end.clamp(min=0), torch.ones_like(scale))
+    return OracleGrid(*best, bits, symmetric)
+
+
+def aimed(W: Tensor, x: Tensor, y: Tensor, target: float) -> Tensor:
+    """From ``W`` towards the ``V`` with the least ``|V x - W y|^2 / n + lambda |V - W|^2``, by one system."""
+    weight = (0.01 * x.square().sum() / x.shape[1]).sqrt()
+    rows = torch.cat([x, weight * torch.eye(x.shape[1], dtype=x.dtype)])
+    wanted = torch.cat([y @ W.T, weight * W.T])
+    return torch.lerp(W, torch.linalg.lstsq(rows, wanted).solution.T, target)
 
 
 def oracle_gptq(
@@ -75,7 +111,7 @@ def oracle_gptq(
     def grid(group: int) -> OracleGrid:
         own = slice(group * width, (group + 1) * width)
         ends = lo[:, group], hi[:, group]
-        return oracle_grid(W[:, own], H[own, own], *ends, spec.bits, spec.symmetric, search)
+        return oracle_grid(W[:, own], H.diagonal()[own], *ends, spec.bits, spec.symmetric, search)
 
     grids = {group: grid(group) for group in range(columns // width)} if act_order or width == columns else {}
     inverse = torch.linalg.inv(H)
@@ -97,18 +133,22 @@ def opened(params: Mapping[str, Tensor], spec: QuantSpec) -> Draft:
     return open_draft(params, tuple(f"{n}.weight" for n in LLAMA.linears), spec)
 
 
-def check_against_the_oracle(block, draft: Draft, spec: QuantSpec, act_order: bool, search: bool) -> None:
-    final, report = Gptq(act_order=act_order, search=search).run(draft, block.problem())
+def check_against_the_oracle(
+    block, draft: Draft, spec: QuantSpec, act_order: bool, search: bool, target: float = 0.0
+) -> None:
+    final, report = Gptq(act_order=act_order, search=search, target=target).run(draft, block.problem())
     ours = commit(final).quantized
     so_far, before, after, energy = dict(block.params), 0.0, 0.0, 0.0
     start = realize(draft)
+    original = block.run(block.params, block.reference)[1]
     for linears in SETS:
         seen = block.run(so_far, block.inputs)[1]
         for name in (f"{linear}.weight" for linear in linears):
             weight, x = block.params[name], seen[linears[0]]
             slot = draft.slots[name]
             lo, hi = (torch.ones_like(ours[name].scale.double()).unsqueeze(-1) * end for end in (slot.lo, slot.hi))
-            codes, values = oracle_gptq(weight, x, spec, act_order, search, lo, hi)
+            aim = aimed(weight, x, original[linears[0]], target)
+            codes, values = oracle_gptq(aim, x, spec, act_order, search, lo, hi)
             assert torch.equal(ours[name].codes.double(), codes)
             torch.testing.assert_close(realize(final)[name], values, rtol=1e-9, atol=1e-9)
             so_far[name] = values
@@ -134,11 +174,37 @@ def test_codes_are_those_of_algorithm_1(
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("width", [32, None])
-def test_searched_ranges_are_those_of_brute_force(
+def test_searched_grids_are_those_of_brute_force_and_least_squares(
     tiny_block: Callable, width: int | None, symmetric: bool, act_order: bool
 ) -> None:
     block, spec = tiny_block(7), QuantSpec(2, width, symmetric)
     check_against_the_oracle(block, opened(block.params, spec), spec, act_order, search=True)
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("target", [0.25, 1.0])
+def test_a_target_aims_at_the_originals_outputs(tiny_block: Callable, target: float, act_order: bool) -> None:
+    block, spec = tiny_block(9), QuantSpec(3, 32, False)
+    check_against_the_oracle(block, opened(block.params, spec), spec, act_order, False, target)
+    wanted, left = block.run(block.params, block.reference)[0], list[float]()
+    for own in (0.0, target):
+        final, _ = Gptq(act_order=act_order, target=own).run(opened(block.params, spec), block.problem())
+        left.append(float((block.run(realize(final), block.inputs)[0] - wanted).square().sum()))
+    assert left[1] < left[0]
+
+
+def test_inputs_that_are_not_known_token_by_token_have_no_target(tiny_block: Callable) -> None:
+    block, spec = tiny_block(9), QuantSpec(3, 32, False)
+    known = block.problem()
+
+    def unpaired(params, originals, linears, visit) -> None:
+        known.watch(params, linears, lambda name, x: visit(name, x, None))
+
+    final, report = Gptq(target=0.5).run(opened(block.params, spec), replace(known, watch_both=unpaired))
+    assert len(report.events) == len(SETS)
+    assert all("no target" in event for event in report.events)
+    plain, _ = Gptq(target=0.0).run(opened(block.params, spec), known)
+    assert all(torch.equal(final.params[name], plain.params[name]) for name in final.slots)
 
 
 @pytest.mark.parametrize("search", [False, True])
@@ -168,7 +234,7 @@ def test_errors_are_below_those_of_rounding_to_nearest(tiny_block: Callable, see
 
 def single(block):
     params = {name: value.float() for name, value in block.params.items()}
-    return replace(block, params=params, inputs=block.inputs.float())
+    return replace(block, params=params, inputs=block.inputs.float(), reference=block.reference.float())
 
 
 @pytest.mark.parametrize("act_order", [False, True])
@@ -212,7 +278,7 @@ def test_a_hessian_that_cannot_be_factored_is_damped_more(tiny_block: Callable) 
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("method", ["gptq", "gptq(act_order=True, search=False)", "awq + gptq"])
+@pytest.mark.parametrize("method", ["gptq", "gptq(act_order=True, search=False)", "awq + gptq", "gptq(target=0)"])
 def test_a_run_from_end_to_end(llama: Path, text: Path, tmp_path: Path, method: str, symmetric: bool) -> None:
     recipe = Recipe(
         group_size=32, symmetric=symmetric, method=method, calibration=str(text), samples=4, seq_len=32, device="cpu"

@@ -227,6 +227,7 @@ def pose(
         augmented=cached.augmented,
         loss=job.loss,
         watch=partial(bound.watch, inputs),
+        watch_both=partial(bound.watch_both, inputs, cached.reference),
         train=train,
         validation=validation,
         rng=partial(generator, job.seed, "block", bound.index),

@@ -128,23 +128,65 @@ class BoundBlock:
 
         A batch goes no further through the block than to the last of them, before it multiplies.
         """
-        floats, left = in_float(params), set[str]()
+        self._show([(source, params, lambda linear, x, _: visit(linear, x))], linears)
+
+    @torch.no_grad()
+    def watch_both(
+        self,
+        source: Tensor,
+        reference: Tensor,
+        params: Mapping[str, Tensor],
+        originals: Mapping[str, Tensor],
+        linears: Sequence[str],
+        visit: Callable[[str, Tensor, Tensor | None], None],
+    ) -> None:
+        """As :meth:`watch`, with the same tokens' inputs in the original model beside each batch's.
+
+        Those are what the block with ``originals`` makes of ``reference``. They are ``None`` for a linear that is not
+        given every token once, such as an expert: which tokens reach it is another matter in each model.
+        """
+        held: dict[str, Tensor] = {}
+
+        def hold(linear: str, x: Tensor, tokens: int) -> None:
+            if linear in self.layout.flows[self.index].once and len(x) == tokens:
+                held[linear] = x
+
+        def show(linear: str, x: Tensor, tokens: int) -> None:
+            visit(linear, x, held.pop(linear, None) if len(x) == tokens else None)
+
+        self._show([(reference[: len(source)], originals, hold), (source, params, show)], linears)
+
+    def _show(
+        self,
+        streams: Sequence[tuple[Tensor, Mapping[str, Tensor], Callable[[str, Tensor, int], None]]],
+        linears: Sequence[str],
+    ) -> None:
+        """Run batch after batch through the block, of each of some streams in turn with parameters of its own.
+
+        A visitor is called with a linear's name, its input and how many tokens the batch has.
+        """
+        left, tokens = set[str](), 0
+        visit = streams[0][2]
         ends = set(linears) <= self.layout.flows[self.index].once
 
         def seen(linear: str, _: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            visit(linear, arguments[0].flatten(0, -2))
+            visit(linear, arguments[0].flatten(0, -2), tokens)
             left.discard(linear)
             if ends and not left:
                 raise _AllSeen
 
+        floats = [in_float(params) for _, params, _ in streams]
         with ExitStack() as hooks:
             for linear in linears:
                 module = self.block.module.get_submodule(linear)
                 hooks.callback(module.register_forward_pre_hook(partial(seen, linear)).remove)
-            for batch, hidden in on_device(source, own_batches(self.ranks, source), self.device):
-                left.update(linears)
-                with suppress(_AllSeen):
-                    self.forward(floats, hidden, torch.arange(batch.start, batch.stop))
+            parts = [on_device(source, own_batches(self.ranks, source), self.device) for source, _, _ in streams]
+            for together in zip(*parts, strict=True):
+                for (batch, hidden), own, stream in zip(together, floats, streams, strict=True):
+                    left.update(linears)
+                    visit, tokens = stream[2], hidden.shape[0] * hidden.shape[1]
+                    with suppress(_AllSeen):
+                        self.forward(own, hidden, torch.arange(batch.start, batch.stop))
 
     def input_ranges(
         self, params: Mapping[str, Tensor], source: Tensor, linears: Sequence[str]

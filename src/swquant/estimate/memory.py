@@ -11,7 +11,7 @@ import torch
 from swquant.checkpoint.rotation import RotatedCheckpoint
 from swquant.engine.block import Cached, split_validation, stored_dtypes
 from swquant.engine.head import LOGITS
-from swquant.engine.hidden_states import BYTES, FORWARD_BYTES
+from swquant.engine.hidden_states import BYTES, FORWARD_BYTES, batches
 from swquant.engine.kept import is_large, is_mapped
 from swquant.estimate.disk import learned_bytes
 from swquant.estimate.live import Live, without_values
@@ -20,6 +20,7 @@ from swquant.phases.awq_clip import AwqClip
 from swquant.phases.awq_scale import AwqScale
 from swquant.phases.base import Phase
 from swquant.phases.gptq import Gptq
+from swquant.phases.hessian import EXPERT
 from swquant.phases.scale_training import LEARNED_BYTES, ScaleTraining
 from swquant.phases.train import Train
 from swquant.plan import Plan
@@ -30,6 +31,8 @@ from swquant.quant.draft import Draft, commit
 HESSIANS = 3
 """Matrices of the inputs' width that GPTQ holds where it factors: the moments, and two on the way to the factor."""
 
+AIMED = 2
+"""More of them with a target: the deviation's moments, and one on the way to what is added to a weight."""
 
 CANDIDATES = 2
 """Of a search."""
@@ -134,7 +137,7 @@ def _step(rig: Rig, phase: Phase, draft: Draft, micro_batch: int | None) -> Draf
     Where a phase keeps its best state in memory, that of a round before is there beside the step.
     """
     if isinstance(phase, Gptq):
-        return _gptq(draft)
+        return _gptq(draft, rig, phase)
     if isinstance(phase, AwqScale):
         phase = replace(phase, ratios=phase.ratios[:CANDIDATES])
     if isinstance(phase, AwqClip):
@@ -152,17 +155,20 @@ def _step(rig: Rig, phase: Phase, draft: Draft, micro_batch: int | None) -> Draf
     return after
 
 
-def _gptq(draft: Draft) -> Draft:
+def _gptq(draft: Draft, rig: Rig, phase: Gptq) -> Draft:
     """What GPTQ leaves and holds at most, without its columns one by one.
 
-    At its columns it holds the moments, the factor, where a row is one group a copy of the moments, and three weights.
+    While it sums moments up towards a target it holds a batch's inputs in the original model. At its columns it holds
+    the moments, the factor and three weights; with a target also what is added to a weight, and the sum.
     """
     params = {name: torch.empty(draft.params[name].shape) for name in draft.slots}
+    states = rig.cached.quantized
+    tokens = len(states[next(batches(states))]) * states.shape[1]
     for name, value in params.items():
-        width = value.shape[1]
-        _hold([(width, width)] * HESSIANS)
-        matrices = 2 if draft.slots[name].spec.group_size else 3
-        _hold([(width, width)] * matrices + [(len(value), width)] * 3)
+        width, aimed = value.shape[1], bool(phase.target) and not EXPERT.search(name)
+        _hold([(width, width)] * (HESSIANS + AIMED * aimed))
+        _hold([(width, width)] * (1 + aimed) + [(tokens, width)] * (1 + aimed))
+        _hold([(width, width)] * (2 + aimed) + [(len(value), width)] * (3 + aimed))
     return replace(draft, params={**draft.params, **params})
 
 

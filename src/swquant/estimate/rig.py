@@ -72,7 +72,9 @@ class Rig:
         cached = self.cached if phase.augmented else replace(self.cached, augmented=None)
         job = replace(self.job, micro_batch=micro_batch)
         posed = pose(job, self.bound, self.params, cached, step, (train, validation), proven=False)
-        return replace(posed, watch=partial(self.bound.watch, cached.quantized[:1]))
+        first = cached.quantized[:1]
+        both = partial(self.bound.watch_both, first, cached.reference)
+        return replace(posed, watch=partial(self.bound.watch, first), watch_both=both)
 
 
 def bind(plan: Plan, index: int, tokens: int, device: torch.device, sizes: Sequence[int] = ()) -> BoundBlock:

@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -193,10 +194,11 @@ def _phase(rig: Rig, phase: Phase, draft: Draft) -> tuple[Draft, Cost]:
     watched: list[float] = []
     problem = rig.problem(phase, [0], [last])
 
-    def watch(*given: Any) -> None:
-        watched.append(_timed(lambda: problem.watch(*given), 1)[1])
+    def timed(watch: Callable[..., None], *given: Any) -> None:
+        watched.append(_timed(lambda: watch(*given), 1)[1])
 
-    (after, _), spent = _timed(lambda: phase.run(draft, replace(problem, watch=watch)), 1)
+    both = {name: partial(timed, getattr(problem, name)) for name in ("watch", "watch_both")}
+    (after, _), spent = _timed(lambda: phase.run(draft, replace(problem, **both)), 1)
     return after, Cost(fixed=spent, sample=sum(watched))
 
 

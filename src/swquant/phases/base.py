@@ -16,6 +16,10 @@ from swquant.phases.micro_batch import MicroBatch
 from swquant.phases.rounds import snapshot
 from swquant.quant.draft import Draft
 
+WatchBoth = Callable[
+    [Mapping[str, Tensor], Mapping[str, Tensor], Sequence[str], Callable[[str, Tensor, Tensor | None], None]], None
+]
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -32,6 +36,9 @@ class Problem:
         watch: ``watch(parameters, linears, visit)`` runs the block with full-precision ``parameters`` over the inputs
             of this rank's calibration samples and calls ``visit(linear, x)`` with each batch's input
             ``[tokens, in_features]`` of each of the named linears.
+        watch_both: ``watch_both(parameters, originals, linears, visit)`` does that and runs the original model's hidden
+            states through the block with ``originals`` beside it; it calls ``visit(linear, x, y)`` with the inputs
+            ``y`` that the same tokens have there, ``None`` for an expert.
         train: Samples to train on.
         validation: Samples on which states are compared, disjoint from ``train`` where there is more than one sample.
         rng: Generator for a place in the block, e.g. ``rng("slices", 17)``.
@@ -57,6 +64,7 @@ class Problem:
     ranks: Ranks = field(default_factory=Alone)
     micro_batch: MicroBatch = field(default_factory=MicroBatch)
     keep: Callable[[list[Theta]], list[Theta]] = snapshot
+    watch_both: WatchBoth | None = None
 
 
 @dataclass(frozen=True)

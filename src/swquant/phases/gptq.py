@@ -11,7 +11,7 @@ from swquant.distributed.ranks import Ranks
 from swquant.phases.base import PhaseReport, Problem
 from swquant.phases.column_grids import open_groups
 from swquant.phases.columns import round_columns
-from swquant.phases.hessian import ErrorTally, Moments, by_rows, diagonal_blocks, input_moments, stages
+from swquant.phases.hessian import EXPERT, ErrorTally, Moments, by_rows, input_moments, stages
 from swquant.quant.draft import Draft, Slot, realize, snap
 from swquant.quant.finite import is_finite
 from swquant.quant.grid import Grid
@@ -42,17 +42,27 @@ class Gptq:
     Departures from the authors' code: groups smaller than 128 see the updates within their block of columns, which the
     code leaves out; the weight of an input that is always zero is rounded to the nearest, not set to zero; ``search``.
 
+    With a ``target`` of ``a`` what is rounded is not ``W`` but the weight with the least ``mean |V x - W y|^2``, damped
+    like ``H``, or as much of the way there (the objective of GPTAQ, Li et al., arXiv 2504.02692)::
+
+        V = W + a W D H^-1,   D = mean (y - x) x^T
+
+    GPTAQ itself lets column ``j``'s part of ``D`` change the columns after ``j`` alone, when its turn has come. Experts
+    have no target: which tokens reach them is another matter in each model.
+
     Attributes:
         damping: ``lambda`` as a share of the mean of ``diag(H)``; raised tenfold as often as ``H`` cannot be factored.
         act_order: Take columns in order of falling ``diag(H)``.
-        search: Shrink each group's range by the factor in ``{1, 0.95, .. 0.7}`` with the least ``e^T H_gg e``, ``e``
-            the group's error when rounded to the nearest and ``H_gg`` its block of ``H``; on symmetric grids of both
-            signs. Without, the range is the minimum to the maximum, and the sign that of smaller squared error.
+        search: Search each group's grid under ``diag(H)``, see :func:`swquant.phases.grid_search.search_grid`. Without,
+            its range is the minimum to the maximum, and the sign that of smaller squared error.
+        target: How far, from 0 to 1, towards the outputs that the linear has in the original model, whose input for the
+            same token is ``y``; by 0 they are those of the original weights on the quantized model's inputs ``x``.
     """
 
     damping: float = 0.01
     act_order: bool = False
     search: bool = True
+    target: float = 0.25
 
     @property
     def augmented(self) -> bool:
@@ -69,19 +79,32 @@ class Gptq:
         total = sum(map(len, steps))
         for sets in steps:
             so_far = realize(replace(draft, params=params, slots=slots))
-            found = input_moments(problem, {**params, **so_far}, [linears[0] for linears in sets])
+            aimed = bool(self.target) and not EXPERT.search(sets[0][0])
+            originals = draft.params if aimed else None
+            found = input_moments(problem, {**params, **so_far}, [linears[0] for linears in sets], originals)
             for linears in sets:
                 problem.step(len(slots), total)
-                second = _usable(found.pop(0), linears[0], events)
+                moments = found.pop(0)
+                second = _usable(moments, linears[0], events)
                 inputs = _factored(second, self.damping, self.act_order, linears[0], events)
+                pull = self._pull(moments, inputs, linears[0], events) if aimed else None
+                del moments
                 for name in (f"{linear}.weight" for linear in linears):
                     weight, slot = draft.params[name], draft.slots[name]
-                    params[name], grid = _by_rows(weight, slot, inputs, self.search, problem.ranks)
+                    aim = weight if pull is None else widened(weight).addmm(widened(weight), pull)
+                    params[name], grid = _by_rows(aim, slot, inputs, self.search, problem.ranks)
                     slots[name] = Slot(slot.spec, grid=grid)
                     tally.add(weight, snap(weight, slot), snap(params[name], slots[name]), second)
-                del second, inputs  # so that the next set's are not made while these are held
+                del second, inputs, pull  # so that the next set's are not made while these are held
         problem.step(total, total)
         return replace(draft, params=params, slots=slots), tally.report("Gptq", events)
+
+    def _pull(self, moments: Moments, inputs: _Inputs, name: str, events: list[str]) -> Tensor | None:
+        """``a D H^-1 [in, in]``; ``None`` where ``D`` is not known, which is noted."""
+        if moments.deviation is None or not is_finite(moments.deviation):
+            events.append(f"{name}: its inputs in the original model are not known token by token; no target")
+            return None
+        return inputs.solved(moments.deviation).mul_(self.target)
 
 
 @dataclass(frozen=True)
@@ -100,11 +123,19 @@ class _Inputs:
     upper: Tensor
     order: Tensor | None
 
-    def blocks(self, spec: QuantSpec) -> Tensor:
-        """Each group's own block of ``H``, ``[groups, width, width]``."""
-        blocks = diagonal_blocks(self.second, spec)
-        blocks.diagonal(dim1=-2, dim2=-1).add_(self.damping)
-        return blocks
+    def solved(self, matrix: Tensor) -> Tensor:
+        """``matrix H^-1``, with the columns of both ``[in, in]`` in their own order."""
+        order = slice(None) if self.order is None else self.order
+        return (matrix[:, order] @ self.upper.T @ self.upper)[:, self.back]
+
+    @property
+    def back(self) -> Tensor | slice:
+        """Where each column stands in the order of rounding."""
+        return slice(None) if self.order is None else self.order.argsort()
+
+    def energy(self, spec: QuantSpec) -> Tensor:
+        """The diagonal of ``H`` by groups, ``[groups, width]``."""
+        return (self.second.diagonal() + self.damping).view(spec.groups(len(self.second)), -1)
 
 
 def _usable(moments: Moments, name: str, events: list[str]) -> Tensor:
@@ -191,8 +222,8 @@ def _by_rows(weight: Tensor, slot: Slot, inputs: _Inputs, search: bool, ranks: R
 
 def _compensated(weight: Tensor, slot: Slot, inputs: _Inputs, search: bool) -> tuple[Tensor, Grid]:
     """Each weight as it was when its column was rounded ``[out, in]``, and the grid."""
-    blocks = inputs.blocks(slot.spec) if search else None
-    groups = open_groups(weight, slot, blocks, late=inputs.order is None)
+    energy = inputs.energy(slot.spec) if search else None
+    groups = open_groups(weight, slot, energy, late=inputs.order is None)
     order = list(range(weight.shape[1])) if inputs.order is None else inputs.order.tolist()
     work = widened(weight).T[order].contiguous()  # a column, which is rounded at once, lies together
     for start in range(0, len(order), BLOCK):
@@ -203,6 +234,4 @@ def _compensated(weight: Tensor, slot: Slot, inputs: _Inputs, search: bool) -> t
             own, upper = errors[run.start - start : run.stop - start], inputs.upper[run.start : stop, run.start : stop]
             round_columns(work[run.start : stop], own, upper, grid, group, slot.spec)
         work[stop:].addmm_(inputs.upper[start:stop, stop:].T, errors, alpha=-1)
-    if inputs.order is not None:
-        work = work[inputs.order.argsort()]
-    return work.T.contiguous(), groups.grid
+    return work[inputs.back].T.contiguous(), groups.grid

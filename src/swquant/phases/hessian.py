@@ -45,11 +45,14 @@ class Moments:
         second: Mean of ``x x^T``, ``[in, in]``.
         magnitude: Mean of ``|x|``, ``[in]``.
         tokens: How many there were.
+        deviation: Mean of ``(y - x) x^T``, ``[in, in]``, with ``y`` the same token's input in the original model;
+            ``None`` where that was not asked for or is not known.
     """
 
     second: Tensor
     magnitude: Tensor
     tokens: int
+    deviation: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -112,35 +115,56 @@ def stages(inputs: Sequence[tuple[str, ...]], width: Callable[[str], int]) -> tu
     return tuple(out)
 
 
-def input_moments(problem: Problem, params: Mapping[str, Tensor], linears: Sequence[str]) -> list[Moments]:
+def input_moments(
+    problem: Problem,
+    params: Mapping[str, Tensor],
+    linears: Sequence[str],
+    originals: Mapping[str, Tensor] | None = None,
+) -> list[Moments]:
     """Moments of the inputs that ``linears`` have in the block with ``params``, over all calibration samples.
 
     Sums are kept in float32 (float64 for float64 inputs), on each rank those over its own samples. Of second moments,
     which are symmetric, the upper half is summed up and mirrored. An expert has those of the tokens that are sent to
-    it; where there are none, all moments are zero.
+    it; where there are none, all moments are zero. With ``originals``, the block's parameters in the original model,
+    deviations from that are summed up too.
     """
-    seen: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+    sums: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+    deviations: dict[str, tuple[Tensor, Tensor]] = {}
     for linear in linears:
         weight = params[f"{linear}.weight"]
         like, width = widened(weight[:0]), weight.shape[1]
-        seen[linear] = like.new_zeros(width, width), like.new_zeros(width), torch.zeros((), dtype=torch.int64)
+        sums[linear] = like.new_zeros(width, width), like.new_zeros(width), torch.zeros((), dtype=torch.int64)
+        if originals is not None:
+            deviations[linear] = like.new_zeros(width, width), torch.zeros((), dtype=torch.int64)
 
-    def visit(linear: str, inputs: Tensor) -> None:
-        x, (second, magnitude, tokens) = widened(inputs), seen[linear]
+    def visit(linear: str, inputs: Tensor, original: Tensor | None = None) -> None:
+        x, (second, magnitude, tokens) = widened(inputs), sums[linear]
         for rows in _strips(second):
             second[rows, rows.start :].addmm_(x[:, rows].T, x[:, rows.start :])
         magnitude.add_(x.abs().sum(0))
         tokens.add_(x.shape[0])
+        if original is not None:
+            deviation, paired = deviations[linear]
+            deviation.addmm_((widened(original) - x).T, x)
+            paired.add_(x.shape[0])
 
-    problem.watch(params, tuple(linears), visit)
+    if originals is None:
+        problem.watch(params, tuple(linears), visit)
+    else:
+        assert problem.watch_both is not None
+        problem.watch_both(params, originals, tuple(linears), visit)
     found: list[Moments] = []
     for linear in linears:
-        second, magnitude, tokens = seen.pop(linear)
+        second, magnitude, tokens = sums.pop(linear)
         for rows in _strips(second):
             second[rows.stop :, rows] = second[rows, rows.stop :].T
         problem.ranks.sum([second, magnitude, tokens])
         count = max(1, int(tokens))
-        found.append(Moments(second.div_(count), magnitude.div_(count), int(tokens)))
+        deviation, paired = deviations.pop(linear, (None, tokens))
+        if deviation is not None:
+            problem.ranks.sum([deviation, paired])
+            deviation = deviation.div_(count) if int(paired) == int(tokens) else None
+        found.append(Moments(second.div_(count), magnitude.div_(count), int(tokens), deviation))
     return found
 
 
