@@ -23,7 +23,6 @@ from swquant.checkpoint.source import stored
 from swquant.engine.head import predictions
 from swquant.engine.run_state import RunState
 from swquant.formats.base import Format, held_by
-from swquant.formats.compressed_tensors import not_in_transformers
 from swquant.html.page import report_page
 from swquant.model.calls import Front
 from swquant.plan import Plan, versions
@@ -38,10 +37,6 @@ PLACE = "PATH"
 
 LARGEST = 1 << 26
 """Bytes of a report beyond which it is not read."""
-
-_SWQUANT_LOAD = """\
-import swquant
-model = swquant.load(path)"""
 
 REPORT, PAGE, RECIPE = "report.json", "report.html", "swquant.yaml"
 
@@ -74,6 +69,8 @@ def write_output(
         seconds=round(sum(float(part["seconds"]) for part in (*run_state.reports, *([finish] if finish else []))), 3),
         key=key,
         reading=tuple(run_state.notes["reading"]),
+        grids=plan.layout.counts,
+        parameters=_parameters(plan),
     )
     report = replace(report, advice=advise(report))
     for name, text in described(report, licence_of(plan.checkpoint.directory)).items():
@@ -146,14 +143,14 @@ def output_of(
     """
     serving = target if target is not None and form.name in target.formats else None
     specs = outline.specs
-    spec = next((spec for spec in specs if not spec.symmetric), specs[0])  # what is harder to load decides
-    alone = form.name == "compressed_tensors" and not_in_transformers(outline) is not None
+    spec = min(specs, key=lambda spec: (spec.symmetric, spec.bits))  # what is hardest to serve decides the command
+    said = () if serving is None else dict.fromkeys(note for spec in specs for note in serving.notes(form.name, spec))
     return Output(
         format=form.name,
         directory=place,
         bytes=size,
-        notes=notes + (() if serving is None else serving.notes(form.name, spec)),
-        loading=_trusting(_SWQUANT_LOAD if alone else form.loading(spec), outline),
+        notes=(*notes, *said),
+        loading=_trusting(form.loading(outline), outline),
         command=None if serving is None else _serving(serving.command(form.name, spec, PLACE), outline),
         verification=asdict(verified),
     )
@@ -185,8 +182,12 @@ def _sample(plan: Plan, run_state: RunState) -> tuple[Tensor, Tensor] | None:
 
 def _fits_in_memory(plan: Plan) -> bool:
     """Whether half of the free memory holds the model in float32, as a runtime may load it."""
-    values = sum(math.prod(tensor.shape) for tensor in plan.checkpoint.tensors.values())
-    return 2 * 4 * values < psutil.virtual_memory().available
+    return 2 * 4 * _parameters(plan) < psutil.virtual_memory().available
+
+
+def _parameters(plan: Plan) -> int:
+    """Values of all the model's tensors, tied ones once."""
+    return sum(math.prod(tensor.shape) for tensor in plan.checkpoint.tensors.values())
 
 
 def _parts(plan: Plan, run_state: RunState) -> Iterator[Part]:

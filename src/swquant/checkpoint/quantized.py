@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,6 +27,9 @@ A tensor that is put together from several quantized ones is a :class:`Stack`, o
 Encode = Callable[[str, QTensor, torch.dtype], Mapping[str, Tensor]]
 Decode = Callable[[str, Mapping[str, Tensor], QuantSpec], QTensor]
 ShapeOf = Callable[[str, Checkpoint, QuantSpec], tuple[int, int]]
+
+EXPERT = re.compile(r"\.experts\.\d+\.")
+"""In the names of modules of experts."""
 
 QUANTIZATION_CONFIG = "quantization_config"
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -62,6 +66,25 @@ class Outline:
     def specs(self) -> tuple[QuantSpec, ...]:
         """The grids, each once."""
         return tuple(dict.fromkeys(self.grids.values()))
+
+    @property
+    def most(self) -> QuantSpec:
+        """The grid of most weights, which formats with a place for exceptions name once.
+
+        Where there are experts, that of most of theirs: readers that put experts together know them by no name of ours.
+        """
+        counts: dict[tuple[bool, QuantSpec], int] = {}
+        for name, spec in self.grids.items():
+            rows, columns = self.linears.get(name, (1, 1))
+            key = EXPERT.search(name) is not None, spec
+            counts[key] = counts.get(key, 0) + rows * columns
+        return max(counts, key=lambda key: (key[0], counts[key]))[1]
+
+    @property
+    def others(self) -> dict[str, QuantSpec]:
+        """The modules that are on another grid than :attr:`most`."""
+        most = self.most
+        return {name: spec for name, spec in self.grids.items() if spec != most}
 
     @property
     def spec(self) -> QuantSpec:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from swquant.checkpoint.quantized import Outline, QuantizedModel, without
+from swquant.checkpoint.quantized import EXPERT, Outline, QuantizedModel, without
 from swquant.checkpoint.shards import Stored
 from swquant.checkpoint.writer import Written
 from swquant.errors import SwquantError
@@ -106,7 +106,7 @@ class Format(Protocol):
         """
         ...
 
-    def loading(self, spec: QuantSpec) -> str:
+    def loading(self, outline: Outline) -> str:
         """Python code that loads the model from the directory in the variable ``path``."""
         ...
 
@@ -244,6 +244,35 @@ def examine(form: Format, outline: Outline) -> tuple[str, ...]:
 def held_by(form: Format, model: QuantizedModel) -> QuantizedModel:
     """What of ``model`` ``form`` has a place for."""
     return model if form.carries else without(model, model.outline.carried)
+
+
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+"""Names that vLLM and SGLang give to several linears in one."""
+
+
+def split_of(outline: Outline) -> tuple[str, str] | None:
+    """Two modules that such runtimes fuse, on different grids or one of them kept; the first there is."""
+    seen: dict[str, tuple[str, QuantSpec | None]] = {}
+    for name in (*outline.grids, *outline.ignored):
+        parent, dot, last = name.rpartition(".")
+        inside = EXPERT.search(name)
+        fused = next((fused for fused, parts in FUSED.items() if last in parts), last)
+        label = parent + dot + fused if inside is None else name[: inside.start()]
+        spec = outline.grids.get(name)
+        other, known = seen.setdefault(label, (name, spec))
+        if known != spec:
+            return other, name
+    return None
+
+
+def split_note(outline: Outline) -> tuple[str, ...]:
+    """A sentence on :func:`split_of`, for formats that such runtimes read."""
+    split = split_of(outline)
+    if split is None:
+        return ()
+    return (
+        f"{split[0]} and {split[1]} have different grids: vLLM and SGLang, which fuse them, do not load this output",
+    )
 
 
 def listed(names: Sequence[str]) -> str:

@@ -88,7 +88,7 @@ class Dequantized:
     def read(self, directory: Path, config: Mapping[str, Any]) -> None:
         """Nothing tells such an output from an unquantized model, and its codes are gone."""
 
-    def loading(self, spec: QuantSpec) -> str:
+    def loading(self, outline: Outline) -> str:
         """The default load."""
         return _LOAD
 
