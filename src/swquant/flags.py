@@ -48,6 +48,10 @@ RECIPE_OPTIONS = (
         default=None,
         help="Let patterns give different grids to what vLLM and SGLang fuse: q, k, v; gate, up; a layer's experts.",
     ),
+    click.option(
+        "--embedding-bits", type=int, help="Bits of the token embedding, 8 or 4, in GGUF and MLX.  [as it is]"
+    ),
+    click.option("--head-bits", type=int, help="Bits of the head, likewise; a tied one is the embedding.  [as it is]"),
     click.option("--method", help="One of swquant list methods, or several: 'awq + tesseraq'.  [by recipe]"),
     click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help="An option of a method; repeatable."),
     click.option("--loss", help="Training loss, e.g. '0.9*mse + 0.1*sliced_wasserstein(slices=256)'."),

@@ -25,6 +25,7 @@ from swquant.engine.run_state import RunState
 from swquant.formats.base import Format, held_by
 from swquant.html.page import report_page
 from swquant.model.calls import Front
+from swquant.model.ends import quantized_end
 from swquant.plan import Plan, versions
 from swquant.quant.kind import row_bits
 from swquant.quant.qtensor import QTensor
@@ -70,7 +71,7 @@ def write_output(
         key=key,
         reading=tuple(run_state.notes["reading"]),
         grids=plan.layout.counts,
-        parameters=_parameters(plan),
+        parameters=sum(math.prod(tensor.shape) for tensor in plan.disk.tensors.values()),
     )
     report = replace(report, advice=advise(report))
     for name, text in described(report, licence_of(plan.checkpoint.directory)).items():
@@ -182,12 +183,8 @@ def _sample(plan: Plan, run_state: RunState) -> tuple[Tensor, Tensor] | None:
 
 def _fits_in_memory(plan: Plan) -> bool:
     """Whether half of the free memory holds the model in float32, as a runtime may load it."""
-    return 2 * 4 * _parameters(plan) < psutil.virtual_memory().available
-
-
-def _parameters(plan: Plan) -> int:
-    """Values of all the model's tensors, tied ones once."""
-    return sum(math.prod(tensor.shape) for tensor in plan.checkpoint.tensors.values())
+    values = sum(math.prod(tensor.shape) for tensor in plan.checkpoint.tensors.values())
+    return 2 * 4 * values < psutil.virtual_memory().available
 
 
 def _parts(plan: Plan, run_state: RunState) -> Iterator[Part]:
@@ -198,8 +195,11 @@ def _parts(plan: Plan, run_state: RunState) -> Iterator[Part]:
     if plan.pipeline.rotate:
         outside = [f"{skeleton.embedding}.weight", f"{skeleton.head}.weight", *skeleton.outside]
         changed = names.keys_of(outside)
-        for name in outside:
+        for name in (name for name in outside if name not in skeleton.ends):
             yield _on_disk(names, {name: stored(plan.checkpoint, name)})
+    for name, spec in skeleton.ends.items():
+        yield _on_disk(names, {name: quantized_end(plan.checkpoint, name, spec)})
+    changed |= names.keys_of(skeleton.ends)
     for name in plan.disk.tensors:
         if name not in inside and name not in changed and name not in names.dropped:
             yield {name: plan.disk.read(name)}

@@ -32,6 +32,7 @@ from swquant.losses import WeightedSum, parse_loss
 from swquant.losses.base import LossContext
 from swquant.methods import Pipeline, Setting, build_pipeline, parse_methods
 from swquant.model.calls import probe
+from swquant.model.ends import grids_of_ends
 from swquant.model.layout import Layout, lay_out, plain_matrices
 from swquant.model.opening import Model, open_model, untied
 from swquant.model.settings import in_full
@@ -125,6 +126,7 @@ class Plan:
             f"{type(self.skeleton.model).__name__}: {len(self.skeleton.blocks)} blocks in {self.skeleton.path} with "
             f"{len(sites)} matrices to quantize"
             + (f": {in_words(counts)}" if len(counts) > 1 else "")
+            + "".join(f"; {name.removesuffix('.weight')} on {named(spec)}" for name, spec in self.skeleton.ends.items())
             + (f"; kept as they are: {apart}" if apart else "")
             + (f"; no module of it reads {listed(carried)}" if (carried := self.skeleton.names.carried) else "")
         )
@@ -204,6 +206,7 @@ def make_plan(
     check_dtype(disk.dtype)
     layout = lay_out(model.skeleton, spec, recipe.grids, allow_split=recipe.allow_split)
     checkpoint, skeleton = _rotated(model, recipe.seed) if pipeline.rotate else (model.checkpoint, model.skeleton)
+    skeleton = replace(skeleton, ends=grids_of_ends(skeleton, recipe.embedding_bits, recipe.head_bits))
     outline = make_outline(disk, checkpoint, skeleton, layout)
     notes = _notes(formats, target, outline)
     seq_len = _sample_length(recipe.seq_len, skeleton.longest, loss, hidden_size)
@@ -323,6 +326,11 @@ def make_outline(disk: Source, checkpoint: Source, skeleton: Skeleton, layout: L
         linears[module or site.name], grids[module or site.name] = site.shape, site.spec
     shapes = {name: one.shape for name, one in disk.tensors.items()}
     quantized = skeleton.names.keys_of(site.weight for site in layout.sites)
+    ends: dict[str, tuple[tuple[int, int], QuantSpec]] = {}
+    for name, spec in skeleton.ends.items():
+        rows, columns = checkpoint.tensors[name].shape
+        ends[skeleton.names.pieces[name].key.removesuffix(".weight")] = (rows, columns), spec
+    held = quantized | skeleton.names.keys_of(skeleton.ends)
     return Outline(
         checkpoint.directory,
         in_full(checkpoint.config, checkpoint.directory),
@@ -331,8 +339,9 @@ def make_outline(disk: Source, checkpoint: Source, skeleton: Skeleton, layout: L
         grids,
         unquantized(skeleton, shapes, quantized),
         tuple(dict.fromkeys(apart)),
-        _plain(skeleton, shapes, quantized),
+        _plain(skeleton, shapes, held),
         skeleton.names.carried,
+        ends,
     )
 
 
@@ -344,7 +353,7 @@ def _plain(
     others = {*quantized, *names.carried, *names.dropped}
     plain = {name: shape for name, shape in shapes.items() if name not in others}
     head = names.pieces.get(f"{skeleton.head}.weight")
-    if head is not None and head.key not in plain:  # a rotation has made it
+    if head is not None and head.key not in plain and head.key not in quantized:  # a rotation has made it
         plain[head.key] = plain[names.pieces[f"{skeleton.embedding}.weight"].key]
     return plain
 

@@ -20,7 +20,7 @@ from swquant.quant.spec import GRID_KEYS, UNIFORM, QuantSpec, fixed_by
 from swquant.validation import build, read_yaml
 
 CHANNEL = "channel"
-LATER_KEYS = ("grid", "grids", "allow_split", "precision")
+LATER_KEYS = ("grid", "grids", "allow_split", "embedding_bits", "head_bits", "precision")
 """Keys younger than the first recipes, whose hashes stay."""
 
 AUTO, SELF, BUNDLED = "auto", "self", "bundled"
@@ -86,6 +86,9 @@ class Recipe:
             ``bits``, ``group_size``, ``symmetric`` and ``grid``, which are the recipe's where they are left out.
         allow_split: ``grids`` may differ among matrices that some runtimes fuse: queries, keys and values; gate and up;
             a layer's experts.
+        embedding_bits: Of the token embedding, 4 or 8, rounded to the nearest in groups of 32; ``None`` keeps it as it
+            is. Where the head is the embedding, the two stay one.
+        head_bits: Of the head, likewise.
 
     Raises:
         SwquantError: From :meth:`from_mapping` and :meth:`load`, if a value has the wrong type or is out of range.
@@ -112,6 +115,8 @@ class Recipe:
     runtime: str | None = None
     grids: Mapping[str, QuantSpec | None] = field(default_factory=dict[str, "QuantSpec | None"])
     allow_split: bool = False
+    embedding_bits: Literal[4, 8] | None = None
+    head_bits: Literal[4, 8] | None = None
 
     def __post_init__(self) -> None:
         if self.group_size == CHANNEL:  # pyright: ignore[reportUnnecessaryComparison]  as files have it
@@ -243,6 +248,8 @@ class Recipe:
     def summary(self) -> str:
         """The recipe in a line."""
         loss = f"loss {self.loss}, " if self.loss else ""
+        for name, bits in (("head", self.head_bits), ("embedding", self.embedding_bits)):
+            loss = loss if bits is None else f"{name} at {bits} bits, {loss}"
         loss = f"other grids for {', '.join(self.grids)}, {loss}" if self.grids else loss
         if self.grid != UNIFORM:
             return f"grid {self.spec.label}, {self.method}, {loss}preset {self.preset}"

@@ -245,7 +245,7 @@ class Report:
             under ``blocks``; ``None`` where there was none.
         advice: What to try next, see :mod:`swquant.advice`.
         grids: How many matrices are on each grid, by its name, or ``kept`` by a pattern; empty in older reports.
-        parameters: Of the whole model; 0 in older reports.
+        parameters: Of the original, tied ones once; 0 in older reports.
         reading: What to know of how the model reads text: what windows begin with, and where other readers differ.
     """
 

@@ -50,6 +50,7 @@ class Outline:
             layers. Formats of codes have no name for them.
         plain: Names and shapes of all other tensors that the model reads, where the files tell them without being read.
         carried: Tensors on disk that no module of the model reads.
+        ends: The embedding and the head where they are quantized: shape and grid by module; not among ``linears``.
     """
 
     directory: Path
@@ -61,6 +62,9 @@ class Outline:
     apart: tuple[str, ...] = ()
     plain: Mapping[str, tuple[int, ...]] | None = None
     carried: tuple[str, ...] = ()
+    ends: Mapping[str, tuple[tuple[int, int], QuantSpec]] = field(
+        default_factory=dict[str, "tuple[tuple[int, int], QuantSpec]"]
+    )
 
     @property
     def specs(self) -> tuple[QuantSpec, ...]:
@@ -82,9 +86,9 @@ class Outline:
 
     @property
     def others(self) -> dict[str, QuantSpec]:
-        """The modules that are on another grid than :attr:`most`."""
-        most = self.most
-        return {name: spec for name, spec in self.grids.items() if spec != most}
+        """The modules that are on another grid than :attr:`most`, embedding and head among them."""
+        most, ends = self.most, {name: spec for name, (_, spec) in self.ends.items()}
+        return {name: spec for name, spec in (*self.grids.items(), *ends.items()) if spec != most}
 
     @property
     def spec(self) -> QuantSpec:
@@ -215,6 +219,7 @@ def shapes_of(model: QuantizedModel) -> dict[str, tuple[int, ...]]:
     """Names and shapes on disk of all tensors, weights for codes."""
     outline = model.outline
     shapes: dict[str, tuple[int, ...]] = {f"{module}.weight": shape for module, shape in outline.linears.items()}
+    shapes |= {f"{module}.weight": shape for module, (shape, _) in outline.ends.items()}
     if outline.plain is not None:
         return shapes | dict(outline.plain)
     for part in model.parts():

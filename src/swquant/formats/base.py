@@ -134,7 +134,9 @@ def packed_bytes(spec: QuantSpec, rows: int, columns: int) -> int:
     return WORD_BYTES * rows * packed_words(columns, spec.bits)
 
 
-def require_fits(form: Format, outline: Outline, *, mixed: bool = False, apart: bool = False) -> None:
+def require_fits(
+    form: Format, outline: Outline, *, mixed: bool = False, apart: bool = False, ends: bool = False
+) -> None:
     """Refuse a grid that ``form`` does not hold, a model of an unknown dtype, and what it has no place for.
 
     Args:
@@ -142,11 +144,17 @@ def require_fits(form: Format, outline: Outline, *, mixed: bool = False, apart: 
         outline: The model.
         mixed: It holds weights on several grids.
         apart: It holds weights that are no module's own on disk.
+        ends: It holds a quantized embedding and head.
 
     Raises:
         SwquantError: Naming the grid, the dtype, or the tensor.
     """
-    for spec in outline.specs:
+    if outline.ends and not ends:
+        raise SwquantError(
+            f"{form.name} holds no quantized embedding or head that its runtimes load: leave --embedding-bits and "
+            "--head-bits out, or choose gguf, mlx or dequantized"
+        )
+    for spec in (*outline.specs, *(spec for _, spec in outline.ends.values())):
         reason = cannot_hold(form, spec)
         if reason is not None:
             raise SwquantError(f"{form.name} cannot hold {spec.label}: {reason}")

@@ -41,7 +41,7 @@ class Dequantized:
 
     def check(self, outline: Outline) -> tuple[str, ...]:
         """The notes say that the size stays, and whether weights are rounded."""
-        require_fits(self, outline, mixed=True, apart=True)
+        require_fits(self, outline, mixed=True, apart=True, ends=True)
         dtype, stored = outline.dtype, dtype_name(outline.dtype)
         if all(weights_are_exact(spec, dtype) for spec in outline.specs):
             rounding = f"{stored} holds the quantized weights exactly"

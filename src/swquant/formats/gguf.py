@@ -60,16 +60,18 @@ class Gguf:
 
     def check(self, outline: Outline) -> tuple[str, ...]:
         """The model and its tokenizer must be known to llama.cpp; the notes say where it computes something else."""
-        require_fits(self, outline, mixed=True)
+        require_fits(self, outline, mixed=True, ends=True)
         import_gguf()
         model = describe_model(outline.config)
+        for name, ((_, columns), spec) in outline.ends.items():
+            kind_of(spec).require_divides(name, columns)
         for name, (rows, columns) in outline.linears.items():
             kind_of(outline.grids[name]).require_divides(name, columns)
             order = model.row_order(name)
             if order is not None and len(order) != rows:
                 raise SwquantError(f"{name} has {rows} outputs, where the heads of config.json have {len(order)}")
         known = tensor_names(model)
-        for name in (*(f"{module}.weight" for module in outline.linears), *(outline.plain or ())):
+        for name in (*(f"{module}.weight" for module in (*outline.linears, *outline.ends)), *(outline.plain or ())):
             require_named(name, known, model)
         notes = [*model.notes, *rehearse(outline, model).notes]
         kinds = {kind_of(spec).name for spec in outline.specs}

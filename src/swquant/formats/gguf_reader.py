@@ -52,14 +52,19 @@ def read_gguf(directory: Path, config: Mapping[str, Any], decode: Decode) -> Qua
             inverse = None if order is None else order.argsort()
             if inverse is not None and len(inverse) != len(value):
                 raise SwquantError(f"{full} in {file.path} has {len(value)} rows, config.json says {len(inverse)}")
-            if module in linears and full.endswith(".weight"):
+            if module in grids and full.endswith(".weight"):
                 yield {full: reorder(decode(module, {full: value}, grids[module]), inverse)}
             else:
                 rows = value if inverse is None else value[inverse]
                 offset = model.offset(module)
                 yield {full: _narrowed(rows - offset if offset else rows, dtype)}
 
-    outline = Outline(directory, dict(config), dtype, linears, grids, (model.family.head,))
+    ends = {name: (linears[name], grids[name]) for name in (model.family.embedding, model.family.head) if name in grids}
+    inside = {name: spec for name, spec in grids.items() if name not in ends}
+    if not inside:
+        raise SwquantError(f"{file.path} holds no quantized weight in its blocks")
+    shapes = {name: linears[name] for name in inside}
+    outline = Outline(directory, dict(config), dtype, shapes, inside, (model.family.head,), ends=ends)
     return QuantizedModel(outline, parts, Checkpoint(directory, config, {}).sidecars())
 
 

@@ -38,6 +38,9 @@ from mlx_lm import load
 model, tokenizer = load(str(path))"""
 
 _SUFFIXES = ("scales", "biases", "weight")
+_ENDS = ("embed_tokens", "lm_head")
+"""Last parts of the names of embeddings and heads, which mlx-lm's modules of both kinds load quantized."""
+
 _ARGUMENTS = {"group_size", "bits", "mode"}
 _SETTINGS = {*_ARGUMENTS, "symmetric", "other_symmetry"}
 
@@ -66,7 +69,7 @@ class Mlx:
 
     def check(self, outline: Outline) -> tuple[str, ...]:
         """The notes say what is rounded, and what mlx-lm computes otherwise."""
-        require_fits(self, outline, mixed=True)
+        require_fits(self, outline, mixed=True, ends=True)
         blocks_of(outline)
         _require_experts_alike(outline)
         notes = list(settings_for_mlx(outline.config)[1])
@@ -146,8 +149,9 @@ class Mlx:
         model = read_codes(files, grids_by_name(spec, others), _SUFFIXES, _shape_of, self.decode)
         for name in sorted(others.keys() - model.outline.linears.keys()):
             raise _unread(directory, name)
-        blocks_of(model.outline)
-        return model
+        outline = _with_ends(model.outline)
+        blocks_of(outline)
+        return replace(model, outline=outline)
 
     def loading(self, outline: Outline) -> str:
         """Through mlx-lm."""
@@ -182,6 +186,16 @@ def _unread(directory: Path, name: str) -> SwquantError:
         f"{directory} has quantization settings of its own for {name!r:.80}, which swquant does not read: it reads the "
         "bits and group size of quantized modules in the blocks"
     )
+
+
+def _with_ends(outline: Outline) -> Outline:
+    """The embedding and the head apart from the linears of the blocks."""
+    shapes, grids = outline.linears, outline.grids
+    ends = {name: (shapes[name], grids[name]) for name in shapes if name.rpartition(".")[2] in _ENDS}
+    if not ends or len(ends) == len(shapes):
+        return outline
+    inside = {name: shape for name, shape in shapes.items() if name not in ends}
+    return replace(outline, linears=inside, grids={name: grids[name] for name in inside}, ends=ends)
 
 
 def _require_experts_alike(outline: Outline) -> None:
