@@ -289,6 +289,7 @@ def test_patterns_on_the_command_line_are_grids_of_the_recipe(
         (["--bits", "*.v_proj=5"], "bits is 5, expected one of 2, 3, 4, 8"),
         (["--group-size", "*.v_proj=48"], "group size is 48"),
         (["--grid", "*.v_proj=q5_k"], "grid is 'q5_k', expected"),
+        (["--embedding-bits", "6"], "embedding_bits is 6"),
         (["--keep", "*.w_proj"], "no matrix is called '*.w_proj'; the nearest names: *.v_proj"),
     ],
 )

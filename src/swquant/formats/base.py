@@ -254,7 +254,11 @@ def held_by(form: Format, model: QuantizedModel) -> QuantizedModel:
     return model if form.carries else without(model, model.outline.carried)
 
 
-FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+FUSED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
+}
 """Names that vLLM and SGLang give to several linears in one."""
 
 

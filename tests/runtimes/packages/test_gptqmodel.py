@@ -58,3 +58,23 @@ def test_symmetric_scales_of_either_sign_were_tried(found: Any) -> None:
     weights = [weight for case, _ in found if case.spec.symmetric for weight in case.weights.values()]
     assert any(weight.max() > -weight.min() for weight in weights)
     assert any(weight.max() < -weight.min() for weight in weights)
+
+
+@pytest.fixture(scope="module")
+def mixed(environment: Callable[..., Any], quantized: Callable[..., Any], computed: Callable[..., Any]) -> Any:
+    """Grids by pattern, and a matrix that is kept."""
+    python = environment("gptqmodel", REQUIREMENTS)
+    attention = dict.fromkeys(("*.q_proj", "*.k_proj", "*.v_proj"), QuantSpec(3, 32, True))
+    also = {"grids": {**attention, "*.o_proj": QuantSpec(2, 128, True), "*.layers.0.mlp.down_proj": None}}
+    case = quantized("gptq", QuantSpec(2, 64, True), "llama", torch.float32, also)
+    return case, *computed(python, "with_transformers.py", [case])
+
+
+def test_each_weight_is_read_on_its_own_grid(mixed: Any) -> None:
+    case, theirs = mixed
+    assert len(case.weights) == 13
+    assert theirs.keys() - {"logits"} == case.weights.keys()
+    for name, weight in case.weights.items():
+        assert torch.equal(theirs[name], weight), name
+    assert case.divergence(theirs["logits"]) < 2e-5
+    assert case.measured(theirs["logits"]) == pytest.approx(case.perplexity, rel=2e-3)
