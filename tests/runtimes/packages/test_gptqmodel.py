@@ -71,10 +71,12 @@ def mixed(environment: Callable[..., Any], quantized: Callable[..., Any], comput
 
 
 def test_each_weight_is_read_on_its_own_grid(mixed: Any) -> None:
+    """By GPTQModel alone, which computes in half precision then."""
     case, theirs = mixed
+    assert "GPTQModel.load" in case.loading
     assert len(case.weights) == 13
     assert theirs.keys() - {"logits"} == case.weights.keys()
     for name, weight in case.weights.items():
-        assert torch.equal(theirs[name], weight), name
-    assert case.divergence(theirs["logits"]) < 2e-5
-    assert case.measured(theirs["logits"]) == pytest.approx(case.perplexity, rel=2e-3)
+        torch.testing.assert_close(theirs[name], weight, rtol=2**-7, atol=float(weight.abs().max()) * 2**-8)
+    assert case.divergence(theirs["logits"]) < 1e-3
+    assert case.measured(theirs["logits"]) == pytest.approx(case.perplexity, rel=1e-2)
