@@ -57,7 +57,7 @@ class CodebookFormat:
         opened = open_checkpoint(directory, quantized=True)
         return read_codes(opened, spec, ("codes", "scale"), _shape, self.decode)
 
-    def loading(self, spec: QuantSpec) -> str:
+    def loading(self, outline: Outline) -> str:
         return ""
 
     def weight_bytes(self, outline: Outline, rows: int, columns: int) -> int:

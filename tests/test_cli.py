@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from swquant import SwquantError, registry
 from swquant.cli import KINDS, WAITING, app, main
 from swquant.plan import make_plan
+from swquant.quant.spec import QuantSpec
 from swquant.recipe import AUTO, PRESETS, SELF, Recipe, recipe_names
 
 MakeModel = Callable[..., Path]
@@ -252,3 +253,50 @@ def test_threads_do_not_spin_unless_the_user_says_so(
     with pytest.raises(SystemExit):
         main(["no-such-command"])
     assert os.environ.get("OMP_WAIT_POLICY") == expected
+
+
+def test_patterns_on_the_command_line_are_grids_of_the_recipe(
+    capsys: pytest.CaptureFixture[str], llama: Path, text: Path, tmp_path: Path
+) -> None:
+    flags = ["--method", "rtn", "--calibration", str(text), "--samples", "2", "--seq-len", "16", "--device", "cpu"]
+    mixed = ["--bits", "2", "--bits", "*.self_attn.*=4", "--group-size", "32", "--group-size", "*.o_proj=64"]
+    mixed += ["--keep", "*.layers.0.mlp.down_proj", "--evaluation-samples", "2"]
+    code, out, _ = run(capsys, "quantize", str(llama), "--out", str(tmp_path / "out"), *flags, *mixed)
+    assert code == 0
+    recipe = Recipe.load(tmp_path / "out" / "swquant.yaml")
+    assert recipe.spec == QuantSpec(2, 32, True)
+    assert recipe.grids == {
+        "*.self_attn.*": QuantSpec(4, 32, True),
+        "*.o_proj": QuantSpec(2, 64, True),
+        "*.layers.0.mlp.down_proj": None,
+    }
+    assert "6 on w4g32, 5 on w2g32, 2 on w2g64, 1 kept" in " ".join(out.split())
+    again = recipe.override({"grids": {"*.self_attn.*": {"bits": 8}}})
+    assert list(again.grids) == ["*.o_proj", "*.layers.0.mlp.down_proj", "*.self_attn.*"]
+    assert again.grids["*.self_attn.*"] == QuantSpec(8, 32, True)
+    code, out, _ = run(capsys, "plan", str(llama), *flags, *mixed, "--no-time")
+    assert code == 0
+    assert "6 on w4g32, 5 on w2g32, 2 on w2g64, 1 kept" in " ".join(out.split())
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--bits", "*.v_proj=4", "--method", "rtn"], "--allow-split"),
+        (["--bits", "2", "--bits", "3"], "--bits is given twice; give it once"),
+        (["--bits", "*.v_proj=4", "--bits", "*.v_proj=3"], r"--bits is given twice for *.v_proj"),
+        (["--bits", "two"], "--bits is 'two', expected a number or PATTERN=NUMBER"),
+        (["--bits", "*.v_proj=5"], "bits is 5, expected one of 2, 3, 4, 8"),
+        (["--group-size", "*.v_proj=48"], "group size is 48"),
+        (["--grid", "*.v_proj=q5_k"], "grid is 'q5_k', expected"),
+        (["--embedding-bits", "6"], "embedding_bits is 6"),
+        (["--keep", "*.w_proj"], "no matrix is called '*.w_proj'; the nearest names: *.v_proj"),
+    ],
+)
+def test_a_mistaken_pattern_is_one_sentence(
+    capsys: pytest.CaptureFixture[str], llama: Path, flags: list[str], said: str, tmp_path: Path
+) -> None:
+    code, out, err = run(capsys, "quantize", str(llama), "--out", str(tmp_path / "out"), "--device", "cpu", *flags)
+    assert (code, out) == (2, "")
+    assert said in err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()

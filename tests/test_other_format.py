@@ -188,16 +188,6 @@ def test_a_disk_too_small_for_the_other_format_is_noticed_before_it_is_written(
     quantize(replace(recipe, format="dequantized"), source, tmp_path / "out")
 
 
-def test_a_linear_without_codes_has_no_place_in_an_onnx_graph(
-    make_model: MakeModel, recipe: Recipe, trained: list[int], tmp_path: Path
-) -> None:
-    pytest.importorskip("onnx")
-    source, grids = make_model("llama", 2), {"*.0.self_attn.o_proj": None}
-    with pytest.raises(SwquantError, match=r"no graph in which model.layers.0.self_attn.o_proj is not quantized"):
-        quantize(replace(recipe, format="onnx"), source, tmp_path / "out", grids=grids)
-    assert not trained
-
-
 def test_a_loss_that_samples_of_this_length_do_not_suit_is_refused_before_they_are_drawn(
     make_model: MakeModel, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

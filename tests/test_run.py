@@ -330,15 +330,21 @@ def test_a_matrix_that_is_kept_is_the_source_s(make_model: MakeModel, recipe: Re
 @pytest.mark.parametrize(
     ("grids", "form", "said"),
     [
-        ({"*.v_proj": QuantSpec(4, 32, True)}, None, r"q_proj and .*v_proj have different grids, and runtimes fuse"),
-        ({"*.up_proj": None}, None, r"gate_proj and .*up_proj have different grids, and runtimes fuse"),
-        ({"*.w_proj": QuantSpec(4, 32, True)}, None, r"no matrix is called '\*\.w_proj'"),
+        (
+            {"*.v_proj": QuantSpec(4, 32, True)},
+            None,
+            r"q_proj and .*v_proj have different grids \(w2g32, w4g32\), .*fuse",
+        ),
+        ({"*.up_proj": None}, None, r"gate_proj and .*up_proj have .* \(w2g32, kept\)"),
+        ({"*.w_proj": QuantSpec(4, 32, True)}, None, r"no matrix is called '\*\.w_proj'; the nearest names: \*\.\w+"),
         (
             {"*.o_proj": QuantSpec(4, 128, True)},
             None,
             r"o_proj has 64 inputs, which the group size 128 does not divide",
         ),
-        (finer(), "gptq", "gptq holds one grid here, and the model has w4g32, w2g32"),
+        ({"*": None}, None, "has no matrix in its blocks that could be quantized"),
+        ({"model.layers.0.mlp.upproj": None}, None, r"the nearest names: model.layers.0.mlp.up_proj, "),
+        ({"lm_hea*": QuantSpec(4, 32, True)}, None, r"the nearest names: \*\.down_proj, \*\.gate_proj, "),
     ],
 )
 def test_grids_that_cannot_be_are_refused_before_the_work(
@@ -353,7 +359,11 @@ def test_grids_that_cannot_be_are_refused_before_the_work(
     ("runtime", "grids", "said"),
     [
         ("transformers", finer(False), r"cannot load compressed_tensors on several grids \(w2g32, w4g32 asymmetric\)"),
-        ("vllm", finer(False, 3), "vllm cannot load w3g32 as compressed_tensors: its .* --format gptq works"),
+        (
+            "vllm",
+            finer(False, 3),
+            r"vllm cannot load --bits 3 .*: its .* the nearest that works is --bits 3 .*--symmetric",
+        ),
         ("sglang", finer(bits=3), r"sglang cannot load .*--bits 3.* no kernel of it is known to compute 3-bit"),
     ],
 )

@@ -11,7 +11,8 @@ import yaml
 from huggingface_hub import ModelCardData
 
 from swquant.errors import SwquantError
-from swquant.recipe import shown_text
+from swquant.quant.spec import in_words
+from swquant.recipe import bits_of, shown_text
 from swquant.report import Output, Report
 from swquant.validation import read_yaml
 
@@ -61,7 +62,9 @@ def _metadata(report: Report, licence: Mapping[str, Any]) -> str:
 def _text(report: Report, licence: Mapping[str, Any]) -> Iterator[str]:
     recipe, name = report.recipe, Path(report.source).name
     bits = f"{report.bits_per_weight:.3f} bits per quantized weight, scales and zero points included"
-    yield f"\n# {name}, {recipe['bits']} bits\n"
+    if len(report.grids) > 1:
+        bits += f"; of its matrices {in_words(report.grids)}"
+    yield f"\n# {name}, {bits_of(recipe)}\n"
     yield f"Made of `{name}` by swquant {report.versions['swquant']}: {bits}."
     yield "\n## What was lost\n"
     yield from _losses(report)

@@ -4,110 +4,34 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from swquant import __version__
 from swquant.errors import LeaderStoppedError, OutOfMemoryError, RankLostError, SwquantError, did_you_mean, reason_of
+from swquant.flags import (
+    SOURCE_OPTIONS,
+    budget_of,
+    files_of,
+    memory_options,
+    recipe_of,
+    recipe_options,
+    source_options,
+    trust_option,
+)
 from swquant.observers.stopping import handled, interrupt
-
-if TYPE_CHECKING:
-    from swquant.checkpoint.opening import SourceOptions
-    from swquant.estimate.budget import Budget
-    from swquant.recipe import Recipe
 
 KINDS = ("methods", "losses", "families", "formats", "grids", "targets", "recipes")
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 """Variables by which users say how OpenMP's threads wait."""
-SOURCE_OPTIONS = ("revision", "subfolder", "dequantize_source", "trust_remote_code")
 REPORT = "report.json"
 RESUMED = ("quantize", "sweep")
 """Commands that go on where they were stopped."""
 USER_ERROR = 2
 FAILURE = 1
 INTERRUPTED = 130
-
-
-RECIPE_OPTIONS = (
-    click.option(
-        "--recipe", "recipe_name", help="A named recipe (swquant list recipes) or a YAML file; flags override it."
-    ),
-    click.option("--preset", type=click.Choice(["fast", "default", "best"]), help="How much data and training to use."),
-    click.option("--bits", type=int, help="Bits per weight: 2, 3, 4 or 8.  [2]"),
-    click.option("--group-size", help="Weights that share a scale: 32, 64, 128, or 'channel'.  [64]"),
-    click.option("--symmetric/--asymmetric", default=None, help="Fixed zero point, or one per group.  [symmetric]"),
-    click.option(
-        "--grid", help="uniform, or one that llama.cpp has: q2_k, q3_k, q4_k; sets the three above.  [uniform]"
-    ),
-    click.option("--method", help="One of swquant list methods, or several: 'awq + tesseraq'.  [by recipe]"),
-    click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help="An option of a method; repeatable."),
-    click.option("--loss", help="Training loss, e.g. '0.9*mse + 0.1*sliced_wasserstein(slices=256)'."),
-    click.option(
-        "--calibration",
-        help="Text or jsonl file, datasets name, mix (kinds from the hub, mix:chat+code), bundled (a text that comes "
-        "along), or self: drawn from the model.  [self if it fits and is quick, else bundled]",
-    ),
-    click.option("--samples", type=int, help="Calibration samples.  [128, by preset]"),
-    click.option("--seq-len", type=int, help="Tokens per sample.  [2048, or the model's limit]"),
-    click.option(
-        "--epochs", type=int, help="Passes over the samples, for all methods that have them.  [by method, preset]"
-    ),
-    click.option(
-        "--evaluation", help="What to measure the result on, as --calibration but self.  [held out of --calibration]"
-    ),
-    click.option("--evaluation-samples", type=int, help="Windows of --seq-len tokens to measure on; 0 for none.  [16]"),
-    click.option("--seed", type=int, help="Seed of everything random.  [0]"),
-    click.option("--precision", help="Of matrix products in training: float32, bfloat16 or auto.  [auto]"),
-    click.option("--device", help="cpu, an accelerator's name, or auto.  [auto]"),
-    click.option("--for", "runtime", help="What is to serve the output (swquant list targets); picks the format."),
-    click.option(
-        "--format",
-        "format_name",
-        help="Output format, or several: 'gguf,mlx' (swquant list formats).  [compressed-tensors]",
-    ),
-)
-"""What decides a recipe."""
-
-
-def recipe_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command :data:`RECIPE_OPTIONS`."""
-    for option in reversed(RECIPE_OPTIONS):
-        command = option(command)
-    return command
-
-
-def memory_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the budget of a run."""
-    host = click.option("--host-memory", metavar="SIZE", help="The same on the host.")
-    device = "Memory that the run may take on the device, such as 20GiB; batches are cut to keep to it."
-    return click.option("--device-memory", metavar="SIZE", help=device)(host(command))
-
-
-trust_option = click.option(
-    "--trust-remote-code",
-    is_flag=True,
-    help="Run the Python code that comes with the model: read it first. It is handed on with the output.",
-)
-
-
-def source_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command what says which files its original is."""
-    options = (
-        click.option("--revision", help="Branch, tag or commit of the original on the hub; also owner/name@revision."),
-        click.option("--subfolder", help="Folder of the original's directory or repository that it lies in."),
-        click.option(
-            "--dequantize-source",
-            is_flag=True,
-            help="Take an original that compressed-tensors or GPTQ quantized; fp8 and mxfp4 are always taken.",
-        ),
-        trust_option,
-    )
-    for option in reversed(options):
-        command = option(command)
-    return command
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -155,7 +79,7 @@ def quantize(
         require_unused(out)
     asked = {name: flags.pop(name) for name in ("log_json", "tensorboard_directory", "wandb_project")}
     files = {name: flags.pop(name) for name in SOURCE_OPTIONS}
-    recipe_name, recipe = _recipe(recipe_name, options, flags)
+    recipe_name, recipe = recipe_of(recipe_name, options, flags)
 
     # What takes seconds to import comes after what can be refused without it.
     from swquant.checkpoint.hub import push, require_push
@@ -167,12 +91,12 @@ def quantize(
 
     if push_to_hub is not None:
         require_push(push_to_hub)
-    budget = _budget(device_memory, host_memory)
+    budget = budget_of(device_memory, host_memory)
     with (
         joined(os.environ, recipe.device) as ranks,
         everyone(out.name, **asked) if ranks.rank == 0 else following() as watching,
     ):
-        report = quantize_together(recipe, source, out, ranks, watching, budget, _files(files))
+        report = quantize_together(recipe, source, out, ranks, watching, budget, files_of(files))
     if report is None:
         return
     print_report(report, out, recipe_name)
@@ -206,9 +130,9 @@ def plan(
     from swquant.estimate import estimate
     from swquant.estimate.shown import print_estimate
 
-    files = _files(flags)
-    recipe_name, recipe = _recipe(recipe_name, options, flags)
-    budget = _budget(device_memory, host_memory)
+    files = files_of(flags)
+    recipe_name, recipe = recipe_of(recipe_name, options, flags)
+    budget = budget_of(device_memory, host_memory)
     found = estimate(recipe, source, out, budget, measure=not no_time, source_options=files)
     click.echo(found.to_json()) if as_json else print_estimate(found, recipe_name)
     if found.problems:
@@ -293,7 +217,7 @@ def evaluate(
     from swquant.ui import print_gain, print_measured
 
     trusted = flags["trust_remote_code"]
-    files = _files(flags)
+    files = files_of(flags)
     if reference is None and files != SourceOptions(trust_remote_code=trusted):
         raise SwquantError(
             "--revision, --subfolder and --dequantize-source are of the original: give --reference, or leave them out"
@@ -379,56 +303,6 @@ def list_(kind: str) -> None:
     width = max(map(len, lines))
     for name, line in lines.items():
         click.echo(f"{name:<{width}}  {line}")
-
-
-def _files(flags: dict[str, Any]) -> SourceOptions:
-    """What :func:`source_options` give, taken out of ``flags``."""
-    from swquant.checkpoint.opening import SourceOptions
-
-    return SourceOptions(*(flags.pop(name) for name in SOURCE_OPTIONS))
-
-
-def _budget(device: str | None, host: str | None) -> Budget:
-    """What the two options allow."""
-    from swquant.estimate.budget import Budget
-    from swquant.units import parse_size
-
-    return Budget(*(None if text is None else parse_size(text) for text in (device, host)))
-
-
-def _recipe(name: str | None, options: tuple[str, ...], flags: dict[str, Any]) -> tuple[str | None, Recipe]:
-    """The recipe that the options ask for, and its name or file if it has one."""
-    from swquant.recipe import Recipe
-
-    flags["format"] = flags.pop("format_name")
-    values = {name: value for name, value in flags.items() if value is not None}
-    if "group_size" in values:
-        values["group_size"] = _group_size(values["group_size"])
-    if options:
-        values["options"] = dict(_option(text) for text in options)
-    if name:
-        recipe = Recipe.load(name)
-    elif "method" in values:
-        recipe = Recipe()
-    else:
-        name, recipe = Recipe.recommended(values)
-    return name, recipe.override(values)
-
-
-def _group_size(text: str) -> int | str:
-    try:
-        return int(text)
-    except ValueError:
-        return text
-
-
-def _option(text: str) -> tuple[str, Any]:
-    from swquant.validation import read_yaml
-
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise SwquantError(f"--option {text!r} has no '=', expected KEY=VALUE, e.g. --option epochs=10")
-    return key, read_yaml(value, f"the value in --option {text!r}")
 
 
 def main(arguments: list[str] | None = None) -> None:

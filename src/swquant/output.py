@@ -23,9 +23,9 @@ from swquant.checkpoint.source import stored
 from swquant.engine.head import predictions
 from swquant.engine.run_state import RunState
 from swquant.formats.base import Format, held_by
-from swquant.formats.compressed_tensors import not_in_transformers
 from swquant.html.page import report_page
 from swquant.model.calls import Front
+from swquant.model.ends import quantized_end
 from swquant.plan import Plan, versions
 from swquant.quant.kind import row_bits
 from swquant.quant.qtensor import QTensor
@@ -38,10 +38,6 @@ PLACE = "PATH"
 
 LARGEST = 1 << 26
 """Bytes of a report beyond which it is not read."""
-
-_SWQUANT_LOAD = """\
-import swquant
-model = swquant.load(path)"""
 
 REPORT, PAGE, RECIPE = "report.json", "report.html", "swquant.yaml"
 
@@ -74,6 +70,8 @@ def write_output(
         seconds=round(sum(float(part["seconds"]) for part in (*run_state.reports, *([finish] if finish else []))), 3),
         key=key,
         reading=tuple(run_state.notes["reading"]),
+        grids=plan.layout.counts,
+        parameters=sum(math.prod(tensor.shape) for tensor in plan.disk.tensors.values()),
     )
     report = replace(report, advice=advise(report))
     for name, text in described(report, licence_of(plan.checkpoint.directory)).items():
@@ -146,14 +144,14 @@ def output_of(
     """
     serving = target if target is not None and form.name in target.formats else None
     specs = outline.specs
-    spec = next((spec for spec in specs if not spec.symmetric), specs[0])  # what is harder to load decides
-    alone = form.name == "compressed_tensors" and not_in_transformers(outline) is not None
+    spec = min(specs, key=lambda spec: (spec.symmetric, spec.bits))  # what is hardest to serve decides the command
+    said = () if serving is None else dict.fromkeys(note for spec in specs for note in serving.notes(form.name, spec))
     return Output(
         format=form.name,
         directory=place,
         bytes=size,
-        notes=notes + (() if serving is None else serving.notes(form.name, spec)),
-        loading=_trusting(_SWQUANT_LOAD if alone else form.loading(spec), outline),
+        notes=(*notes, *said),
+        loading=_trusting(form.loading(outline), outline),
         command=None if serving is None else _serving(serving.command(form.name, spec, PLACE), outline),
         verification=asdict(verified),
     )
@@ -197,8 +195,11 @@ def _parts(plan: Plan, run_state: RunState) -> Iterator[Part]:
     if plan.pipeline.rotate:
         outside = [f"{skeleton.embedding}.weight", f"{skeleton.head}.weight", *skeleton.outside]
         changed = names.keys_of(outside)
-        for name in outside:
+        for name in (name for name in outside if name not in skeleton.ends):
             yield _on_disk(names, {name: stored(plan.checkpoint, name)})
+    for name, spec in skeleton.ends.items():
+        yield _on_disk(names, {name: quantized_end(plan.checkpoint, name, spec)})
+    changed |= names.keys_of(skeleton.ends)
     for name in plan.disk.tensors:
         if name not in inside and name not in changed and name not in names.dropped:
             yield {name: plan.disk.read(name)}

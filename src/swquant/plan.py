@@ -32,14 +32,15 @@ from swquant.losses import WeightedSum, parse_loss
 from swquant.losses.base import LossContext
 from swquant.methods import Pipeline, Setting, build_pipeline, parse_methods
 from swquant.model.calls import probe
+from swquant.model.ends import grids_of_ends
 from swquant.model.layout import Layout, lay_out, plain_matrices
 from swquant.model.opening import Model, open_model, untied
 from swquant.model.settings import in_full
 from swquant.model.skeleton import Skeleton
-from swquant.quant.spec import UNIFORM, QuantSpec
+from swquant.quant.spec import UNIFORM, QuantSpec, in_words, named
 from swquant.recipe import PRESETS, Recipe
 from swquant.sampling import Room, material_of
-from swquant.targets import choose_format, load_target, require_loads, require_model, require_together
+from swquant.targets import choose_format, load_target, require_loads, require_model
 from swquant.targets.base import Target
 from swquant.tokenizer import Reading, digest, open_reading
 
@@ -102,7 +103,7 @@ class Plan:
             "recipe": {name: value for name, value in recipe.items() if name not in OUTPUT_KEYS},
             "source": self.checkpoint.fingerprint(),
             "grids": {
-                site.name: _label(site.spec) for block in self.layout.blocks for site in block if site.spec != self.spec
+                site.name: named(site.spec) for block in self.layout.blocks for site in block if site.spec != self.spec
             },
             **{name: text and text.digest() for name, text in texts.items()},
             "tokenizer": digest(self.disk.directory) if any(text is not None for text in texts.values()) else None,
@@ -116,7 +117,7 @@ class Plan:
 
     def assumed(self) -> str:
         """What was found by inspecting the model, in a sentence."""
-        sites = list(self.layout.sites)
+        sites, counts = list(self.layout.sites), self.layout.counts
         kept: dict[str, set[str]] = {}
         for name, reason in self.layout.kept.items():
             kept.setdefault(reason, set()).add(name.rpartition(".")[2])
@@ -124,6 +125,8 @@ class Plan:
         return (
             f"{type(self.skeleton.model).__name__}: {len(self.skeleton.blocks)} blocks in {self.skeleton.path} with "
             f"{len(sites)} matrices to quantize"
+            + (f": {in_words(counts)}" if len(counts) > 1 else "")
+            + "".join(f"; {name.removesuffix('.weight')} on {named(spec)}" for name, spec in self.skeleton.ends.items())
             + (f"; kept as they are: {apart}" if apart else "")
             + (f"; no module of it reads {listed(carried)}" if (carried := self.skeleton.names.carried) else "")
         )
@@ -165,13 +168,6 @@ class Plan:
         return tail_of(finish.epochs, train, validation, len(self.skeleton.blocks), head)
 
 
-def _label(spec: QuantSpec | None) -> str:
-    """A grid as a run's key has it: two that differ in anything have two."""
-    if spec is None:
-        return "kept"
-    return spec.label if spec.symmetric else f"{spec.label} asymmetric"
-
-
 def make_plan(
     recipe: Recipe,
     source: str | Path,
@@ -208,8 +204,9 @@ def make_plan(
     pipeline = build_pipeline(steps, Setting(spec, _norm_biases(model.skeleton), preset.effort, others=others))
     _require_use(loss, pipeline, recipe.method)
     check_dtype(disk.dtype)
-    layout = lay_out(model.skeleton, spec, recipe.grids)
+    layout = lay_out(model.skeleton, spec, recipe.grids, allow_split=recipe.allow_split)
     checkpoint, skeleton = _rotated(model, recipe.seed) if pipeline.rotate else (model.checkpoint, model.skeleton)
+    skeleton = replace(skeleton, ends=grids_of_ends(skeleton, recipe.embedding_bits, recipe.head_bits))
     outline = make_outline(disk, checkpoint, skeleton, layout)
     notes = _notes(formats, target, outline)
     seq_len = _sample_length(recipe.seq_len, skeleton.longest, loss, hidden_size)
@@ -288,13 +285,12 @@ def choose_formats(names: tuple[str, ...], target: Target | None, specs: tuple[Q
     Raises:
         SwquantError: The runtime reads none of them, or not such weights from one that it reads.
     """
+    specs = tuple(dict.fromkeys(specs))
     if target is None:
         return names or (next((spec.kind.form for spec in specs if spec.grid != UNIFORM), specs[0].kind.form),)
-    names = names or (choose_format(target, specs[0]),)
+    names = names or (choose_format(target, *specs),)
     for name in [name for name in names if name in target.formats] or names[:1]:
-        for spec in specs:
-            require_loads(target, name, spec)
-        require_together(target, name, specs)
+        require_loads(target, name, specs)
     return names
 
 
@@ -330,6 +326,11 @@ def make_outline(disk: Source, checkpoint: Source, skeleton: Skeleton, layout: L
         linears[module or site.name], grids[module or site.name] = site.shape, site.spec
     shapes = {name: one.shape for name, one in disk.tensors.items()}
     quantized = skeleton.names.keys_of(site.weight for site in layout.sites)
+    ends: dict[str, tuple[tuple[int, int], QuantSpec]] = {}
+    for name, spec in skeleton.ends.items():
+        rows, columns = checkpoint.tensors[name].shape
+        ends[skeleton.names.pieces[name].key.removesuffix(".weight")] = (rows, columns), spec
+    held = quantized | skeleton.names.keys_of(skeleton.ends)
     return Outline(
         checkpoint.directory,
         in_full(checkpoint.config, checkpoint.directory),
@@ -338,8 +339,9 @@ def make_outline(disk: Source, checkpoint: Source, skeleton: Skeleton, layout: L
         grids,
         unquantized(skeleton, shapes, quantized),
         tuple(dict.fromkeys(apart)),
-        _plain(skeleton, shapes, quantized),
+        _plain(skeleton, shapes, held),
         skeleton.names.carried,
+        ends,
     )
 
 
@@ -351,7 +353,7 @@ def _plain(
     others = {*quantized, *names.carried, *names.dropped}
     plain = {name: shape for name, shape in shapes.items() if name not in others}
     head = names.pieces.get(f"{skeleton.head}.weight")
-    if head is not None and head.key not in plain:  # a rotation has made it
+    if head is not None and head.key not in plain and head.key not in quantized:  # a rotation has made it
         plain[head.key] = plain[names.pieces[f"{skeleton.embedding}.weight"].key]
     return plain
 

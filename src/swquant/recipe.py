@@ -20,7 +20,7 @@ from swquant.quant.spec import GRID_KEYS, UNIFORM, QuantSpec, fixed_by
 from swquant.validation import build, read_yaml
 
 CHANNEL = "channel"
-LATER_KEYS = ("grid", "grids", "precision")
+LATER_KEYS = ("grid", "grids", "allow_split", "embedding_bits", "head_bits", "precision")
 """Keys younger than the first recipes, whose hashes stay."""
 
 AUTO, SELF, BUNDLED = "auto", "self", "bundled"
@@ -84,6 +84,11 @@ class Recipe:
         grids: Other grids than the recipe's, or ``None`` (``null``) to keep a matrix as it is, by shell patterns of
             names in memory, such as ``*.v_proj``; the last that matches counts. In files a grid is a mapping of
             ``bits``, ``group_size``, ``symmetric`` and ``grid``, which are the recipe's where they are left out.
+        allow_split: ``grids`` may differ among matrices that some runtimes fuse: queries, keys and values; gate and up;
+            a layer's experts.
+        embedding_bits: Of the token embedding, 4 or 8, rounded to the nearest in groups of 32; ``None`` keeps it as it
+            is. Where the head is the embedding, the two stay one.
+        head_bits: Of the head, likewise.
 
     Raises:
         SwquantError: From :meth:`from_mapping` and :meth:`load`, if a value has the wrong type or is out of range.
@@ -109,6 +114,9 @@ class Recipe:
     format: str | None = None
     runtime: str | None = None
     grids: Mapping[str, QuantSpec | None] = field(default_factory=dict[str, "QuantSpec | None"])
+    allow_split: bool = False
+    embedding_bits: Literal[4, 8] | None = None
+    head_bits: Literal[4, 8] | None = None
 
     def __post_init__(self) -> None:
         if self.group_size == CHANNEL:  # pyright: ignore[reportUnnecessaryComparison]  as files have it
@@ -180,7 +188,8 @@ class Recipe:
     def override(self, values: Mapping[str, Any]) -> Recipe:
         """This recipe with ``values`` in place of its own.
 
-        Options are merged one by one; another method starts without this one's options, epochs and loss.
+        Options are merged one by one, and so are grids, where a pattern that is given comes after those of this recipe;
+        another method starts without this one's options, epochs and loss.
         """
         base = self.to_mapping()
         if values.get("grid", self.grid) != self.grid:
@@ -190,6 +199,9 @@ class Recipe:
         merged = {**base, **values}
         if "options" in values and values.get("method", self.method) == self.method:
             merged["options"] = {**self.options, **values["options"]}
+        if isinstance(values.get("grids"), Mapping):
+            own = {name: grid for name, grid in base.get("grids", {}).items() if name not in values["grids"]}
+            merged["grids"] = {**own, **values["grids"]}
         return Recipe.from_mapping(merged)
 
     def settled(self, chosen: Mapping[str, Any]) -> Recipe:
@@ -236,6 +248,9 @@ class Recipe:
     def summary(self) -> str:
         """The recipe in a line."""
         loss = f"loss {self.loss}, " if self.loss else ""
+        for name, bits in (("head", self.head_bits), ("embedding", self.embedding_bits)):
+            loss = loss if bits is None else f"{name} at {bits} bits, {loss}"
+        loss = f"other grids for {', '.join(self.grids)}, {loss}" if self.grids else loss
         if self.grid != UNIFORM:
             return f"grid {self.spec.label}, {self.method}, {loss}preset {self.preset}"
         groups = "per channel" if self.group_size is None else f"groups of {self.group_size}"
@@ -254,6 +269,13 @@ def shown_text(source: str) -> str:
     """A text of a recipe by its name, without the author's directories."""
     known = {SELF: "text that the original wrote itself", BUNDLED: "the text that comes with swquant"}
     return known.get(source, Path(source).name)
+
+
+def bits_of(recipe: Mapping[str, Any]) -> str:
+    """Of a recipe as files have it, in words: its bits, and those that patterns give to some matrices."""
+    others = (grid["bits"] for grid in recipe.get("grids", {}).values() if grid is not None)
+    several = sorted({recipe["bits"], *others})
+    return f"{' and '.join(filter(None, (', '.join(map(str, several[:-1])), str(several[-1]))))} bits"
 
 
 def _from_file(values: Mapping[str, Any]) -> dict[str, Any]:

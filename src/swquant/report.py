@@ -244,6 +244,8 @@ class Report:
         finish: The report of the training after the last block, its seconds, and a :class:`FinalBlock` for each block
             under ``blocks``; ``None`` where there was none.
         advice: What to try next, see :mod:`swquant.advice`.
+        grids: How many matrices are on each grid, by its name, or ``kept`` by a pattern; empty in older reports.
+        parameters: Of the original, tied ones once; 0 in older reports.
         reading: What to know of how the model reads text: what windows begin with, and where other readers differ.
     """
 
@@ -261,6 +263,12 @@ class Report:
     finish: Mapping[str, Any] | None = None
     advice: tuple[str, ...] = ()
     reading: tuple[str, ...] = ()
+    grids: Mapping[str, int] = field(default_factory=dict[str, int])
+    parameters: int = 0
+
+    def whole_bits(self, output: Output) -> float | None:
+        """Bits per weight over a whole output, embeddings, norms and head too; ``None`` in older reports."""
+        return 8 * output.bytes / self.parameters if self.parameters else None
 
     def to_json(self) -> str:
         """The text of ``report.json``."""

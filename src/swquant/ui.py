@@ -21,6 +21,7 @@ from swquant.evaluation import Evaluation, Gain, Measured
 from swquant.html.facts import notes_of, opened
 from swquant.inspection import Inspection
 from swquant.output import PAGE
+from swquant.quant.spec import in_words
 from swquant.report import Output, Report
 from swquant.terminal import plain_console
 from swquant.units import size, span
@@ -256,9 +257,13 @@ def _facts(report: Report, recipe: str | None) -> Iterator[tuple[str, str]]:
     for output in report.outputs:
         saved = report.bytes_source / max(1, output.bytes)
         sizes = f"{size(report.bytes_source)} -> {size(output.bytes)} ({saved:.2f} times smaller)"
-        yield "size", f"{sizes}, {output.format}"
+        whole = report.whole_bits(output)
+        over = "" if whole is None else f", {whole:.2f} bits per weight over all of it"
+        yield "size", f"{sizes}, {output.format}{over}"
         yield "opened again", opened(output)
     yield "bits per quantized weight", f"{report.bits_per_weight:.3f}, scales and zero points included"
+    if len(report.grids) > 1:
+        yield "matrices", in_words(report.grids)
     if report.quality:
         quality = report.quality
         yield "perplexity", f"{quality.perplexity_reference:.3f} -> {quality.perplexity:.3f} ({quality.tokens} tokens)"

@@ -175,15 +175,18 @@ def test_what_swquant_does_not_read_is_refused_in_a_sentence(
         Mlx().read(tmp_path / "out", config)
 
 
-@pytest.mark.parametrize("beside", [False, True])
-def test_a_quantized_embedding_is_refused(beside: bool, make_qtensor: Make, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "beside"), [("model.embed_tokens", False), ("model.side", True)])
+def test_quantized_weights_outside_of_the_blocks_are_refused(
+    name: str, beside: bool, make_qtensor: Make, tmp_path: Path
+) -> None:
+    """But for the embedding and the head beside the linears of the blocks."""
     q = make_qtensor(QuantSpec(2, 64, True), 32, 1, 0)
     model = model_of(q, tmp_path)
-    parts = [{"model.norm.weight": torch.ones(8)}, {"model.embed_tokens.weight": q}]
+    parts = [{"model.norm.weight": torch.ones(8)}, {f"{name}.weight": q}]
     if beside:
         parts += [{f"{NAME}.weight": q}]
     Mlx().write(tmp_path / "out", QuantizedModel(model.outline, lambda: iter(parts)))
-    with pytest.raises(SwquantError, match=r"quantized weights outside of its blocks, such as model\.embed_tokens,"):
+    with pytest.raises(SwquantError, match=rf"quantized weights outside of its blocks, such as {name},"):
         Mlx().read(tmp_path / "out", json.loads((tmp_path / "out" / "config.json").read_text()))
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from outlines import outline_of
 from swquant.checkpoint.quantized import QuantizedModel
 from swquant.checkpoint.reader import read_config
 from swquant.formats.onnx import Onnx
@@ -170,7 +171,7 @@ def test_genai_loads_the_output_and_writes_the_same_text(run: Run, tokens: torch
     prompt = tokens[:1, :20]
     for place in (directory, exact):
         known: dict[str, Any] = {"path": str(place)}
-        exec(compile(Onnx().loading(W4), "snippet", "exec"), known)
+        exec(compile(Onnx().loading(outline_of(place, {}, W4, torch.float32, {}, ())), "snippet", "exec"), known)
         parameters = genai.GeneratorParams(known["model"])
         parameters.set_search_options(max_length=prompt.shape[1] + count)
         generator = genai.Generator(known["model"], parameters)

@@ -34,7 +34,7 @@ def test_a_runtime_loads_what_is_chosen_for_it_and_the_refusal_names_something_t
             nearest = QuantSpec(int(flags[1]), group, flags[4] == "--symmetric")
         assert choose_format(target, nearest) in target.formats
     else:
-        require_loads(target, form, spec)
+        require_loads(target, form, (spec,))
         assert why_not(target, form, spec) is None
         command = target.command(form, spec, "PATH")
         assert "PATH" in command if command is not None else name == "onnxruntime"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,6 +28,9 @@ Encode = Callable[[str, QTensor, torch.dtype], Mapping[str, Tensor]]
 Decode = Callable[[str, Mapping[str, Tensor], QuantSpec], QTensor]
 ShapeOf = Callable[[str, Checkpoint, QuantSpec], tuple[int, int]]
 
+EXPERT = re.compile(r"\.experts\.\d+\.")
+"""In the names of modules of experts."""
+
 QUANTIZATION_CONFIG = "quantization_config"
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -46,6 +50,7 @@ class Outline:
             layers. Formats of codes have no name for them.
         plain: Names and shapes of all other tensors that the model reads, where the files tell them without being read.
         carried: Tensors on disk that no module of the model reads.
+        ends: The embedding and the head where they are quantized: shape and grid by module; not among ``linears``.
     """
 
     directory: Path
@@ -57,11 +62,33 @@ class Outline:
     apart: tuple[str, ...] = ()
     plain: Mapping[str, tuple[int, ...]] | None = None
     carried: tuple[str, ...] = ()
+    ends: Mapping[str, tuple[tuple[int, int], QuantSpec]] = field(
+        default_factory=dict[str, "tuple[tuple[int, int], QuantSpec]"]
+    )
 
     @property
     def specs(self) -> tuple[QuantSpec, ...]:
         """The grids, each once."""
         return tuple(dict.fromkeys(self.grids.values()))
+
+    @property
+    def most(self) -> QuantSpec:
+        """The grid of most weights, which formats with a place for exceptions name once.
+
+        Where there are experts, that of most of theirs: readers that put experts together know them by no name of ours.
+        """
+        counts: dict[tuple[bool, QuantSpec], int] = {}
+        for name, spec in self.grids.items():
+            rows, columns = self.linears.get(name, (1, 1))
+            key = EXPERT.search(name) is not None, spec
+            counts[key] = counts.get(key, 0) + rows * columns
+        return max(counts, key=lambda key: (key[0], counts[key]))[1]
+
+    @property
+    def others(self) -> dict[str, QuantSpec]:
+        """The modules that are on another grid than :attr:`most`, embedding and head among them."""
+        most, ends = self.most, {name: spec for name, (_, spec) in self.ends.items()}
+        return {name: spec for name, spec in (*self.grids.items(), *ends.items()) if spec != most}
 
     @property
     def spec(self) -> QuantSpec:
@@ -192,6 +219,7 @@ def shapes_of(model: QuantizedModel) -> dict[str, tuple[int, ...]]:
     """Names and shapes on disk of all tensors, weights for codes."""
     outline = model.outline
     shapes: dict[str, tuple[int, ...]] = {f"{module}.weight": shape for module, shape in outline.linears.items()}
+    shapes |= {f"{module}.weight": shape for module, (shape, _) in outline.ends.items()}
     if outline.plain is not None:
         return shapes | dict(outline.plain)
     for part in model.parts():

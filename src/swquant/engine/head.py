@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from swquant.checkpoint.source import Source
 from swquant.model.calls import Front, Tail
+from swquant.model.ends import as_output
 from swquant.report import Quality
 
 LOGITS = 1 << 24
@@ -87,7 +88,7 @@ class Heads:
 
     Attributes:
         original: The original's.
-        stored: The same as the output stores it, which differs where the checkpoint is seen through a rotation.
+        stored: The same as the output stores it, which differs where a rotation is merged in or the head is quantized.
     """
 
     original: Tail
@@ -97,8 +98,8 @@ class Heads:
     def load(front: Front, checkpoint: Source) -> Heads:
         """Read both; where they are equal, there is one in memory."""
         original = Tail.load(front, checkpoint)
-        weight = next(iter(original.head.values()))
-        kept = weight.to(checkpoint.tensors[front.skeleton.head_weight].dtype)
+        weight, name = next(iter(original.head.values())), front.skeleton.head_weight
+        kept = as_output(weight, front.skeleton.ends.get(name), checkpoint.tensors[name].dtype)
         return Heads(original, original if kept is weight else Tail(front, dict.fromkeys(original.head, kept)))
 
     def chunks(self, tokens: int) -> Iterator[slice]:

@@ -42,6 +42,7 @@ class Estimate:
         parameters: In all.
         quantized: Those that get codes.
         bits_per_weight: Of these, scales and zero points included.
+        grids: How many matrices are on each grid, or kept by a pattern.
         micro_batch: Samples of a batch that go through a block at once.
         device: The most on the device, and what is at work then.
         host: The most resident on the host: interpreter, mapped hidden states, and on a CPU what ``device`` says.
@@ -58,6 +59,7 @@ class Estimate:
     parameters: int
     quantized: int
     bits_per_weight: float
+    grids: Mapping[str, int]
     micro_batch: int
     device: int
     host: int
@@ -122,6 +124,7 @@ def estimate(
         parameters=parameters_of(plan),
         quantized=quantized,
         bits_per_weight=sum(rows * row_bits(spec, columns) for (rows, columns), spec in grids) / quantized,
+        grids=plan.layout.counts,
         micro_batch=micro_batch,
         device=memory.peak,
         host=host,

@@ -105,15 +105,18 @@ def output_bytes(form: Format, plan: Plan) -> int:
     """The tensors that a format writes."""
     outline = plan.outline
     names = plan.skeleton.names
-    quantized = names.keys_of(site.weight for site in plan.layout.sites)
+    quantized = names.keys_of([*(site.weight for site in plan.layout.sites), *plan.skeleton.ends])
     left_out = {*names.dropped, *(() if form.carries else names.carried)}
     plain = [stored for name, stored in plan.disk.tensors.items() if name not in quantized and name not in left_out]
     head = plan.skeleton.head_weight
-    if plan.pipeline.rotate and (head not in plan.disk.tensors or head in names.dropped):
+    made = head not in plan.skeleton.ends
+    if made and plan.pipeline.rotate and (head not in plan.disk.tensors or head in names.dropped):
         plain.append(plan.checkpoint.tensors[head])  # which a rotation unties
     counts = Counter((outline.grids[module], shape) for module, shape in outline.linears.items())
+    counts.update((spec, shape) for shape, spec in outline.ends.values())
     weights = (
-        count * form.weight_bytes(replace(outline, grids={"": spec}), *shape) for (spec, shape), count in counts.items()
+        count * form.weight_bytes(replace(outline, grids={"": spec}, ends={}), *shape)
+        for (spec, shape), count in counts.items()
     )
     return sum(weights) + form.plain_bytes(outline, plain)
 

@@ -196,6 +196,7 @@ def _finish(rig: Rig, shape: tuple[int, int, int], live: Live, micro_batch: int 
     states = len(plan.skeleton.blocks) * samples * math.prod(shape[1:]) * 4
     copy = learned_bytes(plan)
     learned = copy // 4 * LEARNED_BYTES + (0 if is_large(copy) else copy)
-    heads = head.nbytes + (4 * math.prod(head.shape) if isinstance(plan.checkpoint, RotatedCheckpoint) else 0)
+    another = isinstance(plan.checkpoint, RotatedCheckpoint) or plan.skeleton.head_weight in plan.skeleton.ends
+    heads = head.nbytes + (4 * math.prod(head.shape) if another else 0)
     logits = HEAD_COPIES * 4 * max(LOGITS, head.shape[0])
     return live.peak - before + states + learned + heads + logits + 4 * min(SLICE, math.prod(head.shape))

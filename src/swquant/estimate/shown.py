@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from rich.table import Table
 
 from swquant.estimate import Estimate
+from swquant.quant.spec import in_words
 from swquant.terminal import plain_console
 from swquant.units import size, span
 
@@ -33,6 +34,8 @@ def _facts(found: Estimate, recipe: str | None) -> Iterator[tuple[str, str]]:
     yield "recipe", f"{f'{recipe}: ' if recipe else ''}{found.recipe['method']}"
     yield "model", f"{found.blocks} blocks, {found.parameters:,} parameters, {found.quantized:,} of them quantized"
     yield "bits per quantized weight", f"{found.bits_per_weight:.3f}, scales and zero points included"
+    if len(found.grids) > 1:
+        yield "matrices", in_words(found.grids)
     tensors = found.parts["tensors"]
     work = ", ".join(f"{name} {size(value)}" for name, value in tensors.items())
     yield "memory of a block at work", f"{size(found.device)} at most: {work}"
@@ -47,7 +50,11 @@ def _facts(found: Estimate, recipe: str | None) -> Iterator[tuple[str, str]]:
         yield "calibration", str(found.recipe["calibration"])
     disk = found.disk
     yield "disk", f"{size(disk['peak'])} at most, {size(disk['free'])} free; finished blocks {size(disk['run_state'])}"
-    yield "output", ", ".join(f"{name} {size(value)}" for name, value in disk["outputs"].items())
+    outputs = (
+        f"{name} {size(value)}, {8 * value / found.parameters:.2f} bits per weight over all of it"
+        for name, value in disk["outputs"].items()
+    )
+    yield "output", "; ".join(outputs)
     if found.time is not None:
         time = found.time
         block = ", ".join(f"{name} {span(value)}" for name, value in time["block"].items())

@@ -16,19 +16,23 @@ from swquant.checkpoint.quantized import QUANTIZATION_CONFIG, Outline, Quantized
 from swquant.checkpoint.reader import open_checkpoint
 from swquant.checkpoint.shards import Stored
 from swquant.checkpoint.writer import Written
-from swquant.formats.base import require_fits, stored_bytes
+from swquant.errors import SwquantError
+from swquant.formats.base import require_fits, split_note, stored_bytes
 from swquant.formats.gptq_layout import (
     SUFFIXES,
     decode_weight,
+    differing,
     encode_weight,
     layout_bytes,
+    own_spec,
+    require_one_symmetry,
     require_widths,
     rounding_notes,
     shape_of,
     spec_of,
     with_dtype,
 )
-from swquant.formats.reading import blocks_of, kept_in_blocks, require_plain
+from swquant.formats.reading import blocks_of, grids_by_name, kept_in_blocks, require_plain
 from swquant.quant.qtensor import QTensor
 from swquant.quant.spec import UNIFORM, QuantSpec
 
@@ -63,11 +67,12 @@ class AutoRound:
 
     def check(self, outline: Outline) -> tuple[str, ...]:
         """The notes say which programs read it, and where readers round."""
-        require_fits(self, outline)
+        require_fits(self, outline, mixed=True)
         require_widths(self.name, outline)
+        require_one_symmetry(self.name, outline)
         blocks_of(outline)
-        notes = rounding_notes(outline)
-        if outline.spec.symmetric:
+        notes = (*split_note(outline), *rounding_notes(outline))
+        if outline.most.symmetric:
             return notes
         packing = (
             "asymmetric: zero points are stored as they are (packing_format auto_round), as the auto-round package "
@@ -84,8 +89,10 @@ class AutoRound:
         return decode_weight(name, tensors, spec)
 
     def config(self, outline: Outline) -> dict[str, object]:
-        """``quantization_config``, for the linears of the blocks but those that are kept as they are."""
-        spec, kept = outline.spec, kept_in_blocks(outline)
+        """``quantization_config``, for the linears of the blocks; ``extra_config`` names those that are otherwise."""
+        spec = outline.most
+        extra: dict[str, dict[str, object]] = {name: dict(_KEPT) for name in kept_in_blocks(outline)}
+        extra |= {name: dict(differing(own, spec)) for name, own in outline.others.items()}
         settings: dict[str, object] = {
             "quant_method": "auto-round",
             "packing_format": _PACKINGS[spec.symmetric],
@@ -95,7 +102,7 @@ class AutoRound:
             "data_type": "int",
             "block_name_to_quantize": blocks_of(outline),
         }
-        return settings | ({"extra_config": {name: dict(_KEPT) for name in kept}} if kept else {})
+        return settings | ({"extra_config": extra} if extra else {})
 
     def write(self, directory: Path, model: QuantizedModel) -> Written:
         """A safetensors checkpoint with ``quantization_config``, and a file of that name that repeats it."""
@@ -105,19 +112,20 @@ class AutoRound:
         return write_codes(directory, whole, self.encode, {QUANTIZATION_CONFIG: settings})
 
     def read(self, directory: Path, config: Mapping[str, Any]) -> QuantizedModel | None:
-        """The model, if ``config`` says auto-round with one of our grids for all linears of the blocks."""
+        """The model, if ``config`` says auto-round with our grids, those that differ by the names of their linears."""
         settings = config.get(QUANTIZATION_CONFIG)
         if not isinstance(settings, dict) or settings.get("quant_method") != "auto-round":
             return None
         require_plain(directory, settings, _PLAIN)
-        extra = settings.get("extra_config")
-        if extra and not (isinstance(extra, dict) and all(of == _KEPT for of in extra.values())):
-            require_plain(directory, {"extra_config": extra}, {"extra_config": {}})
         spec = spec_of(directory, settings, "packing_format", settings.get("packing_format"), _PACKINGS)
         checkpoint = open_checkpoint(directory, quantized=True, trusted=trusts_code(config))
-        return read_codes(checkpoint, spec, SUFFIXES, shape_of, self.decode)
+        others = _others(directory, settings.get("extra_config"), spec)
+        model = read_codes(checkpoint, grids_by_name(spec, others), SUFFIXES, shape_of, self.decode)
+        if not others.keys() <= model.outline.linears.keys():
+            raise _unread(directory, settings["extra_config"])
+        return model
 
-    def loading(self, spec: QuantSpec) -> str:
+    def loading(self, outline: Outline) -> str:
         """Through transformers."""
         return _LOAD
 
@@ -128,3 +136,30 @@ class AutoRound:
     def plain_bytes(self, outline: Outline, plain: Sequence[Stored]) -> int:
         """As they are."""
         return stored_bytes(plain)
+
+
+def _others(directory: Path, extra: object, most: QuantSpec) -> dict[str, QuantSpec]:
+    """The linears that ``extra_config`` puts on a grid of their own, without those that it keeps.
+
+    Raises:
+        SwquantError: It says something else.
+    """
+    if not extra:
+        return {}
+    found: dict[str, QuantSpec] = {}
+    for name, own in extra.items() if isinstance(extra, dict) else [("", extra)]:
+        if own == _KEPT:
+            continue
+        if not isinstance(own, dict) or not own or not own.keys() <= {"bits", "group_size", "sym", "data_type"}:
+            raise _unread(directory, extra)
+        if own.get("sym", most.symmetric) is not most.symmetric or own.get("data_type", "int") != "int":
+            raise _unread(directory, extra)
+        found[name] = own_spec(directory, own, most)
+    return found
+
+
+def _unread(directory: Path, extra: object) -> SwquantError:
+    return SwquantError(
+        f"{directory} is quantized with extra_config {extra!r:.80}, of which swquant reads bits and group sizes of "
+        "linears that are named one by one"
+    )

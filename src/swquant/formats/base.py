@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from swquant.checkpoint.quantized import Outline, QuantizedModel, without
+from swquant.checkpoint.quantized import EXPERT, Outline, QuantizedModel, without
 from swquant.checkpoint.shards import Stored
 from swquant.checkpoint.writer import Written
 from swquant.errors import SwquantError
@@ -106,7 +106,7 @@ class Format(Protocol):
         """
         ...
 
-    def loading(self, spec: QuantSpec) -> str:
+    def loading(self, outline: Outline) -> str:
         """Python code that loads the model from the directory in the variable ``path``."""
         ...
 
@@ -134,7 +134,9 @@ def packed_bytes(spec: QuantSpec, rows: int, columns: int) -> int:
     return WORD_BYTES * rows * packed_words(columns, spec.bits)
 
 
-def require_fits(form: Format, outline: Outline, *, mixed: bool = False, apart: bool = False) -> None:
+def require_fits(
+    form: Format, outline: Outline, *, mixed: bool = False, apart: bool = False, ends: bool = False
+) -> None:
     """Refuse a grid that ``form`` does not hold, a model of an unknown dtype, and what it has no place for.
 
     Args:
@@ -142,11 +144,17 @@ def require_fits(form: Format, outline: Outline, *, mixed: bool = False, apart: 
         outline: The model.
         mixed: It holds weights on several grids.
         apart: It holds weights that are no module's own on disk.
+        ends: It holds a quantized embedding and head.
 
     Raises:
         SwquantError: Naming the grid, the dtype, or the tensor.
     """
-    for spec in outline.specs:
+    if outline.ends and not ends:
+        raise SwquantError(
+            f"{form.name} holds no quantized embedding or head that its runtimes load: leave --embedding-bits and "
+            "--head-bits out, or choose gguf, mlx or dequantized"
+        )
+    for spec in (*outline.specs, *(spec for _, spec in outline.ends.values())):
         reason = cannot_hold(form, spec)
         if reason is not None:
             raise SwquantError(f"{form.name} cannot hold {spec.label}: {reason}")
@@ -244,6 +252,39 @@ def examine(form: Format, outline: Outline) -> tuple[str, ...]:
 def held_by(form: Format, model: QuantizedModel) -> QuantizedModel:
     """What of ``model`` ``form`` has a place for."""
     return model if form.carries else without(model, model.outline.carried)
+
+
+FUSED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
+}
+"""Names that vLLM and SGLang give to several linears in one."""
+
+
+def split_of(outline: Outline) -> tuple[str, str] | None:
+    """Two modules that such runtimes fuse, on different grids or one of them kept; the first there is."""
+    seen: dict[str, tuple[str, QuantSpec | None]] = {}
+    for name in (*outline.grids, *outline.ignored):
+        parent, dot, last = name.rpartition(".")
+        inside = EXPERT.search(name)
+        fused = next((fused for fused, parts in FUSED.items() if last in parts), last)
+        label = parent + dot + fused if inside is None else name[: inside.start()]
+        spec = outline.grids.get(name)
+        other, known = seen.setdefault(label, (name, spec))
+        if known != spec:
+            return other, name
+    return None
+
+
+def split_note(outline: Outline) -> tuple[str, ...]:
+    """A sentence on :func:`split_of`, for formats that such runtimes read."""
+    split = split_of(outline)
+    if split is None:
+        return ()
+    return (
+        f"{split[0]} and {split[1]} have different grids: vLLM and SGLang, which fuse them, do not load this output",
+    )
 
 
 def listed(names: Sequence[str]) -> str:

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from swquant.checkpoint.own_code import trusts_code
-from swquant.checkpoint.quantized import QUANTIZATION_CONFIG, Outline, QuantizedModel, read_codes, write_codes
+from swquant.checkpoint.quantized import (
+    EXPERT,
+    QUANTIZATION_CONFIG,
+    Outline,
+    QuantizedModel,
+    read_codes,
+    write_codes,
+)
 from swquant.checkpoint.reader import Checkpoint, open_checkpoint
 from swquant.checkpoint.shards import Stored
 from swquant.checkpoint.writer import Written
@@ -22,6 +29,7 @@ from swquant.formats.base import (
     packed_bytes,
     require_fits,
     require_tensor,
+    split_note,
     stored_bytes,
     weights_are_exact,
 )
@@ -42,13 +50,15 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 model = AutoModelForCausalLM.from_pretrained(path, quantization_config=CompressedTensorsConfig(dequantize=True))"""
 
 
+_OUR_LOAD = """\
+import swquant
+model = swquant.load(path)"""
+
 _SUFFIXES = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
 
 
 SEVERAL = "experts on several grids"
 """Which vLLM refuses, too: it computes the three matrices of an expert on one."""
-
-_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 class CompressedTensors:
@@ -76,7 +86,7 @@ class CompressedTensors:
     def check(self, outline: Outline) -> tuple[str, ...]:
         """The notes say how to load an asymmetric model and where readers round."""
         require_fits(self, outline, mixed=True)
-        notes: list[str] = []
+        notes = list(split_note(outline))
         if (why := not_in_transformers(outline)) is not None:
             others = "swquant.load does" if why == SEVERAL else "swquant.load and vLLM do"
             notes.append(f"{why}: transformers does not load this output, {others}")
@@ -129,7 +139,7 @@ class CompressedTensors:
         several = len(outline.specs) > 1
         groups: dict[str, object] = {}
         # transformers reads experts on the first grid whose targets have that word, which shared experts have, too
-        experts = {spec for name, spec in outline.grids.items() if _EXPERT.search(name)}
+        experts = {spec for name, spec in outline.grids.items() if EXPERT.search(name)}
         for index, spec in enumerate(sorted(outline.specs, key=lambda spec: spec not in experts)):
             own = [name for name, grid in outline.grids.items() if grid == spec]
             groups[f"group_{index}"] = _group(spec, [_exactly(name) for name in own] if several else ["Linear"])
@@ -156,9 +166,11 @@ class CompressedTensors:
         checkpoint = open_checkpoint(directory, quantized=True, trusted=trusts_code(config))
         return read_codes(checkpoint, _specs_of(directory, settings), _SUFFIXES, _shape_of, self.decode)
 
-    def loading(self, spec: QuantSpec) -> str:
-        """The default load; for asymmetric models the one that transformers accepts."""
-        return _DEFAULT_LOAD if spec.symmetric else _DEQUANTIZING_LOAD
+    def loading(self, outline: Outline) -> str:
+        """The default load; for asymmetric models the one that transformers accepts, or ours where it loads none."""
+        if not_in_transformers(outline) is not None:
+            return _OUR_LOAD
+        return _DEFAULT_LOAD if outline.most.symmetric else _DEQUANTIZING_LOAD
 
     def weight_bytes(self, outline: Outline, rows: int, columns: int) -> int:
         """Codes, scales in the model's dtype, packed zero points, and the shape."""
@@ -178,12 +190,12 @@ def not_in_transformers(outline: Outline) -> str | None:
     Experts, which it puts together, it reads without zero points (huggingface/transformers#47430), and all of them on
     the grid of one group, whatever the others say.
     """
-    if len({spec for name, spec in outline.grids.items() if _EXPERT.search(name)}) > 1:
+    if len({spec for name, spec in outline.grids.items() if EXPERT.search(name)}) > 1:
         return SEVERAL
     asymmetric = [name for name, spec in outline.grids.items() if not spec.symmetric]
     if asymmetric and len(outline.specs) > 1:
         return "asymmetric on several grids"
-    return "asymmetric experts" if any(_EXPERT.search(name) for name in asymmetric) else None
+    return "asymmetric experts" if any(EXPERT.search(name) for name in asymmetric) else None
 
 
 def _group(spec: QuantSpec, targets: list[str]) -> dict[str, object]:

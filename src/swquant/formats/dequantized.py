@@ -41,7 +41,7 @@ class Dequantized:
 
     def check(self, outline: Outline) -> tuple[str, ...]:
         """The notes say that the size stays, and whether weights are rounded."""
-        require_fits(self, outline, mixed=True, apart=True)
+        require_fits(self, outline, mixed=True, apart=True, ends=True)
         dtype, stored = outline.dtype, dtype_name(outline.dtype)
         if all(weights_are_exact(spec, dtype) for spec in outline.specs):
             rounding = f"{stored} holds the quantized weights exactly"
@@ -88,7 +88,7 @@ class Dequantized:
     def read(self, directory: Path, config: Mapping[str, Any]) -> None:
         """Nothing tells such an output from an unquantized model, and its codes are gone."""
 
-    def loading(self, spec: QuantSpec) -> str:
+    def loading(self, outline: Outline) -> str:
         """The default load."""
         return _LOAD
 

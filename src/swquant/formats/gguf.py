@@ -15,7 +15,7 @@ from swquant.checkpoint.shards import Stored
 from swquant.checkpoint.writer import Written
 from swquant.errors import SwquantError
 from swquant.formats.base import require_fits, require_tensor, stored_bytes
-from swquant.formats.gguf_blocks import block_type
+from swquant.formats.gguf_blocks import BlockType, block_type
 from swquant.formats.gguf_model import describe_model
 from swquant.formats.gguf_reader import read_gguf
 from swquant.formats.gguf_writer import FILE, import_gguf, rehearse, require_named, tensor_names, write_gguf
@@ -60,26 +60,27 @@ class Gguf:
 
     def check(self, outline: Outline) -> tuple[str, ...]:
         """The model and its tokenizer must be known to llama.cpp; the notes say where it computes something else."""
-        require_fits(self, outline)
+        require_fits(self, outline, mixed=True, ends=True)
         import_gguf()
-        kind = block_type(outline.spec)
-        assert kind is not None
         model = describe_model(outline.config)
+        for name, ((_, columns), spec) in outline.ends.items():
+            kind_of(spec).require_divides(name, columns)
         for name, (rows, columns) in outline.linears.items():
-            kind.require_divides(name, columns)
+            kind_of(outline.grids[name]).require_divides(name, columns)
             order = model.row_order(name)
             if order is not None and len(order) != rows:
                 raise SwquantError(f"{name} has {rows} outputs, where the heads of config.json have {len(order)}")
         known = tensor_names(model)
-        for name in (*(f"{module}.weight" for module in outline.linears), *(outline.plain or ())):
+        for name in (*(f"{module}.weight" for module in (*outline.linears, *outline.ends)), *(outline.plain or ())):
             require_named(name, known, model)
         notes = [*model.notes, *rehearse(outline, model).notes]
-        if kind.name == "Q2_0":
+        kinds = {kind_of(spec).name for spec in outline.specs}
+        if "Q2_0" in kinds:
             notes.append(
                 "Q2_0 came to llama.cpp in summer 2026: older releases refuse it, and on x86 processors, for which it "
                 "has no kernel yet, it runs at two fifths of the speed of Q2_K (--grid q2_k)"
             )
-        if kind.name == "Q4_1":
+        if "Q4_1" in kinds:
             notes.append(
                 "llama.cpp's Q4_1 keeps scale times zero point in 11 bits: weights move by up to 2**-11 of that"
             )
@@ -91,9 +92,7 @@ class Gguf:
 
     def decode(self, name: str, tensors: Mapping[str, Tensor], spec: QuantSpec) -> QTensor:
         """The exact inverse of :meth:`encode`."""
-        kind = block_type(spec)
-        if kind is None:
-            raise SwquantError(f"{self.name} cannot hold {spec.label}: {self.refusal(spec)}")
+        kind = kind_of(spec)
         packed = require_tensor(tensors, f"{name}.weight", torch.uint8, 2)
         if packed.shape[1] == 0 or packed.shape[1] % kind.nbytes:
             raise SwquantError(f"{name}.weight has rows of {packed.shape[1]} bytes, expected blocks of {kind.nbytes}")
@@ -109,16 +108,13 @@ class Gguf:
         """The model of a ``model.gguf`` that :meth:`write` has written."""
         return read_gguf(directory, config, self.decode) if (directory / FILE).is_file() else None
 
-    def loading(self, spec: QuantSpec) -> str:
+    def loading(self, outline: Outline) -> str:
         """llama-cpp-python's class."""
         return _LOAD
 
     def weight_bytes(self, outline: Outline, rows: int, columns: int) -> int:
         """Blocks of the grid's type."""
-        kind = block_type(outline.spec)
-        if kind is None:
-            raise ValueError(f"gguf cannot hold {outline.spec.label}: see refusal")
-        return rows * kind.row_bytes(columns)
+        return rows * kind_of(outline.spec).row_bytes(columns)
 
     def plain_bytes(self, outline: Outline, plain: Sequence[Stored]) -> int:
         """As they are, vectors in float32."""
@@ -127,9 +123,19 @@ class Gguf:
         return stored_bytes(others) + 4 * sum(math.prod(stored.shape) for stored in vectors)
 
 
-def _pack(name: str, q: QTensor) -> Tensor:
-    kind = block_type(q.spec)
+def kind_of(spec: QuantSpec) -> BlockType:
+    """The type of blocks that holds weights on such a grid.
+
+    Raises:
+        SwquantError: There is none.
+    """
+    kind = block_type(spec)
     if kind is None:
-        raise SwquantError(f"gguf cannot hold {q.spec.label}: {Gguf().refusal(q.spec)}")
+        raise SwquantError(f"gguf cannot hold {spec.label}: {Gguf().refusal(spec)}")
+    return kind
+
+
+def _pack(name: str, q: QTensor) -> Tensor:
+    kind = kind_of(q.spec)
     kind.require_divides(name, q.codes.shape[1])
     return kind.pack(name, q)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import struct
 import tempfile
@@ -20,11 +21,15 @@ from swquant.errors import SwquantError, reason_of
 from swquant.formats.gguf_blocks import block_type
 from swquant.formats.gguf_model import ROPE_FREQS, YARN_BETAS, Model, Rope, describe_model, reorder
 from swquant.formats.gguf_tokenizer import Vocabulary, read_vocabulary
+from swquant.formats.reading import grid_settings
 from swquant.places import require_unused
 from swquant.quant.qtensor import QTensor
 from swquant.quant.spec import QuantSpec
 
 FILE = "model.gguf"
+OTHER_GRIDS = "swquant.grids"
+"""The key under which weights on other grids than most stand, as JSON by our names."""
+
 QUANTIZATION_VERSION = 2
 """Of the layout of blocks."""
 
@@ -95,7 +100,7 @@ def rehearse(outline: Outline, model: Model) -> Vocabulary:
         writer: Any = gguf.GGUFWriter(Path(place) / FILE, model.architecture.name)
         with closing(writer):
             try:
-                _add_metadata(writer, model, outline.spec, vocabulary)
+                _add_metadata(writer, model, outline, vocabulary)
                 writer.write_header_to_file()
                 writer.write_kv_data_to_file()
             except (ValueError, TypeError, OverflowError, struct.error) as error:
@@ -128,7 +133,7 @@ def write_gguf(directory: Path, quantized: QuantizedModel, pack: Pack) -> Writte
     copy_sidecars(directory, quantized.sidecars)
     writer: Any = gguf.GGUFWriter(directory / FILE, model.architecture.name)
     with closing(writer):
-        _add_metadata(writer, model, outline.spec, vocabulary)
+        _add_metadata(writer, model, outline, vocabulary)
         size = 0
         int8 = torch.empty(0, dtype=torch.int8).numpy().dtype  # the package rescales shapes of uint8 by types it knows
         for name, entry in _entries(quantized, model, names, pack):
@@ -177,10 +182,13 @@ def _packed(name: str, weight: QTensor, pack: Pack) -> _Entry:
     return _Entry(pack(name, weight).view(-1), tuple(weight.codes.shape), kind.type_id)
 
 
-def _add_metadata(writer: Any, model: Model, spec: QuantSpec, vocabulary: Vocabulary) -> None:
+def _add_metadata(writer: Any, model: Model, outline: Outline, vocabulary: Vocabulary) -> None:
     """All of a file but its tensors."""
     _add_model(writer, import_gguf(), model)
-    _add_grid(writer, spec)
+    _add_grid(writer, outline.most)
+    if outline.others:
+        others = {name: grid_settings(spec) for name, spec in outline.others.items()}
+        writer.add_string(OTHER_GRIDS, json.dumps(others))
     _add_vocabulary(writer, vocabulary)
 
 
@@ -218,7 +226,7 @@ def _add_rope(writer: Any, gguf: Any, rope: Rope) -> None:
 
 
 def _add_grid(writer: Any, spec: QuantSpec) -> None:
-    """llama.cpp's type, and our own grid, which blocks alone do not tell: a group may be several of them."""
+    """llama.cpp's type of most weights, and our grid of these, which blocks do not tell: a group may be several."""
     kind = block_type(spec)
     assert kind is not None
     writer.add_file_type(kind.file_type)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,17 +13,20 @@ import torch
 from torch import Tensor
 
 from swquant.checkpoint.own_code import trusts_code
-from swquant.checkpoint.quantized import QUANTIZATION_CONFIG, Outline, QuantizedModel, read_codes, write_codes
+from swquant.checkpoint.quantized import EXPERT, QUANTIZATION_CONFIG, Outline, QuantizedModel, read_codes, write_codes
 from swquant.checkpoint.reader import open_checkpoint
 from swquant.checkpoint.shards import Stored
 from swquant.checkpoint.writer import Written
 from swquant.errors import SwquantError
-from swquant.formats.base import WORD_BYTES, require_fits, require_tensor, stored_bytes
+from swquant.formats.base import FUSED, WORD_BYTES, require_fits, require_tensor, split_note, stored_bytes
 from swquant.formats.gptq_layout import (
     SUFFIXES,
     decode_weight,
+    differing,
     encode_weight,
     layout_bytes,
+    own_spec,
+    require_one_symmetry,
     require_widths,
     rounding_notes,
     shape_of,
@@ -43,6 +46,17 @@ model = AutoModelForCausalLM.from_pretrained(path)"""
 _LOAD_PLAIN_KERNEL = """\
 from transformers import AutoModelForCausalLM, GPTQConfig  # needs gptqmodel and optimum
 model = AutoModelForCausalLM.from_pretrained(path, quantization_config=GPTQConfig(bits=4, backend="gptq_torch"))"""
+
+_LOAD_SEVERAL = """\
+from gptqmodel import GPTQModel
+model = GPTQModel.load(path).model"""
+
+_LOAD_SEVERAL_PLAIN_KERNEL = """\
+from gptqmodel import BACKEND, GPTQModel
+model = GPTQModel.load(path, backend=BACKEND.GPTQ_TORCH).model"""
+
+SEVERAL = "weights on several grids"
+"""Which transformers and optimum take for weights on one."""
 
 _PLAIN = {"desc_act": False, "lm_head": False, "pack_dtype": "int32"}
 _VERSIONS = {True: "gptq", False: "gptq_v2"}
@@ -65,12 +79,18 @@ class Gptq:
 
     def check(self, outline: Outline) -> tuple[str, ...]:
         """The notes say which programs read it, and where readers round."""
-        require_fits(self, outline)
+        require_fits(self, outline, mixed=True)
         require_widths(self.name, outline)
-        notes = rounding_notes(outline)
-        if outline.spec.symmetric:
+        require_one_symmetry(self.name, outline)
+        notes = (*split_note(outline), *rounding_notes(outline))
+        if outline.others:
+            several = (
+                f"{SEVERAL}: GPTQModel, vLLM and swquant.load load this output; transformers, which reads one, does not"
+            )
+            notes = (several, *notes)
+        if outline.most.symmetric:
             return notes
-        if _loses_zero_points(outline.spec):
+        if any(map(_loses_zero_points, outline.specs)):
             kernel = (
                 "4 bits, asymmetric, one scale per channel: on a CPU GPTQModel picks a kernel that ignores the zero "
                 'points; load with backend="gptq_torch", or choose a group size'
@@ -104,10 +124,11 @@ class Gptq:
     def config(self, outline: Outline) -> dict[str, object]:
         """``quantization_config``, and the content of ``quantize_config.json``.
 
-        What is not quantized beside the head is named as GPTQModel wants it; where that is in the blocks, what is
-        quantized is named too, for optimum, which takes all linears of the blocks otherwise.
+        What is on another grid than most or, beside the head, not quantized, stands under ``dynamic`` by patterns, the
+        first of which counts. What is kept in the blocks is left out of ``modules_in_block_to_quantize`` too, for
+        optimum, which takes all linears of the blocks otherwise.
         """
-        spec = outline.spec
+        spec = outline.most
         plain = [name for name in outline.ignored if name.rpartition(".")[2] != "lm_head"]
         settings: dict[str, object] = {
             "quant_method": "gptq",
@@ -119,8 +140,11 @@ class Gptq:
             "checkpoint_format": _VERSIONS[spec.symmetric],
             "pack_dtype": "int32",
         }
-        if plain:
-            settings["dynamic"] = {f"-:.*{re.escape(name)}$": {} for name in plain}
+        patterns = _chosen(outline.grids, plain)
+        dynamic: dict[str, dict[str, int]] = {f"-:{patterns[name]}": {} for name in plain}
+        dynamic |= {f"+:{patterns[name]}": differing(own, spec) for name, own in outline.others.items()}
+        if dynamic:
+            settings["dynamic"] = dynamic
         if kept_in_blocks(outline):
             settings["modules_in_block_to_quantize"] = [list(outline.linears)]
         return settings
@@ -133,20 +157,33 @@ class Gptq:
         return write_codes(directory, whole, self.encode, {QUANTIZATION_CONFIG: settings})
 
     def read(self, directory: Path, config: Mapping[str, Any]) -> QuantizedModel | None:
-        """The model, if ``config`` says GPTQ with one of our grids and inputs in their order."""
+        """The model, if ``config`` says GPTQ with our grids, several told as we do, and inputs in order."""
         settings = config.get(QUANTIZATION_CONFIG)
         if not isinstance(settings, dict) or settings.get("quant_method") != "gptq":
             return None
         require_plain(directory, settings, _PLAIN)
-        _require_no_other_grids(directory, settings.get("dynamic"))
         version = settings.get("checkpoint_format", settings.get("format", "gptq"))
         spec = spec_of(directory, settings, "checkpoint_format", version, _VERSIONS)
         checkpoint = open_checkpoint(directory, quantized=True, trusted=trusts_code(config))
-        return read_codes(checkpoint, spec, (*SUFFIXES, "g_idx"), shape_of, self.decode)
+        rules = _rules(directory, settings.get("dynamic"), spec)
+        used: set[str] = set()
 
-    def loading(self, spec: QuantSpec) -> str:
-        """Through transformers, past the kernel that ignores zero points."""
-        return _LOAD_PLAIN_KERNEL if _loses_zero_points(spec) else _LOAD
+        def of(module: str) -> QuantSpec:
+            found = [pattern for pattern in _patterns(module) if pattern in rules]
+            used.update(found)
+            return rules[found[0]] if found else spec
+
+        model = read_codes(checkpoint, of, (*SUFFIXES, "g_idx"), shape_of, self.decode)
+        if rules.keys() - used:
+            raise _unread(directory, settings["dynamic"])
+        return model
+
+    def loading(self, outline: Outline) -> str:
+        """Through transformers, past the kernel that ignores zero points; several grids through GPTQModel alone."""
+        plain = any(map(_loses_zero_points, outline.specs))
+        if outline.others:
+            return _LOAD_SEVERAL_PLAIN_KERNEL if plain else _LOAD_SEVERAL
+        return _LOAD_PLAIN_KERNEL if plain else _LOAD
 
     def weight_bytes(self, outline: Outline, rows: int, columns: int) -> int:
         """AutoRound's tensors and each input's group."""
@@ -157,14 +194,56 @@ class Gptq:
         return stored_bytes(plain)
 
 
-def _require_no_other_grids(directory: Path, dynamic: object) -> None:
-    """Refuse modules on a grid of their own; what is left out, ``-:``, is seen by its tensors.
+def _patterns(module: str) -> tuple[str, ...]:
+    """Patterns that we write for a module: of its own name alone, and of all that runtimes fuse with it, whose one
+    name vLLM and SGLang look for.
+
+    Experts are found under the name of their list, with all that is in it.
+    """
+    own = f".*{re.escape(module)}$"
+    inside = EXPERT.search(module)
+    if inside is not None:
+        return own, rf".*{re.escape(module[: inside.start()])}\.experts(\.|$)"
+    parent, dot, last = module.rpartition(".")
+    together = next((f"{'|'.join(parts)}|{fused}" for fused, parts in FUSED.items() if last in parts), None)
+    return (own,) if together is None else (own, f".*{re.escape(parent + dot)}({together})$")
+
+
+def _chosen(grids: Mapping[str, QuantSpec], plain: Collection[str]) -> dict[str, str]:
+    """The pattern of each module: the wide one where all that it means is on one grid, or kept."""
+    alike: dict[str, set[QuantSpec | None]] = {}
+    for name in (*grids, *plain):
+        alike.setdefault(_patterns(name)[-1], set()).add(grids.get(name))
+    return {name: _patterns(name)[-1 if len(alike[_patterns(name)[-1]]) == 1 else 0] for name in (*grids, *plain)}
+
+
+def _rules(directory: Path, dynamic: object, most: QuantSpec) -> dict[str, QuantSpec]:
+    """Grids by pattern; what is left out, ``-:``, is seen by its tensors.
 
     Raises:
-        SwquantError: Naming the setting.
+        SwquantError: A grid is told otherwise than by bits and group size.
     """
-    if dynamic and not (isinstance(dynamic, dict) and all(str(key).startswith("-:") for key in dynamic)):
-        require_plain(directory, {"dynamic": dynamic}, {"dynamic": {}})
+    if not dynamic:
+        return {}
+    if not isinstance(dynamic, dict):
+        raise _unread(directory, dynamic)
+    found: dict[str, QuantSpec] = {}
+    for pattern, own in dynamic.items():
+        if pattern.startswith("-:"):
+            continue
+        if not isinstance(own, dict) or not own.keys() <= {"bits", "group_size", "sym", "desc_act"}:
+            raise _unread(directory, dynamic)
+        if own.get("sym", most.symmetric) is not most.symmetric or own.get("desc_act"):
+            raise _unread(directory, dynamic)
+        found[pattern.removeprefix("+:")] = own_spec(directory, own, most)
+    return found
+
+
+def _unread(directory: Path, dynamic: object) -> SwquantError:
+    return SwquantError(
+        f"{directory} is quantized with dynamic {dynamic!r:.80}, of which swquant reads bits and group sizes under the "
+        "patterns that it writes"
+    )
 
 
 def _loses_zero_points(spec: QuantSpec) -> bool:

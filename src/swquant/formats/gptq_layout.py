@@ -70,10 +70,41 @@ def spec_of(
     return spec
 
 
+def require_one_symmetry(form: str, outline: Outline) -> None:
+    """Refuse symmetric beside asymmetric weights: a file says once for all how its zero points are stored.
+
+    Raises:
+        SwquantError: With what to do.
+    """
+    if len({spec.symmetric for spec in outline.specs}) > 1:
+        raise SwquantError(
+            f"{form} stores the zero points of all weights in one way, and some of these grids are symmetric and some "
+            "are not; give all the same, or choose the format compressed_tensors"
+        )
+
+
+def differing(spec: QuantSpec, most: QuantSpec) -> dict[str, int]:
+    """What ``bits`` and ``group_size`` of a module's own say, where they differ from those of most."""
+    own, usual = ({"bits": one.bits, "group_size": one.group_size or -1} for one in (spec, most))
+    return {key: value for key, value in own.items() if value != usual[key]}
+
+
+def own_spec(directory: Path, own: Mapping[str, Any], most: QuantSpec) -> QuantSpec:
+    """Undo :func:`differing`.
+
+    Raises:
+        SwquantError: There is no such grid.
+    """
+    size = own.get("group_size", most.group_size)
+    return spec_from(directory, own.get("bits", most.bits), None if size == -1 else size, most.symmetric)
+
+
 def rounding_notes(outline: Outline) -> tuple[str, ...]:
     """Whether readers round: they multiply in float16 and give the product in the model's dtype."""
     passed = dict.fromkeys((torch.float16, outline.dtype))
-    rounding = [dtype_name(dtype) for dtype in passed if not weights_are_exact(outline.spec, dtype)]
+    rounding = [
+        dtype_name(dtype) for dtype in passed if not all(weights_are_exact(spec, dtype) for spec in outline.specs)
+    ]
     if not rounding:
         return ()
     return (

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from swquant.checkpoint.own_code import trusts_code
-from swquant.checkpoint.quantized import QUANTIZATION_CONFIG, Outline, QuantizedModel, read_codes, write_codes
+from swquant.checkpoint.quantized import EXPERT, QUANTIZATION_CONFIG, Outline, QuantizedModel, read_codes, write_codes
 from swquant.checkpoint.reader import Checkpoint, open_checkpoint
 from swquant.checkpoint.shards import Stored
 from swquant.checkpoint.writer import Written
@@ -26,7 +26,7 @@ from swquant.formats.base import (
     weights_are_exact,
 )
 from swquant.formats.mlx_models import settings_for_mlx
-from swquant.formats.reading import blocks_of, require_shape, spec_from
+from swquant.formats.reading import blocks_of, grids_by_name, require_shape, spec_from
 from swquant.quant.bits import pack, packed_words, unpack
 from swquant.quant.qtensor import QTensor, uniform
 from swquant.quant.spec import UNIFORM, QuantSpec
@@ -38,7 +38,11 @@ from mlx_lm import load
 model, tokenizer = load(str(path))"""
 
 _SUFFIXES = ("scales", "biases", "weight")
-_SETTINGS = {"group_size", "bits", "mode", "symmetric"}
+_ENDS = ("embed_tokens", "lm_head")
+"""Last parts of the names of embeddings and heads, which mlx-lm's modules of both kinds load quantized."""
+
+_ARGUMENTS = {"group_size", "bits", "mode"}
+_SETTINGS = {*_ARGUMENTS, "symmetric", "other_symmetry"}
 
 
 class Mlx:
@@ -65,20 +69,22 @@ class Mlx:
 
     def check(self, outline: Outline) -> tuple[str, ...]:
         """The notes say what is rounded, and what mlx-lm computes otherwise."""
-        require_fits(self, outline)
+        require_fits(self, outline, mixed=True, ends=True)
         blocks_of(outline)
-        _require_digits(outline.spec, outline.dtype)
+        _require_experts_alike(outline)
         notes = list(settings_for_mlx(outline.config)[1])
-        if not weights_are_exact(outline.spec, outline.dtype):
-            stored = dtype_name(outline.dtype)
-            if outline.spec.symmetric:
-                notes.append(f"MLX rounds each weight to {stored}; the report's numbers are of the unrounded weights")
-            else:
-                notes.append(
-                    f"MLX stores -zero * scale of each group in {stored}, which shifts the group by up to "
-                    f"{_shift(outline.spec, outline.dtype):.2g} of a step; the report's numbers are of the unshifted "
-                    "weights"
-                )
+        stored = dtype_name(outline.dtype)
+        for spec in outline.specs:
+            _require_digits(spec, outline.dtype)
+        rounded = [spec for spec in outline.specs if not weights_are_exact(spec, outline.dtype)]
+        if any(spec.symmetric for spec in rounded):
+            notes.append(f"MLX rounds each weight to {stored}; the report's numbers are of the unrounded weights")
+        shift = max((_shift(spec, outline.dtype) for spec in rounded), default=0.0)
+        if shift:
+            notes.append(
+                f"MLX stores -zero * scale of each group in {stored}, which shifts the group by up to {shift:.2g} of a "
+                "step; the report's numbers are of the unshifted weights"
+            )
         return tuple(notes)
 
     def encode(self, name: str, q: QTensor, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -108,39 +114,46 @@ class Mlx:
         codes = unpack(weight.view(torch.int32), spec.bits, inputs)
         return uniform(codes, scale, _zero_points(name, scale, biases, spec), spec)
 
-    def config(self, spec: QuantSpec) -> dict[str, object]:
-        """``quantization``; ``symmetric`` is ours, and MLX passes over it."""
-        return {"group_size": spec.group_size, "bits": spec.bits, "mode": "affine", "symmetric": spec.symmetric}
+    def config(self, outline: Outline) -> dict[str, object]:
+        """``quantization``, modules on another grid than most by name; ``symmetric`` is ours, MLX passes over it.
+
+        So is ``other_symmetry``, modules of the other kind: a module's own settings are arguments of MLX.
+        """
+        most, others = outline.most, outline.others
+        settings = {**_arguments(most), "symmetric": most.symmetric}
+        turned = [name for name, spec in others.items() if spec.symmetric != most.symmetric]
+        settings |= {"other_symmetry": turned} if turned else {}
+        return settings | {name: _arguments(spec) for name, spec in others.items()}
 
     def write(self, directory: Path, model: QuantizedModel) -> Written:
         """A safetensors checkpoint with ``quantization``, and ``quantization_config`` that repeats it."""
-        settings, outline = self.config(model.outline.spec), model.outline
+        settings, outline = self.config(model.outline), model.outline
         added, _ = settings_for_mlx(outline.config)
         known = replace(model, outline=replace(outline, config={**outline.config, **added}))
         return write_codes(directory, known, self.encode, {QUANTIZATION: settings, QUANTIZATION_CONFIG: settings})
 
     def read(self, directory: Path, config: Mapping[str, Any]) -> QuantizedModel | None:
-        """The model, if ``config`` says one affine quantization for all."""
+        """The model, if ``config`` says affine quantization, for all or for modules by name."""
         settings = config.get(QUANTIZATION)
         if not isinstance(settings, dict) or "group_size" not in settings:
             return None
-        for name in sorted(settings.keys() - _SETTINGS):
-            raise SwquantError(
-                f"{directory} has quantization settings of its own for {name!r:.80}, which swquant does not read"
-            )
-        mode = settings.get("mode", "affine")
-        if mode != "affine" or settings["group_size"] is None:
-            raise SwquantError(
-                f"{directory} is quantized in the mode {mode!r:.40} with the group size "
-                f"{settings['group_size']!r:.40}, expected 'affine' and a number"
-            )
-        spec = spec_from(directory, settings.get("bits"), settings["group_size"], settings.get("symmetric", False))
+        symmetric, turned = settings.get("symmetric", False), settings.get("other_symmetry", [])
+        spec = _spec_of(directory, settings, symmetric)
+        others: dict[str, QuantSpec] = {}
+        for name in settings.keys() - _SETTINGS:
+            own = settings[name]
+            if not isinstance(own, dict) or not {"bits", "group_size"} <= own.keys() <= _ARGUMENTS:
+                raise _unread(directory, name)
+            others[name] = _spec_of(directory, own, symmetric is not (name in turned))
         files = open_checkpoint(directory, quantized=True, trusted=trusts_code(config))
-        model = read_codes(files, spec, _SUFFIXES, _shape_of, self.decode)
-        blocks_of(model.outline)
-        return model
+        model = read_codes(files, grids_by_name(spec, others), _SUFFIXES, _shape_of, self.decode)
+        for name in sorted(others.keys() - model.outline.linears.keys()):
+            raise _unread(directory, name)
+        outline = _with_ends(model.outline)
+        blocks_of(outline)
+        return replace(model, outline=outline)
 
-    def loading(self, spec: QuantSpec) -> str:
+    def loading(self, outline: Outline) -> str:
         """Through mlx-lm."""
         return _LOAD
 
@@ -152,6 +165,50 @@ class Mlx:
     def plain_bytes(self, outline: Outline, plain: Sequence[Stored]) -> int:
         """As they are."""
         return stored_bytes(plain)
+
+
+def _arguments(spec: QuantSpec) -> dict[str, object]:
+    return {"group_size": spec.group_size, "bits": spec.bits, "mode": "affine"}
+
+
+def _spec_of(directory: Path, settings: Mapping[str, Any], symmetric: object) -> QuantSpec:
+    mode = settings.get("mode", "affine")
+    if mode != "affine" or settings["group_size"] is None:
+        raise SwquantError(
+            f"{directory} is quantized in the mode {mode!r:.40} with the group size "
+            f"{settings['group_size']!r:.40}, expected 'affine' and a number"
+        )
+    return spec_from(directory, settings.get("bits"), settings["group_size"], symmetric)
+
+
+def _unread(directory: Path, name: str) -> SwquantError:
+    return SwquantError(
+        f"{directory} has quantization settings of its own for {name!r:.80}, which swquant does not read: it reads the "
+        "bits and group size of quantized modules in the blocks"
+    )
+
+
+def _with_ends(outline: Outline) -> Outline:
+    """The embedding and the head apart from the linears of the blocks."""
+    shapes, grids = outline.linears, outline.grids
+    ends = {name: (shapes[name], grids[name]) for name in shapes if name.rpartition(".")[2] in _ENDS}
+    if not ends or len(ends) == len(shapes):
+        return outline
+    inside = {name: shape for name, shape in shapes.items() if name not in ends}
+    return replace(outline, linears=inside, grids={name: grids[name] for name in inside}, ends=ends)
+
+
+def _require_experts_alike(outline: Outline) -> None:
+    """Refuse experts on several grids: mlx-lm puts those of a layer together.
+
+    Raises:
+        SwquantError: With what to do.
+    """
+    if len({spec for name, spec in outline.grids.items() if EXPERT.search(name)}) > 1:
+        raise SwquantError(
+            "mlx cannot hold experts on several grids, because mlx-lm puts those of a layer together under names of "
+            "its own; give all experts one grid"
+        )
 
 
 def _shift(spec: QuantSpec, dtype: torch.dtype) -> float:

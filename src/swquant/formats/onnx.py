@@ -61,12 +61,9 @@ class Onnx:
 
     def check(self, outline: Outline) -> tuple[str, ...]:
         """The graph must be known for the family and its settings; the note is about 8-bit activations."""
-        require_fits(self, outline)
+        require_fits(self, outline, mixed=True)
         layout = decoder_layout(outline.config)
         require_onnx()
-        kept = next((name for name in outline.ignored if name.startswith("model.layers.")), None)
-        if kept is not None:
-            raise SwquantError(f"onnx has no graph in which {kept} is not quantized; choose another format")
         rounding = (
             "onnxruntime rounds the inputs of quantized layers to 8 bits as it computes (accuracy level "
             f"{ACCURACY_LEVEL}), so its logits differ slightly from the report's; see docs/onnx.md"
@@ -125,7 +122,7 @@ class Onnx:
         """The model of a ``model.onnx`` that :meth:`write` has written."""
         return read_decoder(directory, config, self.decode) if (directory / MODEL).is_file() else None
 
-    def loading(self, spec: QuantSpec) -> str:
+    def loading(self, outline: Outline) -> str:
         """onnxruntime-genai's model and tokenizer; its ``Generator`` keeps the cache."""
         return _LOAD
 

@@ -26,7 +26,7 @@ class DecoderGraph:
         layout: The model.
         stored: The tensors that the data file holds, by name.
         shapes: ``(out, in)`` of each quantized module.
-        bits: Of a code.
+        bits: Of its codes.
         accuracy_level: See :data:`swquant.formats.onnx_layout.ACCURACY_LEVEL`.
     """
 
@@ -35,11 +35,11 @@ class DecoderGraph:
         layout: DecoderLayout,
         stored: Mapping[str, TensorProto],
         shapes: Mapping[str, tuple[int, int]],
-        bits: int,
+        bits: Mapping[str, int],
         accuracy_level: int,
     ) -> None:
         self._layout, self._stored, self._shapes = layout, stored, shapes
-        self._weight_attributes = {"bits": bits, "accuracy_level": accuracy_level}
+        self._bits, self._accuracy_level = bits, accuracy_level
         self._nodes: list[NodeProto] = []
         self._constants: dict[str, TensorProto] = {}
         self._floats: dict[str, str] = {}
@@ -101,21 +101,35 @@ class DecoderGraph:
         return self._node("SimplifiedLayerNormalization", inputs, name, axis=-1, epsilon=self._layout.epsilon)
 
     def _linear(self, module: str, value: str) -> str:
-        """A quantized module."""
+        """A module, quantized or not."""
+        if module not in self._shapes:
+            return self._plain_linear(module, value)
         scales, zeros, bias = f"{module}.scales", f"{module}.zero_points", f"{module}.bias"
         rows, columns = self._shapes[module]
         inputs = [value, f"{module}.codes", self._float(scales, scales), zeros if zeros in self._stored else ""]
         if bias in self._stored:
             inputs += ["", self._float(bias, bias)]
         codes = self._stored[f"{module}.codes"].dims
-        attributes = {**self._weight_attributes, "block_size": codes[2] * 8 // self._weight_attributes["bits"]}
+        bits = self._bits[module]
+        attributes = {"bits": bits, "block_size": codes[2] * 8 // bits, "accuracy_level": self._accuracy_level}
         while not inputs[-1]:
             inputs.pop()
         return self._node("MatMulNBits", inputs, module, CONTRIB, N=rows, K=columns, **attributes)
 
+    def _plain_linear(self, module: str, value: str) -> str:
+        """A module that is kept as it is."""
+        weight, bias = f"{module}.weight", f"{module}.bias"
+        turned = self._node("Transpose", [self._float(weight, weight)], f"{module}.transposed", perm=[1, 0])
+        if bias not in self._stored:
+            return self._node("MatMul", [value, turned], module)
+        return self._node(
+            "Add", [self._node("MatMul", [value, turned], f"{module}.product"), self._float(bias, bias)], module
+        )
+
     def _normalized_heads(self, module: str, value: str) -> str:
         """The norm of each head, as Qwen3 has it on queries and keys."""
-        width, rows = self._layout.head_dim, self._shapes[module][0]
+        width = self._layout.head_dim
+        rows = width * (self._layout.heads if module.endswith("q_proj") else self._layout.key_value_heads)
         apart = self._integers(f"{module}.apart", [0, -1, width])
         together = self._integers(f"{module}.together", [0, -1, rows])
         heads = self._node("Reshape", [value, apart], f"{module}.heads")

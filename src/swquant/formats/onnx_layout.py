@@ -19,6 +19,8 @@ MODEL = "model.onnx"
 DATA = "model.onnx.data"
 PROPERTY = "swquant"
 """The key of the model's metadata under which the grid stands."""
+OTHER_GRIDS = "grids"
+"""Within it, the key of what is on another grid than most, by module."""
 
 ACCURACY_LEVEL = 4
 """``accuracy_level`` of ``MatMulNBits``: 4 admits inputs rounded to int8 block by block, 0 keeps float32.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ from torch import Tensor
 from swquant.checkpoint.quantized import Decode, Outline, Part, QuantizedModel, model_dtype
 from swquant.checkpoint.reader import Checkpoint
 from swquant.errors import SwquantError
-from swquant.formats.onnx_layout import DATA, MODEL, PROPERTY, onnx_types, require_onnx
-from swquant.formats.reading import spec_from
+from swquant.formats.onnx_layout import DATA, MODEL, OTHER_GRIDS, PROPERTY, onnx_types, require_onnx
+from swquant.formats.reading import grid_from, grids_by_name, spec_from
 from swquant.quant.spec import QuantSpec
 
 GRAPH_LIMIT = 256 << 20
@@ -51,9 +51,10 @@ def read_decoder(directory: Path, config: Mapping[str, Any], decode: Decode) -> 
     """
     require_onnx()
     graph = _load(directory)
-    spec = _spec_of(directory, graph)
+    spec_of = _specs_of(directory, graph)
     places = _places(directory, graph)
-    shapes = _shapes(directory, graph, spec)
+    shapes = _shapes(directory, graph, spec_of)
+    grids = {module: spec_of(module) for module in shapes}
     quantized = {f"{module}.{suffix}" for module in shapes for suffix in _SUFFIXES}
     plain = [name for name in places if name not in quantized and name not in _tables()]
     floating = [place.dtype for name, place in places.items() if name in plain]
@@ -65,10 +66,10 @@ def read_decoder(directory: Path, config: Mapping[str, Any], decode: Decode) -> 
             names = [name for name in (f"{module}.{suffix}" for suffix in _SUFFIXES) if name in places]
             tensors = {name: _read(directory, name, places[name]) for name in names}
             tensors[f"{module}.shape"] = torch.tensor(shape, dtype=torch.int64)
-            yield {f"{module}.weight": decode(module, tensors, spec)}
+            yield {f"{module}.weight": decode(module, tensors, grids[module])}
 
     dtype = model_dtype(config) or (floating[0] if floating else torch.float32)
-    outline = Outline(directory, config, dtype, shapes, dict.fromkeys(shapes, spec), ())
+    outline = Outline(directory, config, dtype, shapes, grids, ())
     return QuantizedModel(outline, parts, Checkpoint(directory, config, {}).sidecars())
 
 
@@ -90,17 +91,19 @@ def _load(directory: Path) -> Any:
         raise SwquantError(f"{path} cannot be read ({error.strerror or error}); check the file") from error
 
 
-def _spec_of(directory: Path, model: Any) -> QuantSpec:
-    """The grid that the model's metadata tell."""
+def _specs_of(directory: Path, model: Any) -> Callable[[str], QuantSpec]:
+    """The grid of each module that the model's metadata tell."""
     told = [entry.value for entry in model.metadata_props if entry.key == PROPERTY]
     if not told:
         raise SwquantError(f"{directory / MODEL} was not written by swquant, which reads its own ONNX files only")
     try:
         grid = json.loads(told[0])
         told_grid = grid["bits"], grid["group_size"], grid["symmetric"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        others = dict(grid.get(OTHER_GRIDS, {}))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SwquantError(f"{directory / MODEL} tells no grid in its metadata; write it again") from error
-    return spec_from(directory / MODEL, *told_grid)
+    most = spec_from(directory / MODEL, *told_grid)
+    return grids_by_name(most, {name: grid_from(directory / MODEL, own) for name, own in others.items()})
 
 
 def _places(directory: Path, model: Any) -> dict[str, _Place]:
@@ -145,7 +148,7 @@ def _integer(text: str | None) -> int:
     return int(text) if text is not None and text.isascii() and text.isdigit() and len(text) < 19 else -1
 
 
-def _shapes(directory: Path, model: Any, spec: QuantSpec) -> dict[str, tuple[int, int]]:
+def _shapes(directory: Path, model: Any, spec_of: Callable[[str], QuantSpec]) -> dict[str, tuple[int, int]]:
     """``(out, in)`` of each quantized module, from its node."""
     shapes: dict[str, tuple[int, int]] = {}
     for node in model.graph.node:
@@ -153,9 +156,10 @@ def _shapes(directory: Path, model: Any, spec: QuantSpec) -> dict[str, tuple[int
             continue
         numbers = {attribute.name: attribute.i for attribute in node.attribute}
         codes = _text(node.input[1]) if len(node.input) > 2 else ""
-        if not codes.endswith(".codes") or numbers.get("bits") != spec.bits or not {"N", "K"} <= numbers.keys():
+        module = codes.removesuffix(".codes")
+        if module == codes or numbers.get("bits") != spec_of(module).bits or not {"N", "K"} <= numbers.keys():
             raise SwquantError(f"{directory / MODEL} has a MatMulNBits that swquant did not write; write it again")
-        shapes[codes.removesuffix(".codes")] = (numbers["N"], numbers["K"])
+        shapes[module] = (numbers["N"], numbers["K"])
     if not shapes:
         raise SwquantError(f"{directory / MODEL} holds no MatMulNBits, so nothing in it is quantized")
     return shapes

@@ -13,8 +13,17 @@ from torch import Tensor
 
 from swquant.checkpoint.quantized import Encode, QuantizedModel, entries
 from swquant.checkpoint.writer import Written, copy_sidecars, write_beside
-from swquant.formats.onnx_layout import DATA, MODEL, PROPERTY, DecoderLayout, decoder_layout, onnx_types, require_onnx
-from swquant.formats.reading import generation_settings
+from swquant.formats.onnx_layout import (
+    DATA,
+    MODEL,
+    OTHER_GRIDS,
+    PROPERTY,
+    DecoderLayout,
+    decoder_layout,
+    onnx_types,
+    require_onnx,
+)
+from swquant.formats.reading import generation_settings, grid_settings
 from swquant.places import require_unused
 from swquant.quant.qtensor import QTensor
 
@@ -167,11 +176,14 @@ def _graph_bytes(
 
     from swquant.formats.onnx_graph import CONTRIB, IR_VERSION, OPSET, DecoderGraph
 
-    spec = model.outline.spec
-    graph = DecoderGraph(layout, entries, shapes, spec.bits, accuracy_level).build()
+    outline = model.outline
+    bits = {module: spec.bits for module, spec in outline.grids.items()}
+    graph = DecoderGraph(layout, entries, shapes, bits, accuracy_level).build()
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)]
     whole = helper.make_model(graph, ir_version=IR_VERSION, opset_imports=opsets, producer_name="swquant")
-    grid = {"bits": spec.bits, "group_size": spec.group_size, "symmetric": spec.symmetric}
+    grid = grid_settings(outline.most)
+    if outline.others:
+        grid[OTHER_GRIDS] = {module: grid_settings(spec) for module, spec in outline.others.items()}
     helper.set_model_props(whole, {PROPERTY: json.dumps(grid)})
     return whole.SerializeToString(deterministic=True)
 

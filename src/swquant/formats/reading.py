@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,28 @@ def spec_from(directory: Path, bits: object, group_size: object, symmetric: obje
         return QuantSpec(bits, group_size, symmetric, grid)
     except SwquantError as error:
         raise SwquantError(f"{directory} cannot be read: {error}") from error
+
+
+def grid_settings(spec: QuantSpec) -> dict[str, object]:
+    """A grid as files of ours tell it: ``bits``, ``group_size`` (``null`` per channel), ``symmetric``, ``grid``."""
+    kind = {} if spec.grid == UNIFORM else {"grid": spec.grid}
+    return {"bits": spec.bits, "group_size": spec.group_size, "symmetric": spec.symmetric, **kind}
+
+
+def grid_from(directory: Path, settings: object) -> QuantSpec:
+    """Undo :func:`grid_settings`.
+
+    Raises:
+        SwquantError: It tells no grid.
+    """
+    given: Mapping[str, object] = settings if isinstance(settings, dict) else {}
+    bits, group_size, symmetric = (given.get(key) for key in ("bits", "group_size", "symmetric"))
+    return spec_from(directory, bits, group_size, symmetric, str(given.get("grid", UNIFORM)))
+
+
+def grids_by_name(most: QuantSpec, others: Mapping[str, QuantSpec]) -> Callable[[str], QuantSpec]:
+    """The grid of each module: its own where it has one, or that of most."""
+    return lambda module: others.get(module, most)
 
 
 def require_plain(directory: Path, settings: Mapping[str, Any], plain: Mapping[str, object]) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from swquant.recipe import SELF, shown_text
+from swquant.quant.spec import UNIFORM
+from swquant.recipe import SELF, bits_of, shown_text
 from swquant.report import BlockReport, CodeUse, Output, Quality, Report
 from swquant.units import size, span
 
@@ -52,16 +53,26 @@ class Layer:
 
 def title_of(report: Report) -> str:
     """The model's name and the bits, without the author's directories."""
-    return f"{PurePath(report.source).name}, {report.recipe['bits']} bits"
+    return f"{PurePath(report.source).name}, {bits_of(report.recipe)}"
 
 
 def grid_of(recipe: Mapping[str, Any]) -> str:
     """The grid in a few words."""
-    others = f"; other grids: {', '.join(recipe['grids'])}" if recipe.get("grids") else ""
+    others = f"; other grids: {', '.join(map(_pattern, recipe['grids'].items()))}" if recipe.get("grids") else ""
     groups = "per channel" if recipe["group_size"] == "channel" else f"groups of {recipe['group_size']}"
     if "grid" in recipe:
         return f"grid {recipe['grid']}, {groups}{others}"
     return f"{recipe['bits']} bits, {groups}, {'symmetric' if recipe['symmetric'] else 'asymmetric'}{others}"
+
+
+def _pattern(entry: tuple[str, Mapping[str, Any] | None]) -> str:
+    """A pattern and what it gives."""
+    name, grid = entry
+    if grid is None:
+        return f"{name} kept"
+    return (
+        f"{name} {grid['grid'] if grid['grid'] != UNIFORM else grid_of({k: v for k, v in grid.items() if k != 'grid'})}"
+    )
 
 
 def recipe_text(report: Report) -> str:
@@ -84,9 +95,11 @@ def main_facts(report: Report) -> list[Fact]:
     quality, output = report.quality, report.outputs[0]
     facts = [] if quality is None else list(_quality_facts(quality))
     smaller = f"{report.bytes_source / max(1, output.bytes):.2f} times smaller than {size(report.bytes_source)}"
+    whole = report.whole_bits(output)
     return [
         *facts,
         Fact("bits per weight", f"{report.bits_per_weight:.3f}", "scales and zero points included"),
+        *([] if whole is None else [Fact("bits over the whole file", f"{whole:.2f}", "embeddings and head included")]),
         Fact("size", size(output.bytes), smaller),
         Fact("time", span(report.seconds), _memory(report.block_reports)),
     ]

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from swquant.checkpoint.source import Source
 from swquant.errors import SwquantError, reason_of
+from swquant.model.ends import as_output
 from swquant.model.skeleton import Call, Recorder, Skeleton
 from swquant.quant.deferred import in_float
 
@@ -372,13 +373,15 @@ def capture(front: Front, checkpoint: Source, tokens: Tensor, *, stored: bool = 
         front: The model without its blocks.
         checkpoint: Its weights.
         tokens: ``int64 [samples, tokens]``.
-        stored: Those that the embedding gives in the dtype in which an output stores it.
+        stored: Those that the embedding gives as an output has it, in its dtype there or on its grid.
     """
     used = tokens.unique().to(front.device)
     rows = _rows_of(front, checkpoint, used, front.tables)
     if stored:
-        dtypes = {name: checkpoint.tensors[f"{name}.weight"].dtype for name in rows}
-        rows = {name: value.to(dtypes[name]).float() for name, value in rows.items()}
+        ends, dtypes = front.skeleton.ends, {name: checkpoint.tensors[f"{name}.weight"].dtype for name in rows}
+        rows = {
+            name: as_output(value, ends.get(f"{name}.weight"), dtypes[name]).float() for name, value in rows.items()
+        }
     for sample in tokens:
         with torch.no_grad(), front.looking_up(used, rows):
             front.run(sample[None].to(front.device))
@@ -401,11 +404,14 @@ class Tail:
 
     @staticmethod
     def load(front: Front, checkpoint: Source, *, stored: bool = False) -> Tail:
-        """Read the head; ``stored`` is the one that an output holds, which differs where a rotation is merged in."""
-        skeleton = front.skeleton
-        weight = checkpoint.read(skeleton.head_weight)
+        """Read the head; ``stored`` is the one that an output holds.
+
+        It differs where a rotation is merged in, or the head is quantized.
+        """
+        skeleton, name = front.skeleton, front.skeleton.head_weight
+        weight = checkpoint.read(name)
         if stored:
-            weight = weight.to(checkpoint.tensors[skeleton.head_weight].dtype)
+            weight = as_output(weight, skeleton.ends.get(name), checkpoint.tensors[name].dtype)
         return Tail(front, {f"{skeleton.head}.weight": weight.to(front.device)})
 
     @property

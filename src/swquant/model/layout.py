@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 from torch import nn
 
 from swquant.checkpoint.names import Names, Piece
-from swquant.errors import SwquantError, did_you_mean
+from swquant.errors import SwquantError
 from swquant.model.flow import Flow
 from swquant.model.skeleton import Skeleton
-from swquant.quant.spec import QuantSpec
+from swquant.quant.spec import QuantSpec, named
 
 SMALLEST = 32
 """Rows or columns below which a matrix is kept as it is: it is next to nothing of the model, and its groups are odd."""
+
+EXPERTS = re.compile(r"^(.*\bexperts)\.\d+\.")
+"""Names of what lies in an expert, up to the list of experts, all of which runtimes compute by one kernel."""
 
 ROUTERS = re.compile(r"(^|_)(router|gate_score|wg)($|_)|^shared_expert_gate$")
 """Names of matrices that decide where a token goes. Their errors change which experts run at all."""
@@ -75,6 +80,11 @@ class Layout:
     def sites(self) -> Iterator[Site]:
         """All that have a grid."""
         return (site for block in self.blocks for site in block if site.spec is not None)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many matrices are on each grid, or kept by a pattern, the most first."""
+        return dict(Counter(named(site.spec) for block in self.blocks for site in block).most_common())
 
     @property
     def specs(self) -> tuple[QuantSpec, ...]:
@@ -136,7 +146,13 @@ def plain_matrices(
     return tuple(found)
 
 
-def lay_out(skeleton: Skeleton, spec: QuantSpec, grids: Mapping[str, QuantSpec | None] | None = None) -> Layout:
+def lay_out(
+    skeleton: Skeleton,
+    spec: QuantSpec,
+    grids: Mapping[str, QuantSpec | None] | None = None,
+    *,
+    allow_split: bool = False,
+) -> Layout:
     """The layout of a model whose blocks' calls have been recorded once.
 
     Args:
@@ -144,9 +160,11 @@ def lay_out(skeleton: Skeleton, spec: QuantSpec, grids: Mapping[str, QuantSpec |
         spec: The grid of every matrix that ``grids`` says nothing of.
         grids: Other grids, or ``None`` to keep a matrix as it is, by shell patterns of names in memory; of patterns
             that match, the last counts.
+        allow_split: Matrices that runtimes fuse may have different grids.
 
     Raises:
-        SwquantError: A grid's groups do not divide a matrix, a pattern matches nothing, or no matrix is left.
+        SwquantError: A grid's groups do not divide a matrix, a pattern matches nothing, matrices that runtimes fuse
+            differ, or no matrix is left.
     """
     flows = [recorder.flow or Flow((), (), {}, None) for recorder in skeleton.recorders]
     blocks, kept = _sorted_out(skeleton, flows, spec, SMALLEST)
@@ -154,6 +172,8 @@ def lay_out(skeleton: Skeleton, spec: QuantSpec, grids: Mapping[str, QuantSpec |
         blocks, kept = _sorted_out(skeleton, flows, spec, 1)
     layout = Layout(tuple(blocks), tuple(flows), kept)
     layout = _with_grids(layout, grids or {})
+    if not allow_split:
+        _require_whole(layout)
     for site in layout.sites:
         assert site.spec is not None
         site.spec.require_divides(site.name, site.shape[1])
@@ -189,8 +209,11 @@ def _sorted_out(
 
 def _site(full: str, name: str, linear: nn.Linear, names: Names, flow: Flow, spec: QuantSpec) -> Site:
     together = next((group for group in flow.inputs if name in group), (name,))
-    experts = re.sub(r"\.\d+\.", ".*.", name)
-    label = experts if experts != name else together[0]
+    parent = name.rpartition(".")[0]
+    # attention and the MLP may read the same states, and are never one product
+    beside = next(other for other in together if other.rpartition(".")[0] == parent)
+    inside, numbers = EXPERTS.match(name), re.sub(r"\.\d+\.", ".*.", name)
+    label = inside[1] if inside is not None else beside if numbers == name else numbers
     prefix = full.removesuffix(name)
     rows, columns = linear.weight.shape
     return Site(
@@ -220,17 +243,39 @@ def _with_grids(layout: Layout, grids: Mapping[str, QuantSpec | None]) -> Layout
     names = [site.name for site in layout.sites]
     for pattern in grids:
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise SwquantError(f"no matrix is called {pattern!r}{did_you_mean(pattern, names[:64])}")
+            raise SwquantError(_unmatched(pattern, layout))
     blocks = tuple(tuple(replace(site, spec=_spec(site, grids)) for site in block) for block in layout.blocks)
-    found = replace(layout, blocks=blocks)
+    return replace(layout, blocks=blocks)
+
+
+def _unmatched(pattern: str, layout: Layout) -> str:
+    """That a pattern matches no matrix, with the reason where it matches one that is kept, or the nearest names."""
+    kept = next((name for name in layout.kept if fnmatchcase(name, pattern)), None)
+    if kept is not None:
+        return f"{pattern!r} is {kept}, which is kept as it is ({layout.kept[kept]}): leave it out"
+    ends = dict.fromkeys(f"*.{name}" for site in layout.sites for name in (site.kind, _within_parent(site)))
+    plain = not any(letter in pattern for letter in "*?[")
+    near = get_close_matches(pattern, [site.name for site in layout.sites] if plain else ends, n=3, cutoff=0.55)
+    known = near or sorted(dict.fromkeys(f"*.{site.kind}" for site in layout.sites))
+    return f"no matrix is called {pattern!r}; the nearest names: {', '.join(known)}"
+
+
+def _within_parent(site: Site) -> str:
+    """A site's name from its parent on, e.g. ``mlp.up_proj``."""
+    return ".".join(site.name.split(".")[-2:])
+
+
+def _require_whole(layout: Layout) -> None:
+    """Refuse different grids for what runtimes fuse."""
     labels: dict[str, Site] = {}
-    for site in (site for block in blocks for site in block):
+    for site in (site for block in layout.blocks for site in block):
         other = labels.setdefault(site.fused, site)
         if other.spec != site.spec:
+            one, two = named(other.spec), named(site.spec)
             raise SwquantError(
-                f"{other.name} and {site.name} have different grids, and runtimes fuse the two; give them one"
+                f"{other.name} and {site.name} have different grids ({one}, {two}), and runtimes fuse the two: give "
+                "them one, or allow it with --allow-split, for runtimes that do not"
             )
-    return found
 
 
 def _spec(site: Site, grids: Mapping[str, QuantSpec | None]) -> QuantSpec | None:

@@ -17,6 +17,7 @@ from swquant.errors import SwquantError, reason_of
 from swquant.model.empty import build_empty
 from swquant.model.flow import Flow, trace
 from swquant.model.unfused import FusedExperts, fused_experts, linear_of, unfused
+from swquant.quant.spec import QuantSpec
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,8 @@ class Skeleton:
         tied: Whether the head is the token embedding.
         outside: Parameters and saved buffers of the language model outside of its blocks, but for the embedding's
             and the head's weights.
+        ends: Grids on which an output has the embedding's and the head's weights, by name; see
+            :func:`swquant.model.ends.grids_of_ends`.
         assumed: What was found by inspection and is not known of this architecture, for the user.
     """
 
@@ -133,6 +136,7 @@ class Skeleton:
     head: str
     tied: bool
     outside: tuple[str, ...]
+    ends: Mapping[str, QuantSpec] = field(default_factory=dict[str, QuantSpec])
     assumed: tuple[str, ...] = ()
 
     def block(self, index: int) -> Block:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -120,6 +121,18 @@ class QuantSpec:
         bits = "" if "bits" in fixed else f"w{self.bits}"
         group = "" if "group_size" in fixed or self.group_size is None else f"g{self.group_size}"
         return "-".join(filter(None, ("" if self.grid == UNIFORM else self.grid, bits + group)))
+
+
+def named(spec: QuantSpec | None) -> str:
+    """A grid's label and whether it is asymmetric; two that differ in anything have two. ``None`` is kept as it is."""
+    if spec is None:
+        return "kept"
+    return spec.label if spec.symmetric else f"{spec.label} asymmetric"
+
+
+def in_words(counts: Mapping[str, int]) -> str:
+    """How many matrices are on each grid, by the names of :func:`named`."""
+    return ", ".join(f"{count} kept" if name == "kept" else f"{count} on {name}" for name, count in counts.items())
 
 
 def fixed_by(grid: str) -> dict[str, Any]:

@@ -75,8 +75,12 @@ def load(
     shapes = shapes_of(quantized)
     model, names = _empty_model(quantized, shapes, stored, kernel)
     wide = _kept_wide(model, stored)
+    keys = {f"{module}.weight" for module in outline.ends}
+    ends = {name for name, piece in names.pieces.items() if piece.key in keys}
     for name, value in to_memory(names, quantized.parts()):
-        if isinstance(value, QTensor):
+        if isinstance(value, QTensor) and name in ends:
+            _fill_plain(model, name, value.dequantize(), target, wide(name))
+        elif isinstance(value, QTensor):
             _fill_packed(model, name.removesuffix(".weight"), value, target)
         else:
             _fill_plain(model, name, value, target, wide(name))

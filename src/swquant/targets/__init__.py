@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from itertools import product
 
 from swquant import registry
 from swquant.checkpoint.quantized import Outline
 from swquant.errors import SwquantError
-from swquant.formats.base import Format, cannot_hold
+from swquant.formats import PLAIN
+from swquant.formats.base import Format, cannot_hold, split_of
 from swquant.formats.compressed_tensors import SEVERAL, not_in_transformers
-from swquant.quant.spec import BITS, GROUP_SIZES, UNIFORM, QuantSpec, fixed_by, kinds_of_grids
+from swquant.quant.spec import BITS, GROUP_SIZES, UNIFORM, QuantSpec, fixed_by, kinds_of_grids, named
 from swquant.targets.base import Target
 
 
@@ -23,21 +24,21 @@ def load_target(name: str) -> Target:
     return registry.load(__name__, name.lower().replace(".", "_").replace("-", "_"))()
 
 
-def choose_format(target: Target, spec: QuantSpec) -> str:
-    """The format in which ``target`` loads such weights.
+def choose_format(target: Target, *specs: QuantSpec) -> str:
+    """The format in which ``target`` loads weights on these grids in one model.
 
     Raises:
         SwquantError: There is none; the sentence says why and names the nearest grid that works.
     """
-    found = _format(target, spec)
+    found = _format(target, specs)
     if found is None:
-        reasons = (why_not(target, form, spec) for form in target.formats)
-        raise SwquantError(_refused(target, spec, next(reason for reason in reasons if reason)))
+        found = _format(target, specs[:1]) or target.formats[0]
+        require_loads(target, found, specs)
     return found
 
 
-def require_loads(target: Target, form: str, spec: QuantSpec) -> None:
-    """Refuse a format that ``target`` does not load.
+def require_loads(target: Target, form: str, specs: Sequence[QuantSpec]) -> None:
+    """Refuse a format from which ``target`` does not load such weights.
 
     Raises:
         SwquantError: With the reason, and what works.
@@ -47,12 +48,20 @@ def require_loads(target: Target, form: str, spec: QuantSpec) -> None:
             f"{target.name} does not read the format {form}, expected {', '.join(target.formats)}; "
             f"leave --format out and the right one is taken"
         )
-    reason = why_not(target, form, spec)
+    other = _format(target, specs)
+    for spec in specs:
+        reason = why_not(target, form, spec)
+        if reason is not None:
+            if other is not None:
+                raise SwquantError(
+                    f"{target.name} cannot load {spec.label} as {form}: {reason}; --format {other} works"
+                )
+            raise SwquantError(_refused(target, spec, reason, [known for known in specs if known != spec]))
+    reason = _not_together(target, form, specs)
     if reason is not None:
-        other = _format(target, spec)
-        if other is not None:
-            raise SwquantError(f"{target.name} cannot load {spec.label} as {form}: {reason}; --format {other} works")
-        raise SwquantError(_refused(target, spec, reason))
+        labels = ", ".join(map(named, dict.fromkeys(specs)))
+        instead = "give --format dequantized" if other is None else f"give --format {other}"
+        raise SwquantError(f"{target.name} cannot load {form} on several grids ({labels}){reason}, or {instead}")
 
 
 def why_not(target: Target, form: str, spec: QuantSpec) -> str | None:
@@ -61,21 +70,22 @@ def why_not(target: Target, form: str, spec: QuantSpec) -> str | None:
     return cannot_hold(held, spec) or target.refusal(form, spec)
 
 
-def require_together(target: Target, form: str, specs: Collection[QuantSpec]) -> None:
-    """Refuse grids each of which ``target`` loads from ``form``, but not several in one model.
+def _not_together(target: Target, form: str, specs: Collection[QuantSpec]) -> str | None:
+    """Why ``target`` does not load several grids from ``form``, each of which it loads, and what would do.
 
-    Raises:
-        SwquantError: With the reason, and what works.
+    transformers loads asymmetric compressed-tensors with ``dequantize=True`` alone, which reads all weights on the grid
+    of the first group. GPTQ files it reads by optimum, which knows one grid, and GPTQ's and AutoRound's files say once
+    for all weights how zero points are stored.
     """
-    # transformers loads asymmetric weights with dequantize=True alone, which reads all on the grid of the first group.
-    alone = target.name == "transformers" and form == "compressed_tensors" and not all(spec.symmetric for spec in specs)
-    if alone and len(set(specs)) > 1:
-        kinds = dict.fromkeys(specs)
-        labels = ", ".join(spec.label if spec.symmetric else f"{spec.label} asymmetric" for spec in kinds)
-        raise SwquantError(
-            f"{target.name} cannot load {form} on several grids ({labels}) of which one is asymmetric; "
-            "make all symmetric, or give --format dequantized"
-        )
+    if len(set(specs)) < 2:
+        return None
+    if form in ("gptq", "auto_round") and len({spec.symmetric for spec in specs}) > 1:
+        return ", symmetric and asymmetric; make all the same"
+    if target.name == "transformers" and form == "gptq":
+        return ", of which it reads one; give one"
+    if target.name == "transformers" and form == "compressed_tensors" and not all(spec.symmetric for spec in specs):
+        return " of which one is asymmetric; make all symmetric"
+    return None
 
 
 def require_model(target: Target, form: str, outline: Outline) -> None:
@@ -84,6 +94,9 @@ def require_model(target: Target, form: str, outline: Outline) -> None:
     Raises:
         SwquantError: With the reason, and what works.
     """
+    split = split_of(outline) if target.fuses and form in target.formats else None
+    if split is not None:
+        raise SwquantError(f"{target.name} fuses {split[0]} and {split[1]}, which have different grids; give them one")
     why = not_in_transformers(outline) if form == "compressed_tensors" else None
     if why is not None and (target.name == "transformers" or (target.name == "vllm" and why == SEVERAL)):
         raise SwquantError(
@@ -91,14 +104,23 @@ def require_model(target: Target, form: str, outline: Outline) -> None:
         )
 
 
-def _format(target: Target, spec: QuantSpec) -> str | None:
-    return next((form for form in target.formats if why_not(target, form, spec) is None), None)
+def _format(target: Target, specs: Sequence[QuantSpec]) -> str | None:
+    """The first format that holds codes and loads them all; plain weights are no answer for several grids."""
+    for form in target.formats:
+        if len(specs) > 1 and form == PLAIN:
+            continue
+        if all(why_not(target, form, spec) is None for spec in specs) and _not_together(target, form, specs) is None:
+            return form
+    return None
 
 
-def _refused(target: Target, spec: QuantSpec, reason: str) -> str:
-    fitting = [other for other in _grids() if _format(target, other) is not None]
+def _refused(target: Target, spec: QuantSpec, reason: str, beside: Sequence[QuantSpec]) -> str:
+    fitting = [other for other in _grids() if _format(target, [other, *beside]) is not None]
+    sentence = f"{target.name} cannot load {_words(spec)}: {reason}"
+    if not fitting:
+        return f"{sentence}; give all weights one grid"
     nearest = min(fitting, key=lambda other: _distance(spec, other))
-    return f"{target.name} cannot load {_words(spec)}: {reason}; the nearest that works is {_words(nearest)}"
+    return f"{sentence}; the nearest that works is {_words(nearest)}"
 
 
 def _grids() -> Iterator[QuantSpec]:

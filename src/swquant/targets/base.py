@@ -20,6 +20,9 @@ class Target(Protocol):
     formats: ClassVar[tuple[str, ...]]
     """The formats that it reads, best first."""
 
+    fuses: ClassVar[bool]
+    """Whether it computes q, k, v, gate and up, and a layer's experts, by one kernel each."""
+
     def refusal(self, form: str, spec: QuantSpec) -> str | None:
         """Why it cannot load weights on such a grid from ``form``, one of :attr:`formats`; ``None`` if it can."""
         ...

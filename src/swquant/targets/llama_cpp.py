@@ -12,6 +12,7 @@ class LlamaCpp:
 
     name: ClassVar[str] = "llama.cpp"
     formats: ClassVar[tuple[str, ...]] = ("gguf",)
+    fuses: ClassVar[bool] = False
 
     def refusal(self, form: str, spec: QuantSpec) -> None:
         """It loads what GGUF holds; the format knows its block types."""

@@ -12,6 +12,7 @@ class Mlx:
 
     name: ClassVar[str] = "mlx"
     formats: ClassVar[tuple[str, ...]] = ("mlx",)
+    fuses: ClassVar[bool] = False
 
     def refusal(self, form: str, spec: QuantSpec) -> None:
         """It loads what the format holds."""

@@ -12,6 +12,7 @@ class Onnxruntime:
 
     name: ClassVar[str] = "onnxruntime"
     formats: ClassVar[tuple[str, ...]] = ("onnx",)
+    fuses: ClassVar[bool] = False
 
     def refusal(self, form: str, spec: QuantSpec) -> None:
         """It loads what the format holds."""

@@ -16,6 +16,7 @@ class Sglang:
 
     name: ClassVar[str] = "sglang"
     formats: ClassVar[tuple[str, ...]] = ("compressed_tensors", "gptq")
+    fuses: ClassVar[bool] = True
 
     def refusal(self, form: str, spec: QuantSpec) -> str | None:
         """See the class."""

@@ -15,6 +15,7 @@ class Transformers:
 
     name: ClassVar[str] = "transformers"
     formats: ClassVar[tuple[str, ...]] = ("compressed_tensors", "gptq", "auto_round", "dequantized")
+    fuses: ClassVar[bool] = False
 
     def refusal(self, form: str, spec: QuantSpec) -> None:
         """It loads what these formats hold."""

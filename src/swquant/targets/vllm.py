@@ -19,6 +19,7 @@ class Vllm:
 
     name: ClassVar[str] = "vllm"
     formats: ClassVar[tuple[str, ...]] = ("compressed_tensors", "gptq", "auto_round")
+    fuses: ClassVar[bool] = True
 
     def refusal(self, form: str, spec: QuantSpec) -> str | None:
         """See the class."""

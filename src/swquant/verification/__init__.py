@@ -137,7 +137,7 @@ def _compare_codes(form: Format, directory: Path, model: QuantizedModel) -> int:
                 f"{name} {state} in the {form.name} output that was just written; check the disk, "
                 "or report this with your swquant.yaml"
             )
-    return len(model.outline.linears)
+    return len(model.outline.linears) + len(model.outline.ends)
 
 
 def _digests(part: Part) -> Mapping[str, str]:

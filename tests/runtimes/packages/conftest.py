@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -105,12 +105,22 @@ def run(*command: str | Path) -> str:
 
 @pytest.fixture(scope="session")
 def quantized(make_model: MakeModel, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Case]:
-    """A function from a format, a grid, a family, a dtype and settings to an output, of a model of width 128."""
+    """A function from a format, a grid, a family, a dtype, more of the recipe and settings to an output.
+
+    Models are of width 128.
+    """
     models: dict[str, Path] = {}
     held_out = tmp_path_factory.mktemp("held-out") / "text.txt"
     held_out.write_text(text.read_text()[-4000:])
 
-    def make(form: str, spec: QuantSpec, family: str, dtype: torch.dtype, **settings: Any) -> Case:
+    def make(
+        form: str,
+        spec: QuantSpec,
+        family: str,
+        dtype: torch.dtype,
+        also: Mapping[str, Any] | None = None,
+        **settings: Any,
+    ) -> Case:
         key = repr((family, dtype, settings))
         if key not in models:
             opt = {"ffn_dim": 256, "word_embed_proj_dim": 128}
@@ -130,7 +140,7 @@ def quantized(make_model: MakeModel, text: Path, tmp_path_factory: pytest.TempPa
             format=form,
             device="cpu",
         )
-        report = quantize(recipe, source, out)
+        report = quantize(replace(recipe, **(also or {})), source, out)
         assert report.quality is not None
         tokens = eval_windows(tokenize(load_tokenizer(out), read_text(str(held_out))), LENGTH, WINDOWS)
         weights, logits = from_codes(out, source, tokens)

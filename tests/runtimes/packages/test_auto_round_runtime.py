@@ -46,3 +46,23 @@ def test_weights_logits_and_perplexity_are_those_of_the_codes(index: int, found:
     half = dtype == torch.bfloat16
     assert case.divergence(theirs["logits"]) < (1e-3 if half else 2e-5)
     assert case.measured(theirs["logits"]) == pytest.approx(case.perplexity, rel=1e-2 if half else 2e-3)
+
+
+@pytest.fixture(scope="module")
+def mixed(environment: Callable[..., Any], quantized: Callable[..., Any], computed: Callable[..., Any]) -> Any:
+    """Grids by pattern, and a matrix that is kept."""
+    python = environment("auto-round", REQUIREMENTS)
+    attention = dict.fromkeys(("*.q_proj", "*.k_proj", "*.v_proj"), QuantSpec(3, 32, True))
+    also = {"grids": {**attention, "*.o_proj": QuantSpec(2, 128, True), "*.layers.0.mlp.down_proj": None}}
+    case = quantized("auto_round", QuantSpec(2, 64, True), "llama", torch.float32, also)
+    return case, *computed(python, "with_transformers.py", [case])
+
+
+def test_each_weight_is_read_on_its_own_grid(mixed: Any) -> None:
+    case, theirs = mixed
+    assert len(case.weights) == 13
+    assert theirs.keys() - {"logits"} == case.weights.keys()
+    for name, weight in case.weights.items():
+        assert torch.equal(theirs[name], weight), name
+    assert case.divergence(theirs["logits"]) < 2e-5
+    assert case.measured(theirs["logits"]) == pytest.approx(case.perplexity, rel=2e-3)

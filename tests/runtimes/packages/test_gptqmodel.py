@@ -58,3 +58,25 @@ def test_symmetric_scales_of_either_sign_were_tried(found: Any) -> None:
     weights = [weight for case, _ in found if case.spec.symmetric for weight in case.weights.values()]
     assert any(weight.max() > -weight.min() for weight in weights)
     assert any(weight.max() < -weight.min() for weight in weights)
+
+
+@pytest.fixture(scope="module")
+def mixed(environment: Callable[..., Any], quantized: Callable[..., Any], computed: Callable[..., Any]) -> Any:
+    """Grids by pattern, and a matrix that is kept."""
+    python = environment("gptqmodel", REQUIREMENTS)
+    attention = dict.fromkeys(("*.q_proj", "*.k_proj", "*.v_proj"), QuantSpec(3, 32, True))
+    also = {"grids": {**attention, "*.o_proj": QuantSpec(2, 128, True), "*.layers.0.mlp.down_proj": None}}
+    case = quantized("gptq", QuantSpec(2, 64, True), "llama", torch.float32, also)
+    return case, *computed(python, "with_transformers.py", [case])
+
+
+def test_each_weight_is_read_on_its_own_grid(mixed: Any) -> None:
+    """By GPTQModel alone, which computes in half precision then."""
+    case, theirs = mixed
+    assert "GPTQModel.load" in case.loading
+    assert len(case.weights) == 13
+    assert theirs.keys() - {"logits"} == case.weights.keys()
+    for name, weight in case.weights.items():
+        torch.testing.assert_close(theirs[name], weight, rtol=2**-7, atol=float(weight.abs().max()) * 2**-8)
+    assert case.divergence(theirs["logits"]) < 1e-3
+    assert case.measured(theirs["logits"]) == pytest.approx(case.perplexity, rel=1e-2)

@@ -82,6 +82,32 @@ def test_a_model_of_any_settings_runs_as_the_one_that_was_measured(index: int, s
     assert case.measured(theirs["logits"]) == pytest.approx(case.perplexity, rel=1e-3)
 
 
+FINE, COARSE = QuantSpec(8, 64, True), QuantSpec(4, 32, False)
+MIXED: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"grids": {"*.self_attn.*": FINE, "*.layers.0.mlp.down_proj": None}, "embedding_bits": 8, "head_bits": 4}, {}),
+    ({"grids": {"*.v_proj": COARSE}, "allow_split": True, "embedding_bits": 4}, {"tie_word_embeddings": True}),
+]
+"""Grids by pattern, embedding and head: more of the recipe, and settings of the model."""
+
+
+@pytest.fixture(scope="module")
+def mixed(environment: Callable[..., Any], quantized: Callable[..., Any], computed: Callable[..., Any]) -> Any:
+    python = environment("mlx", REQUIREMENTS)
+    cases = [quantized("mlx", *LAST, also, **settings) for also, settings in MIXED]
+    return list(zip(cases, computed(python, "with_mlx.py", cases), strict=True))
+
+
+@pytest.mark.parametrize("index", range(len(MIXED)))
+def test_each_weight_embedding_and_head_are_read_on_their_own_grids(index: int, mixed: Any) -> None:
+    case, theirs = mixed[index]
+    assert theirs.keys() - {"logits"} == case.weights.keys()
+    assert ("lm_head" in case.weights, "model.embed_tokens" in case.weights) == (index == 0, True)
+    for name, weight in case.weights.items():
+        torch.testing.assert_close(theirs[name], weight, rtol=0, atol=1e-6 * float(weight.abs().max()))
+    assert case.divergence(theirs["logits"]) < 1e-6
+    assert case.measured(theirs["logits"]) == pytest.approx(case.perplexity, rel=1e-4)
+
+
 @pytest.fixture(scope="module")
 def found(environment: Callable[..., Any], quantized: Callable[..., Any], computed: Callable[..., Any]) -> Any:
     python = environment("mlx", REQUIREMENTS)

@@ -1,0 +1,194 @@
+"""Options that commands share, and what they mean: a recipe, a budget, a source."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from swquant.errors import SwquantError
+
+if TYPE_CHECKING:
+    from swquant.checkpoint.opening import SourceOptions
+    from swquant.estimate.budget import Budget
+    from swquant.recipe import Recipe
+
+SOURCE_OPTIONS = ("revision", "subfolder", "dequantize_source", "trust_remote_code")
+"""What :func:`source_options` give."""
+
+RECIPE_OPTIONS = (
+    click.option(
+        "--recipe", "recipe_name", help="A named recipe (swquant list recipes) or a YAML file; flags override it."
+    ),
+    click.option("--preset", type=click.Choice(["fast", "default", "best"]), help="How much data and training to use."),
+    click.option(
+        "--bits",
+        multiple=True,
+        metavar="N or PATTERN=N",
+        help="Bits per weight: 2, 3, 4 or 8; again as '*.v_proj=4' for matrices whose names match.  [2]",
+    ),
+    click.option(
+        "--group-size",
+        multiple=True,
+        metavar="N or PATTERN=N",
+        help="Weights that share a scale: 32, 64, 128, or 'channel'; again for a pattern.  [64]",
+    ),
+    click.option("--symmetric/--asymmetric", default=None, help="Fixed zero point, or one per group.  [symmetric]"),
+    click.option(
+        "--grid",
+        multiple=True,
+        metavar="NAME or PATTERN=NAME",
+        help="uniform, or one that llama.cpp has: q2_k, q3_k, q4_k; sets the three above; again for a pattern.  "
+        "[uniform]",
+    ),
+    click.option(
+        "--keep", multiple=True, metavar="PATTERN", help="Matrices to keep as they are: '*.down_proj'; repeatable."
+    ),
+    click.option(
+        "--allow-split",
+        is_flag=True,
+        default=None,
+        help="Let patterns give different grids to what vLLM and SGLang fuse: q, k, v; gate, up; a layer's experts.",
+    ),
+    click.option(
+        "--embedding-bits", type=int, help="Bits of the token embedding, 8 or 4, in GGUF and MLX.  [as it is]"
+    ),
+    click.option("--head-bits", type=int, help="Bits of the head, likewise; a tied one is the embedding.  [as it is]"),
+    click.option("--method", help="One of swquant list methods, or several: 'awq + tesseraq'.  [by recipe]"),
+    click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help="An option of a method; repeatable."),
+    click.option("--loss", help="Training loss, e.g. '0.9*mse + 0.1*sliced_wasserstein(slices=256)'."),
+    click.option(
+        "--calibration",
+        help="Text or jsonl file, datasets name, mix (kinds from the hub, mix:chat+code), bundled (a text that comes "
+        "along), or self: drawn from the model.  [self if it fits and is quick, else bundled]",
+    ),
+    click.option("--samples", type=int, help="Calibration samples.  [128, by preset]"),
+    click.option("--seq-len", type=int, help="Tokens per sample.  [2048, or the model's limit]"),
+    click.option(
+        "--epochs", type=int, help="Passes over the samples, for all methods that have them.  [by method, preset]"
+    ),
+    click.option(
+        "--evaluation", help="What to measure the result on, as --calibration but self.  [held out of --calibration]"
+    ),
+    click.option("--evaluation-samples", type=int, help="Windows of --seq-len tokens to measure on; 0 for none.  [16]"),
+    click.option("--seed", type=int, help="Seed of everything random.  [0]"),
+    click.option("--precision", help="Of matrix products in training: float32, bfloat16 or auto.  [auto]"),
+    click.option("--device", help="cpu, an accelerator's name, or auto.  [auto]"),
+    click.option("--for", "runtime", help="What is to serve the output (swquant list targets); picks the format."),
+    click.option(
+        "--format",
+        "format_name",
+        help="Output format, or several: 'gguf,mlx' (swquant list formats).  [compressed-tensors]",
+    ),
+)
+"""What decides a recipe."""
+
+
+def recipe_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command :data:`RECIPE_OPTIONS`."""
+    for option in reversed(RECIPE_OPTIONS):
+        command = option(command)
+    return command
+
+
+def memory_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the budget of a run."""
+    host = click.option("--host-memory", metavar="SIZE", help="The same on the host.")
+    device = "Memory that the run may take on the device, such as 20GiB; batches are cut to keep to it."
+    return click.option("--device-memory", metavar="SIZE", help=device)(host(command))
+
+
+trust_option = click.option(
+    "--trust-remote-code",
+    is_flag=True,
+    help="Run the Python code that comes with the model: read it first. It is handed on with the output.",
+)
+
+
+def source_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command what says which files its original is."""
+    options = (
+        click.option("--revision", help="Branch, tag or commit of the original on the hub; also owner/name@revision."),
+        click.option("--subfolder", help="Folder of the original's directory or repository that it lies in."),
+        click.option(
+            "--dequantize-source",
+            is_flag=True,
+            help="Take an original that compressed-tensors or GPTQ quantized; fp8 and mxfp4 are always taken.",
+        ),
+        trust_option,
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def files_of(flags: dict[str, Any]) -> SourceOptions:
+    """What :func:`source_options` give, taken out of ``flags``."""
+    from swquant.checkpoint.opening import SourceOptions
+
+    return SourceOptions(*(flags.pop(name) for name in SOURCE_OPTIONS))
+
+
+def budget_of(device: str | None, host: str | None) -> Budget:
+    """What the two options allow."""
+    from swquant.estimate.budget import Budget
+    from swquant.units import parse_size
+
+    return Budget(*(None if text is None else parse_size(text) for text in (device, host)))
+
+
+def recipe_of(name: str | None, options: tuple[str, ...], flags: dict[str, Any]) -> tuple[str | None, Recipe]:
+    """The recipe that the options ask for, and its name or file if it has one."""
+    from swquant.recipe import Recipe
+
+    flags["format"] = flags.pop("format_name")
+    values = {name: value for name, value in _by_pattern(flags).items() if value is not None}
+    if options:
+        values["options"] = dict(_option(text) for text in options)
+    if name:
+        recipe = Recipe.load(name)
+    elif "method" in values:
+        recipe = Recipe()
+    else:
+        name, recipe = Recipe.recommended(values)
+    return name, recipe.override(values)
+
+
+def _by_pattern(flags: dict[str, Any]) -> dict[str, Any]:
+    """``flags`` with ``--bits``, ``--group-size`` and ``--grid`` as keys of a recipe, patterns among its ``grids``.
+
+    Patterns stand in the order of these three flags and then ``--keep``; the last that matches a matrix counts.
+    """
+    values, grids = dict(flags), dict[str, dict[str, Any] | None]()
+    for key in ("bits", "group_size", "grid"):
+        flag, plain = f"--{key.replace('_', '-')}", dict[str, Any]()
+        for text in values.pop(key):
+            pattern, equals, value = text.rpartition("=")
+            asked = grids.setdefault(pattern, {}) if equals else plain
+            assert asked is not None
+            if key in asked:
+                raise SwquantError(f"{flag} is given twice{f' for {pattern}' if equals else ''}; give it once")
+            asked[key] = value if key == "grid" else _number(flag, value)
+        values |= plain
+    grids |= dict.fromkeys(values.pop("keep"))
+    return values | ({"grids": grids} if grids else {})
+
+
+def _number(flag: str, text: str) -> int | str:
+    """An integer, or for groups a word, which the recipe checks."""
+    try:
+        return int(text)
+    except ValueError:
+        if flag == "--bits":
+            raise SwquantError(f"--bits is {text!r}, expected a number or PATTERN=NUMBER, e.g. '*.v_proj=4'") from None
+        return text
+
+
+def _option(text: str) -> tuple[str, Any]:
+    from swquant.validation import read_yaml
+
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise SwquantError(f"--option {text!r} has no '=', expected KEY=VALUE, e.g. --option epochs=10")
+    return key, read_yaml(value, f"the value in --option {text!r}")
