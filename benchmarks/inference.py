@@ -249,7 +249,8 @@ def write_models(folder: Path) -> dict[str, Path]:
     for bits in BITS:
         spec = QuantSpec(bits, GROUP, True)
         linears: dict[str, Any] = {name[:-7]: shape for name, shape in shapes.items() if name.endswith("_proj.weight")}
-        outline = Outline(folder, config.to_dict(), spec, torch.bfloat16, linears, ("lm_head",))
+        grids = dict.fromkeys(linears, spec)
+        outline = Outline(folder, config.to_dict(), torch.bfloat16, linears, grids, ("lm_head",))
         places[f"packed {bits} bit"] = folder / str(bits)
         CompressedTensors().write(folder / str(bits), QuantizedModel(outline, lambda spec=spec: parts(spec)))
     return places

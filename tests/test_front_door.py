@@ -14,8 +14,10 @@ from swquant import Recipe, quantize
 from swquant.advice import advise
 from swquant.cli import main
 from swquant.corpus import load_dataset
+from swquant.flags import recipe_of
 from swquant.ui import print_report
 
+NOTHING = {"bits": (), "group_size": (), "grid": (), "keep": ()}
 HEAVY = """\
 import sys
 from swquant.cli import main
@@ -80,3 +82,20 @@ def test_without_a_network_a_dataset_is_looked_for_in_the_cache_alone(monkeypatc
     load_dataset("Salesforce/wikitext", split="test")
     assert offline == [True]
     assert not constants.HF_HUB_OFFLINE
+
+
+@pytest.mark.parametrize(
+    "given", [["--preset", "fast", "--preset", "best"], ["--symmetric", "--asymmetric"], ["--out", "a", "--out", "b"]]
+)
+def test_an_option_that_is_given_twice_is_refused(capsys: pytest.CaptureFixture[str], given: list[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["quantize", "model", *given])
+    assert capsys.readouterr().err == f"swquant: {given[0]} is given 2 times; give it once\n"
+
+
+def test_a_format_that_is_given_twice_means_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr("swquant.convert.convert", lambda *_, **given: asked.append(given["format"]) or [])
+    main(["convert", "model", "--out", "new", "--format", "gguf", "--format", "mlx"])
+    _, recipe = recipe_of(None, (), {**NOTHING, "formats": ("gguf", "mlx")})
+    assert (asked, recipe.formats) == (["gguf,mlx"], ("gguf", "mlx"))

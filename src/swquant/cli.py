@@ -13,6 +13,7 @@ from swquant import __version__
 from swquant.errors import LeaderStoppedError, OutOfMemoryError, RankLostError, SwquantError, did_you_mean, reason_of
 from swquant.flags import (
     SOURCE_OPTIONS,
+    Group,
     budget_of,
     files_of,
     memory_options,
@@ -34,7 +35,7 @@ FAILURE = 1
 INTERRUPTED = 130
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="swquant")
 def app() -> None:
     """Quantize language models to 2, 3 or 4 bits with losses that keep the activations' distribution."""
@@ -143,14 +144,14 @@ def plan(
 @click.argument("model")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Where it goes; a new directory.")
 @click.option("--for", "runtime", help="What is to serve the output (swquant list targets); picks the format.")
-@click.option("--format", "format_name", help="Output format, or several: gguf,mlx (swquant list formats).")
+@click.option("--format", "formats", multiple=True, help="Output format, or several (swquant list formats).")
 @trust_option
-def convert(model: str, out: Path, runtime: str | None, format_name: str | None, trust_remote_code: bool) -> None:
+def convert(model: str, out: Path, runtime: str | None, formats: tuple[str, ...], trust_remote_code: bool) -> None:
     """Write MODEL, which is quantized, in another format: the same codes, never quantized again."""
     from swquant.convert import convert as run
     from swquant.ui import print_outputs
 
-    written = run(model, out, format=format_name, runtime=runtime, trust_remote_code=trust_remote_code)
+    written = run(model, out, format=",".join(formats) or None, runtime=runtime, trust_remote_code=trust_remote_code)
     print_outputs(written, out)
 
 
@@ -189,7 +190,7 @@ def compare(runs: tuple[Path, ...], page: Path | None, as_json: bool) -> None:
 @app.command("eval")
 @click.argument("models", metavar="MODEL...", nargs=-1, required=True)
 @click.option("--text", help="wikitext2, c4, c4-new, ptb, ptb-new, a text file, or a datasets name.")
-@click.option("--tasks", help="Tasks of lm-eval and task files: piqa,hellaswag,./mine.yaml.")
+@click.option("--tasks", multiple=True, help="Tasks of lm-eval and task files: piqa,hellaswag,./mine.yaml.")
 @click.option("--reference", help="The original model: adds KL to it and agreement with it.")
 @source_options
 @click.option("--baseline", "baselines", multiple=True, help="Quantized otherwise: prints what MODEL recovers.")
@@ -201,7 +202,7 @@ def compare(runs: tuple[Path, ...], page: Path | None, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def evaluate(
     models: tuple[str, ...],
-    tasks: str | None,
+    tasks: tuple[str, ...],
     reference: str | None,
     baselines: tuple[str, ...],
     as_json: bool,
@@ -222,7 +223,7 @@ def evaluate(
         raise SwquantError(
             "--revision, --subfolder and --dequantize-source are of the original: give --reference, or leave them out"
         )
-    what = What(tasks=tuple(filter(None, (tasks or "").split(","))), trust_remote_code=trusted, **flags)
+    what = What(tasks=tuple(filter(None, ",".join(tasks).split(","))), trust_remote_code=trusted, **flags)
     if baselines:
         if reference is None:
             raise SwquantError("--baseline needs --reference, the model that both were made of")

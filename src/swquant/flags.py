@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,26 @@ if TYPE_CHECKING:
     from swquant.checkpoint.opening import SourceOptions
     from swquant.estimate.budget import Budget
     from swquant.recipe import Recipe
+
+
+class Command(click.Command):
+    """A command that refuses an option given twice, of which the first would be lost without a word."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """See :class:`click.Command`."""
+        _, _, order = self.make_parser(ctx).parse_args(list(args))
+        given = Counter(one for one in order if isinstance(one, click.Option) and not one.multiple)
+        for option, times in given.items():
+            if times > 1:
+                raise click.UsageError(f"{option.opts[0]} is given {times} times; give it once", ctx)
+        return super().parse_args(ctx, args)
+
+
+class Group(click.Group):
+    """Commands of :class:`Command`."""
+
+    command_class = Command
+
 
 SOURCE_OPTIONS = ("revision", "subfolder", "dequantize_source", "trust_remote_code")
 """What :func:`source_options` give."""
@@ -78,8 +99,9 @@ RECIPE_OPTIONS = (
     click.option("--for", "runtime", help="What is to serve the output (swquant list targets); picks the format."),
     click.option(
         "--format",
-        "format_name",
-        help="Output format, or several: 'gguf,mlx' (swquant list formats).  [compressed-tensors]",
+        "formats",
+        multiple=True,
+        help="Output format, or several: 'gguf,mlx', or again (swquant list formats).  [compressed-tensors]",
     ),
 )
 """What decides a recipe."""
@@ -142,7 +164,7 @@ def recipe_of(name: str | None, options: tuple[str, ...], flags: dict[str, Any])
     """The recipe that the options ask for, and its name or file if it has one."""
     from swquant.recipe import Recipe
 
-    flags["format"] = flags.pop("format_name")
+    flags["format"] = ",".join(flags.pop("formats")) or None
     values = {name: value for name, value in _by_pattern(flags).items() if value is not None}
     if options:
         values["options"] = dict(_option(text) for text in options)

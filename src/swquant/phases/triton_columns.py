@@ -8,6 +8,7 @@ are not fused (``enable_fp_fusion``), division and rounding are IEEE's, so the b
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -41,8 +42,9 @@ def rounded(
     columns, rows = work.shape
     scale, zero, shift = parts
     index = torch.tensor(group, dtype=torch.int32).to(work.device)
+    launched: Any = kernel[(triton.cdiv(rows, ROWS),)]  # pyright: ignore[reportIndexIssue]
     with torch.cuda.device_of(work):
-        kernel[(triton.cdiv(rows, ROWS),)](
+        launched(
             *(work, errors, upper.contiguous(), scale, zero, shift, index),
             *(columns, rows, len(group), float(most)),
             SHIFTED=shift.numel() > 0,
