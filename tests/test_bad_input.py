@@ -272,8 +272,8 @@ def test_words_and_numbers(capsys: pytest.CaptureFixture[str], llama: Path, tmp_
 
 RECIPES: dict[str, tuple[str, tuple[str, ...]]] = {
     "key": ("bit: 2", ("no key 'bit'", "did you mean 'bits'")),
-    "far key": ("zzz: 2", ("no key 'zzz'", "known: bits, calibration, ")),
-    "a key that was": ("balance: gradient", ("no key 'balance'", "known: bits, ")),
+    "far key": ("zzz: 2", ("no key 'zzz'", "known: allow_split, bits, calibration, ")),
+    "a key that was": ("balance: gradient", ("no key 'balance'", "known: allow_split, bits, ")),
     "type": ("bits: '2'", ("bits is '2'", "integer")),
     "range": ("samples: 0", ("samples is 0",)),
     "list": ("- bits", ("no mapping",)),
