@@ -25,7 +25,7 @@ from swquant.evaluation.perplexity import window_nll
 from swquant.formats import read_quantized
 from swquant.quant.qtensor import QTensor
 from swquant.quant.spec import QuantSpec
-from swquant.tokenizer import load_tokenizer
+from swquant.tokenizer import open_reading
 
 MakeModel = Callable[..., Path]
 WINDOWS, LENGTH = 8, 32
@@ -142,7 +142,8 @@ def quantized(make_model: MakeModel, text: Path, tmp_path_factory: pytest.TempPa
         )
         report = quantize(replace(recipe, **(also or {})), source, out)
         assert report.quality is not None
-        tokens = eval_windows(tokenize(load_tokenizer(out), read_text(str(held_out))), LENGTH, WINDOWS)
+        reading = open_reading(out)
+        tokens = eval_windows(tokenize(reading.tokenizer, read_text(str(held_out))), LENGTH, WINDOWS, reading.begin)
         weights, logits = from_codes(out, source, tokens)
         return Case(out, spec, report.outputs[0].loading, report.quality.perplexity, tokens, logits, weights)
 
