@@ -40,8 +40,8 @@ SUM = {"loss": f"0.6*mse + 0.4*{SW}"}
 DIFFERING, DIFFERING_BEHIND_GPTQ = 0.002, 0.1
 """Greatest share of codes that may differ: rounding errors move a weight across the middle between two codes. GPTQ has
 the rest of the row make up for it, so that one such code changes its row, the inputs of what follows, and more rows.
-With a search and a target at once, which both follow those inputs, that is too much to tell from a fault: in one process
-a noise of 2e-7 on the second moments changes no code, or a quarter of them."""
+With a search and a target at once, which both follow those inputs, that is too much to tell from a fault: in one
+process a noise of 2e-7 on the second moments changes no code, or a quarter of them."""
 
 
 def recipe_of(text: Path, method: str, **values: Any) -> Recipe:
