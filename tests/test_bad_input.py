@@ -48,6 +48,12 @@ def tree(directory: Path) -> dict[str, bytes | None]:
     }
 
 
+def calibrated(flags: list[str], text: object) -> list[object]:
+    """``flags`` with another calibration."""
+    at = flags.index("--calibration") + 1
+    return [*flags[:at], text, *flags[at + 1 :]]
+
+
 def refused(capsys: pytest.CaptureFixture[str], place: Path, *arguments: str | Path, stages: bool = False) -> str:
     """The sentence that a command is refused with; ``stages`` allows lines of progress before it."""
     capsys.readouterr()
@@ -329,7 +335,7 @@ def test_a_calibration_text(
     part: str,
 ) -> None:
     (tmp_path / name).write_bytes(content)
-    command = ["quantize", llama, "--out", tmp_path / "out", *flags, "--calibration", tmp_path / name]
+    command = ["quantize", llama, "--out", tmp_path / "out", *calibrated(flags, tmp_path / name)]
     assert part in refused(capsys, tmp_path, *command, stages=True)
 
 
@@ -397,7 +403,7 @@ def test_bad_weights_are_found_before_samples_are_drawn(
     weights[name][-1, -1] = value
     save_file(weights, model / SHARD, metadata={"format": "pt"})
     monkeypatch.setattr("swquant.run._samples", lambda *_: pytest.fail("samples were drawn"))
-    command = ["quantize", model, "--out", tmp_path / "out", *flags, "--calibration", "self"]
+    command = ["quantize", model, "--out", tmp_path / "out", *calibrated(flags, "self")]
     said = refused(capsys, tmp_path, *command, stages=True)
     assert f"{name!r} in {model / SHARD} holds NaN or infinite values; download" in said
 
