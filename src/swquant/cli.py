@@ -23,11 +23,11 @@ from swquant.flags import (
     trust_option,
 )
 from swquant.observers.stopping import handled, interrupt
+from swquant.places import REPORT, require_unused
 
 KINDS = ("methods", "losses", "families", "formats", "grids", "targets", "recipes")
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 """Variables by which users say how OpenMP's threads wait."""
-REPORT = "report.json"
 RESUMED = ("quantize", "sweep")
 """Commands that go on where they were stopped."""
 USER_ERROR = 2
@@ -74,8 +74,6 @@ def quantize(
     The same command goes on where a killed run stopped, and ends in the same bits. Started by torchrun, its processes
     share the work: torchrun --nproc-per-node 4 -m swquant quantize ...
     """
-    from swquant.places import require_unused
-
     if not (out / REPORT).is_file():  # else it may be this run's own, finished
         require_unused(out)
     asked = {name: flags.pop(name) for name in ("log_json", "tensorboard_directory", "wandb_project")}

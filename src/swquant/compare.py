@@ -13,7 +13,8 @@ from rich.text import Text
 
 from swquant.errors import SwquantError
 from swquant.html.comparison import Run, cautions_of, comparison_page, rows_of
-from swquant.output import REPORT, load_report
+from swquant.output import load_report
+from swquant.places import REPORT
 from swquant.report import Report
 from swquant.terminal import plain_console
 

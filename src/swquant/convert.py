@@ -22,8 +22,8 @@ from swquant.model.opening import two_heads, untied
 from swquant.model.settings import in_full
 from swquant.model.skeleton import build_skeleton
 from swquant.model.whole import require_called_for
-from swquant.output import RECIPE, REPORT, described, load_report, output_of, place_of
-from swquant.places import destination, require_disk, require_unused
+from swquant.output import RECIPE, described, load_report, output_of, place_of
+from swquant.places import REPORT, destination, require_disk, require_unused
 from swquant.plan import choose_formats, unquantized
 from swquant.recipe import Recipe
 from swquant.report import Output

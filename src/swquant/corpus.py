@@ -7,10 +7,9 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from importlib import resources
+from importlib import import_module, resources
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -257,15 +256,20 @@ def load_dataset(path: str, **settings: Any) -> Any:
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
-    if constants.HF_HUB_OFFLINE:
-        return datasets.load_dataset(path, **settings)
+    libraries: tuple[Any, ...] = (constants, import_module("datasets.config"))
+    before = [library.HF_HUB_OFFLINE for library in libraries]
     try:
-        get_session().head(constants.ENDPOINT, timeout=10)
+        if not any(before):
+            get_session().head(constants.ENDPOINT, timeout=10)
     except Exception:  # of whichever client the hub's library has
-        # The libraries would try again for half a minute, in lines of their own, before they look into their caches.
-        with patch.object(constants, "HF_HUB_OFFLINE", True), patch("datasets.config.HF_HUB_OFFLINE", True):
-            return datasets.load_dataset(path, **settings)
-    return datasets.load_dataset(path, **settings)
+        # Not told, both try again for half a minute, in lines of their own, before they look into their caches.
+        for library in libraries:
+            library.HF_HUB_OFFLINE = True
+    try:
+        return datasets.load_dataset(path, **settings)
+    finally:
+        for library, offline in zip(libraries, before, strict=True):
+            library.HF_HUB_OFFLINE = offline
 
 
 def _load(path: str, where: str, **settings: Any) -> Any:

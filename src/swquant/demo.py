@@ -6,19 +6,14 @@ many at a time as there are cores.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import re
 import sys
 import tempfile
-import time
-from collections import deque
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import resources
-from multiprocessing import connection
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +26,7 @@ from swquant.errors import SwquantError
 from swquant.recipe import Recipe
 from swquant.report import Report
 from swquant.run import quantize
-from swquant.sweep.executors import end_with_parent
+from swquant.sweep.executors import in_processes
 from swquant.terminal import plain_console
 from swquant.ui import Lines
 
@@ -41,11 +36,10 @@ CONTEXT, SAMPLES, WINDOWS, EPOCHS = 256, 32, 64, 8
 
 @dataclass(frozen=True)
 class Way:
-    """One row of the table: its title, what differs in the recipe, and about how long it takes beside the others."""
+    """One row of the table: its title and what differs in the recipe."""
 
     title: str
     values: dict[str, object]
-    share: int
 
     @property
     def folder(self) -> str:
@@ -54,10 +48,10 @@ class Way:
 
 
 WAYS = (
-    Way("RTN", {"method": "rtn"}, 1),
-    Way("OmniQuant", {"method": "omniquant", "loss": "mse", "epochs": EPOCHS}, 9),
-    Way("OmniQuant + SW", {"method": "omniquant", "loss": "0.9*mse + 0.1*sliced_wasserstein", "epochs": EPOCHS}, 10),
-    Way("recipe, short", {"method": "gptq + block_ap(epochs=3) + end_to_end(epochs=3)", "loss": "huber(delta=1)"}, 6),
+    Way("RTN", {"method": "rtn"}),
+    Way("OmniQuant", {"method": "omniquant", "loss": "mse", "epochs": EPOCHS}),
+    Way("OmniQuant + SW", {"method": "omniquant", "loss": "0.9*mse + 0.1*sliced_wasserstein", "epochs": EPOCHS}),
+    Way("recipe, short", {"method": "gptq + block_ap(epochs=3) + end_to_end(epochs=3)", "loss": "huber(delta=1)"}),
 )
 
 
@@ -90,7 +84,6 @@ class Order:
     way: Way
     assets: str
     place: str
-    threads: int = 1
 
     @property
     def recipe(self) -> Recipe:
@@ -110,32 +103,22 @@ class Order:
 
 
 def _run(orders: dict[str, Order]) -> dict[str, float]:
-    """Run all in processes, the longest first; how many seconds each took."""
-    context = multiprocessing.get_context("spawn")
-    cores = os.cpu_count() or 1
-    waiting = deque(sorted(orders.values(), key=lambda order: order.way.share, reverse=True))
-    running: dict[int, tuple[BaseProcess, str, float]] = {}
+    """Run all in processes; how many seconds each took."""
     seconds: dict[str, float] = {}
-    while waiting or running:
-        while waiting and len(running) < cores:
-            order = replace(waiting.popleft(), threads=max(1, cores // len(orders)))
-            # A daemon is killed when this process ends before it, by an error or a signal.
-            process = context.Process(target=_work, args=(order,), daemon=True)
-            process.start()
-            running[process.sentinel] = (process, order.way.title, time.monotonic())
-        for sentinel in connection.wait(list(running)):
-            assert isinstance(sentinel, int)
-            process, title, began = running.pop(sentinel)
-            process.join()
-            if process.exitcode:
-                raise SwquantError(f"{title} ended with code {process.exitcode}; what it printed says why")
-            seconds[title] = time.monotonic() - began
+
+    def ended(order: Order, code: int | None, spent: float) -> bool:
+        if code:
+            raise SwquantError(f"{order.way.title} ended with code {code}; what it printed says why")
+        seconds[order.way.title] = spent
+        return False
+
+    # The quickest comes last, beside what is still at work.
+    in_processes(_work, reversed(orders.values()), os.cpu_count() or 1, ended)
     return seconds
 
 
-def _work(order: Order) -> None:
-    end_with_parent()
-    torch.set_num_threads(order.threads)
+def _work(order: Order, slot: int) -> None:
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // len(WAYS)))
     watching = Lines(plain_console(stderr=True), f"{order.way.title}: ")
     try:
         quantize(order.recipe, Path(order.assets) / "model", Path(order.place), observer=watching)

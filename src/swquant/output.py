@@ -26,6 +26,7 @@ from swquant.formats.base import Format, held_by
 from swquant.html.page import report_page
 from swquant.model.calls import Front
 from swquant.model.ends import quantized_end
+from swquant.places import REPORT
 from swquant.plan import Plan, versions
 from swquant.quant.kind import row_bits
 from swquant.quant.qtensor import QTensor
@@ -39,7 +40,7 @@ PLACE = "PATH"
 LARGEST = 1 << 26
 """Bytes of a report beyond which it is not read."""
 
-REPORT, PAGE, RECIPE = "report.json", "report.html", "swquant.yaml"
+PAGE, RECIPE = "report.html", "swquant.yaml"
 
 
 def write_output(

@@ -11,6 +11,9 @@ from pathlib import Path
 
 from swquant.errors import SwquantError
 
+REPORT = "report.json"
+"""What a finished output holds."""
+
 
 def destination(out: Path) -> Path:
     """Where ``out`` leads, links followed: what is staged beside it is on the file system that it is published to."""

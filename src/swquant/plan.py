@@ -187,8 +187,7 @@ def make_plan(
     Raises:
         SwquantError: If any part is unknown, out of range, or does not fit another.
     """
-    known = {name: grid for name, grid in recipe.grids.items() if name not in (grids or {})}
-    recipe = replace(recipe, grids=known | dict(grids or {}))
+    recipe = replace(recipe, grids=_on_top(recipe.grids, grids or {}))
     others = tuple(filter(None, recipe.grids.values()))
     spec, device = recipe.spec, resolve_device(recipe.device)
     recipe = recipe.settled({"device": device.type, "precision": fastest_precision(device)})
@@ -196,8 +195,7 @@ def make_plan(
     target = None if recipe.runtime is None else load_target(recipe.runtime)
     names = choose_formats(recipe.formats, target, (spec, *others))
     formats: tuple[Format, ...] = tuple(registry.load("swquant.formats", name)() for name in names)
-    preset = PRESETS[recipe.preset]
-    steps = parse_methods(recipe.method, recipe.options, recipe.epochs)
+    preset, steps = PRESETS[recipe.preset], parse_methods(recipe.method, recipe.options, recipe.epochs)
     model = open_model(open_source(source, options))
     disk = model.checkpoint.inner
     hidden_size = probe(model.skeleton)
@@ -224,7 +222,7 @@ def make_plan(
     )
     return Plan(
         resolved,
-        model.checkpoint.inner,
+        disk,
         checkpoint,
         skeleton,
         layout,
@@ -243,6 +241,13 @@ def make_plan(
         notes,
         disk.tensor_bytes,
     )
+
+
+def _on_top(
+    grids: Mapping[str, QuantSpec | None], given: Mapping[str, QuantSpec | None]
+) -> dict[str, QuantSpec | None]:
+    """Grids by pattern with those of ``given`` last, which counts."""
+    return {name: grid for name, grid in grids.items() if name not in given} | dict(given)
 
 
 def _notes(formats: Sequence[Format], target: Target | None, outline: Outline) -> tuple[tuple[str, ...], ...]:

@@ -34,10 +34,10 @@ from swquant.estimate.budget import Budget, drawing_problems, micro_batch_within
 from swquant.estimate.disk import disk_of
 from swquant.formats import PLAIN
 from swquant.model.calls import Calls, Front, capture
-from swquant.output import REPORT, load_report, write_output
+from swquant.output import load_report, write_output
 from swquant.phases.micro_batch import named, ran_out
 from swquant.phases.train import Train
-from swquant.places import destination, require_disk, require_unused
+from swquant.places import REPORT, destination, require_disk, require_unused
 from swquant.plan import Plan, make_plan
 from swquant.quant.deferred import in_float
 from swquant.quant.spec import QuantSpec

@@ -11,7 +11,7 @@ import pytest
 
 from swquant import Recipe, SwquantError, quantize
 from swquant.inspection import inspect
-from swquant.output import REPORT
+from swquant.places import REPORT
 
 MARKER = "ran.txt"
 

@@ -138,6 +138,8 @@ class Mlx:
         if not isinstance(settings, dict) or "group_size" not in settings:
             return None
         symmetric, turned = settings.get("symmetric", False), settings.get("other_symmetry", [])
+        if not isinstance(turned, list):
+            raise _unread(directory, "other_symmetry")
         spec = _spec_of(directory, settings, symmetric)
         others: dict[str, QuantSpec] = {}
         for name in settings.keys() - _SETTINGS:

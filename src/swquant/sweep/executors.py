@@ -6,13 +6,14 @@ import importlib.util
 import multiprocessing
 import os
 import threading
-from collections import deque
-from collections.abc import Callable, Sequence
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -21,6 +22,7 @@ from swquant.sweep.trial import Order, failed_row, read_row, run_trial, write_ro
 
 AUTO, LOCAL, RAY = "auto", "local", "ray"
 Finished = Callable[[Order], None]
+T = TypeVar("T")
 
 
 class Executor(Protocol):
@@ -45,27 +47,18 @@ class LocalProcesses:
 
     def run(self, orders: Sequence[Order], finished: Finished) -> None:
         """See :class:`Executor`."""
-        context = multiprocessing.get_context("spawn")
-        waiting = deque((order, 0) for order in orders)
-        free = deque(range(self.workers))
-        running: dict[int, tuple[BaseProcess, Order, int, int]] = {}
-        while waiting or running:
-            while waiting and free:
-                (order, attempt), slot = waiting.popleft(), free.popleft()
-                process = context.Process(target=_work, args=(order, slot), daemon=True)
-                process.start()
-                running[process.sentinel] = (process, order, attempt, slot)
-            for sentinel in connection.wait(list(running)):
-                assert isinstance(sentinel, int)
-                process, order, attempt, slot = running.pop(sentinel)
-                process.join()
-                free.append(slot)
-                if read_row(Path(order.place)) is None:
-                    if attempt < self.retries:
-                        waiting.append((order, attempt + 1))
-                        continue
-                    write_row(order, failed_row(order, _death(process.exitcode, attempt + 1)))
-                finished(order)
+        attempts = Counter[str]()
+
+        def ended(order: Order, code: int | None, _: float) -> bool:
+            attempts[order.id] += 1
+            if read_row(Path(order.place)) is None:
+                if attempts[order.id] <= self.retries:
+                    return True
+                write_row(order, failed_row(order, _death(code, attempts[order.id])))
+            finished(order)
+            return False
+
+        in_processes(_trial, orders, self.workers, ended)
 
 
 @dataclass(frozen=True)
@@ -165,19 +158,46 @@ def _import_ray() -> Any:
     return ray
 
 
-def _work(order: Order, slot: int) -> None:
-    """The life of a local worker; it ends with the sweep, however that ends."""
-    end_with_parent()
-    if torch.accelerator.is_available():
-        torch.accelerator.set_device_index(slot % torch.accelerator.device_count())
-    run_trial(order)
+def in_processes(
+    work: Callable[[T, int], None], orders: Iterable[T], workers: int, ended: Callable[[T, int | None, float], bool]
+) -> None:
+    """Run each order in a new process, some at a time; none of them outlives this one, however it ends.
+
+    Args:
+        work: What a process does, with its order and its slot, which no other has at the time.
+        orders: Plain values.
+        workers: Processes at a time.
+        ended: Hears of each with its exit code and how many seconds it took; ``True`` runs it again after the others.
+    """
+    context = multiprocessing.get_context("spawn")
+    waiting, free = deque(orders), deque(range(workers))
+    running: dict[int, tuple[BaseProcess, T, int, float]] = {}
+    while waiting or running:
+        while waiting and free:
+            order, slot = waiting.popleft(), free.popleft()
+            process = context.Process(target=_live, args=(work, order, slot), daemon=True)
+            process.start()
+            running[process.sentinel] = (process, order, slot, time.monotonic())
+        for sentinel in connection.wait(list(running)):
+            assert isinstance(sentinel, int)
+            process, order, slot, began = running.pop(sentinel)
+            process.join()
+            free.append(slot)
+            if ended(order, process.exitcode, time.monotonic() - began):
+                waiting.append(order)
 
 
-def end_with_parent() -> None:
-    """End this process when the one that started it ends, however that ends."""
+def _live(work: Callable[[T, int], None], order: T, slot: int) -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+    work(order, slot)
+
+
+def _trial(order: Order, slot: int) -> None:
+    if torch.accelerator.is_available():
+        torch.accelerator.set_device_index(slot % torch.accelerator.device_count())
+    run_trial(order)
 
 
 def _end_with(sentinel: int) -> None:

@@ -18,7 +18,7 @@ import torch
 from swquant.checkpoint.opening import open_source
 from swquant.corpus import read_corpus
 from swquant.errors import SwquantError
-from swquant.output import REPORT
+from swquant.places import REPORT
 from swquant.plan import versions
 from swquant.recipe import CHANNEL, SELF, Recipe
 from swquant.report import Report, Shift
