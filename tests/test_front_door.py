@@ -77,6 +77,7 @@ def test_a_ruined_output_is_called_one_and_the_lines_that_load_it_run(
 def test_without_a_network_a_dataset_is_looked_for_in_the_cache_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     offline: list[bool] = []
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: offline.append(constants.HF_HUB_OFFLINE))
     load_dataset("Salesforce/wikitext", split="test")

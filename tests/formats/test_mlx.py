@@ -162,6 +162,7 @@ def test_grids_that_are_not_ours_are_refused(symmetric: bool, scale: float, bias
         ({"group_size": 16}, "group size is 16"),
         ({"bits": 6}, "bits is 6"),
         ({"symmetric": 1}, "true or false"),
+        ({"other_symmetry": 5}, "'other_symmetry'"),
         ({"lm_head": {"bits": 8, "group_size": 64}}, "'lm_head'"),
     ],
 )
