@@ -147,7 +147,9 @@ def quantize_together(
             return before[0] if before else None
         held.enter_context(tensor_float32(plan.device, PRECISIONS[plan.recipe.precision]))
         micro_batch = ranks.lead(partial(_make_ready, plan, budget, ranks.size, key, out, held, watching))
-        job = replace(plan.job(), ranks=ranks, micro_batch=micro_batch, trims=budget is not None and budget.given)
+        taken = budget or Budget()
+        spare = partial(taken.spare, plan.device, ranks.size)
+        job = replace(plan.job(), ranks=ranks, micro_batch=micro_batch, trims=taken.given, spare=spare)
         run_state = _train(plan, job, work, key, watching)
         ranks.leave()
         if ranks.rank > 0:

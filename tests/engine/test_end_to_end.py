@@ -21,10 +21,12 @@ from torch.func import functional_call
 from transformers import AutoModelForCausalLM
 
 from swquant import Recipe, SwquantError, evaluate, quantize
+from swquant.engine.alive import Alive
 from swquant.engine.block import Job
 from swquant.engine.end_to_end import TrainedModel
 from swquant.engine.head import Heads
 from swquant.engine.run_state import RunState
+from swquant.estimate.budget import Budget
 from swquant.methods.end_to_end import LEARNING_RATE
 from swquant.model.calls import Front, capture
 from swquant.phases.scale_training import ScaleTraining
@@ -101,6 +103,48 @@ def test_the_streamed_gradient_is_that_of_autograd_through_the_whole_model(
         torch.testing.assert_close(
             gain.grad, leaves[name].grad * leaves[name].detach(), rtol=1e-4, atol=1e-5 * greatest
         )
+
+
+@pytest.mark.parametrize("weights", [False, True])
+def test_with_the_graph_of_all_blocks_in_memory_gradients_are_the_same_to_the_bit(
+    make_model: MakeModel, recipe: Recipe, tmp_path: Path, weights: bool
+) -> None:
+    work = ScaleTraining(1, 1, 0.01, norms=True, weights=weights)
+    model, _, run_state = behind_the_last_block(recipe, make_model("llama", 3), tmp_path / "work", work)
+    samples, rng = torch.arange(2), torch.Generator().manual_seed(0)
+    hidden, slope = (torch.randn(2, *run_state.shape[1:], generator=rng) for _ in range(2))
+    states = model.forward(hidden, samples)
+    last = states.pop()
+    model.backward(states, samples, slope)
+    expected = [{name: value.grad for name, value in theta.items()} for theta in model.thetas]
+    for theta in model.thetas:
+        for value in theta.values():
+            value.grad = None
+    told, live = model.graph_bytes(hidden, samples), Alive()
+    with live:
+        out = model.whole(hidden, samples)
+    assert torch.equal(out, last)
+    assert live.now == pytest.approx(told, rel=0.1)
+    out.backward(slope)
+    for theta, found in zip(model.thetas, expected, strict=True):
+        assert all(torch.equal(value.grad, found[name]) for name, value in theta.items())
+
+
+def test_memory_to_spare_decides_about_the_graph_and_not_about_the_result(
+    llama: Path, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[str] = []
+    for name in ("whole", "backward"):
+        own = getattr(TrainedModel, name)
+        monkeypatch.setattr(TrainedModel, name, lambda *given, own=own, name=name: (taken.append(name), own(*given))[1])
+    quantize(recipe, llama, tmp_path / "roomy")
+    assert set(taken) == {"whole"}
+    taken.clear()
+    monkeypatch.setattr(Budget, "spare", lambda self, device, ranks: 0)
+    quantize(recipe, llama, tmp_path / "narrow")
+    assert set(taken) == {"backward"}
+    written = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("roomy", "narrow")]
+    assert written[0] == written[1]
 
 
 @pytest.mark.parametrize("chunk", [1, 320 * 7, 1 << 24])

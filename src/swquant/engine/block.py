@@ -56,6 +56,7 @@ class Job:
             It changes no result but for rounding.
         precision: Of the matrix products in training; targets and both models' hidden states are always float32.
         trims: Freed memory is given back to the system after each part of a block, as a budget of memory asks for.
+        spare: Says how many bytes of the device's memory may be taken now for what only saves time; nothing by default.
     """
 
     checkpoint: Source
@@ -70,6 +71,7 @@ class Job:
     micro_batch: int | None = None
     precision: torch.dtype = torch.float32
     trims: bool = False
+    spare: Callable[[], int] = lambda: 0
 
     def trim(self) -> None:
         """Give freed memory back, where that is asked for."""

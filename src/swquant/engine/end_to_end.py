@@ -16,11 +16,12 @@ round(v)``, and gradients pass straight through the rounding where ``c`` is not 
 training with the original for a teacher (as in LLM-QAT, Liu et al., arXiv 2305.17888), begun where the blocks' training
 ended: ``v`` begins within the cell of its code, as near as that allows to the original's weight over the scale.
 
-Codes stay packed on the disk. A step goes forward block by block and keeps the hidden states before each,
+Codes stay packed on the disk. Where the graph of all blocks fits into the memory that is there to spare, a step goes
+forward and backward once. Where it does not, it goes forward block by block and keeps the hidden states before each,
 ``[blocks, samples, tokens, dim]``; then backward block by block, running each again with a graph. So one block's
 weights exist at a time, and memory grows with the number of blocks by hidden states, by what is learned, its gradient
-and AdamW's moments alone: 16 bytes for a scale, and for a weight with ``weights``. A large best state is on a mapped
-file. The blocks' matrix products are in the job's precision; heads and the validation loss are in float32.
+and AdamW's moments alone: 16 bytes for a scale, and for a weight with ``weights``. Both ways end in the same bits. A
+large best state is on a mapped file. The blocks' matrix products are in the job's precision; heads and the validation loss are in float32.
 """
 
 from __future__ import annotations
@@ -117,6 +118,7 @@ class _Stage:
         self.train, self.validation = split_validation(self.job.samples)
         self.micro_batch = MicroBatch(self.job.micro_batch)
         self.notes = list[str]()
+        self.keeping: dict[int, bool] = {}
 
     def run(self) -> dict[str, Any]:
         """Train from where the run stands, to the best state; returns the report."""
@@ -193,11 +195,26 @@ class _Stage:
         total = torch.zeros(())
         for part in self.micro_batch.cut(samples[own_rows(self.job.ranks, len(samples))]):
             share = len(part) / len(samples)
-            states = self.model.forward(self.inputs[part].to(self.job.device), part)
-            loss, slope = self.heads.gradient(self.reference[part].to(self.job.device), states.pop())
-            self.model.backward(states, part, slope if share == 1 else slope * share)
+            inputs, reference = self.inputs[part].to(self.job.device), self.reference[part].to(self.job.device)
+            if self._keeps_graph(inputs, part):
+                out = self.model.whole(inputs, part)
+                loss, slope = self.heads.gradient(reference, out.detach())
+                out.backward(slope if share == 1 else slope * share)
+            else:
+                states = self.model.forward(inputs, part)
+                loss, slope = self.heads.gradient(reference, states.pop())
+                self.model.backward(states, part, slope if share == 1 else slope * share)
             total += loss * share
         return total
+
+    def _keeps_graph(self, inputs: Tensor, samples: Tensor) -> bool:
+        """Whether memory is there for the graph of all blocks, asked once for each size of a micro-batch.
+
+        It changes no bit of the result, so a run may go on where it is decided otherwise.
+        """
+        if len(samples) not in self.keeping:
+            self.keeping[len(samples)] = self.model.graph_bytes(inputs, samples) <= self.job.spare()
+        return self.keeping[len(samples)]
 
     def settle(self) -> None:
         """Every state is in the domain."""

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from swquant.engine.alive import Alive
 from swquant.engine.block import Job
 from swquant.engine.bound import BoundBlock, own_batches
 from swquant.engine.precision import at_precision
@@ -118,6 +119,33 @@ class TrainedModel:
     def _bound(self, index: int) -> BoundBlock:
         job = self._job
         return BoundBlock(index, job.skeleton.block(index), self._calls, job.layout, job.device, job.ranks)
+
+    def whole(self, hidden: Tensor, samples: Tensor) -> Tensor:
+        """The hidden states after the last block as :meth:`forward` has them, differentiable in what is learned.
+
+        The graph of all blocks is kept for it (:meth:`graph_bytes`), which spares :meth:`backward`'s second pass.
+        """
+        with torch.enable_grad():
+            for index in range(len(self.thetas)):
+                hidden = self.run(index, hidden, samples, self._job.precision)
+        return hidden
+
+    def graph_bytes(self, hidden: Tensor, samples: Tensor) -> int:
+        """What the graph of :meth:`whole` holds beside what is learned, if all blocks are like the largest kinds' first.
+
+        Args:
+            hidden: Hidden states of ``samples`` at any block.
+            samples: Which samples they are.
+        """
+        return max(self._graph_bytes(index, hidden, samples) for index in self._job.layout.kinds()) * len(self.thetas)
+
+    def _graph_bytes(self, index: int, hidden: Tensor, samples: Tensor) -> int:
+        """Of one block, in a pass of its own."""
+        with torch.enable_grad(), Alive() as alive:
+            out = self.run(index, hidden, samples, self._job.precision)
+            held = alive.now
+        del out
+        return held
 
     @torch.no_grad()
     def forward(self, hidden: Tensor, samples: Tensor, keep: bool = True) -> list[Tensor]:

@@ -52,6 +52,16 @@ class Budget:
         """:meth:`tensor_limit` for this process as it is."""
         return self.tensor_limit(device, process_bytes())
 
+    def spare(self, device: torch.device, ranks: int) -> int:
+        """Bytes that each of so many processes may take, as it is, for what only saves time.
+
+        Where nothing is given it is half of what is free: the rest is for what else the machine does.
+        """
+        if not self.given:
+            return free_memory(device) // (2 * ranks)
+        taken = 0 if device.type == "cpu" else torch.accelerator.memory_allocated(device)
+        return max(0, min(self.room(device) - taken, free_memory(device)))
+
 
 def micro_batch_within(plan: Plan, budget: Budget, ranks: int, *, begun: bool = False) -> int | None:
     """Samples of a batch that each rank may take through a block at once; ``None`` is all of them.
