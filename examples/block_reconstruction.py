@@ -16,7 +16,7 @@ from swquant.losses import sliced_wasserstein_loss
 
 
 class Rounded(nn.Module):
-    """A weight on a grid of ``2**bits`` levels per group; scales and offsets are learned, rounding is straight through."""
+    """A weight on a grid of ``2**bits`` levels per group; scales and offsets learned, rounding straight through."""
 
     def __init__(self, weight: Tensor, bits: int = 2, group: int = 64) -> None:
         super().__init__()

@@ -16,7 +16,7 @@ DEMO = Path(swquant.__file__).parent / "demo_assets"
 
 
 def arguments(description: str, steps: int) -> argparse.ArgumentParser:
-    """Where the model and its texts are (the small model that swquant brings along, by default), and how long to train."""
+    """Where the model and its texts are, by default those that swquant brings along, and how long to train."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--model", default=str(DEMO / "model"))
     parser.add_argument("--calibration", type=Path, default=DEMO / "calibration.txt")

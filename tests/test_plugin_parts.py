@@ -69,9 +69,7 @@ def test_it_is_listed_with_its_first_line(kind: str, capsys: pytest.CaptureFixtu
     assert first.startswith(dict(line for line in shown if len(line) == 2)[PARTS[kind]].split(",")[0])
 
 
-def test_a_method_is_what_it_is_made_of(
-    installed: None, make_model: MakeModel, text: Path, tmp_path: Path
-) -> None:
+def test_a_method_is_what_it_is_made_of(installed: None, make_model: MakeModel, text: Path, tmp_path: Path) -> None:
     model = make_model("llama", 1, torch.float32)
     quantize(recipe(text, method="awq_gptq(damping=0.05)"), model, tmp_path / "ours")
     quantize(recipe(text, method="awq + gptq(damping=0.05)"), model, tmp_path / "parts")

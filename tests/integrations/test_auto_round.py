@@ -34,7 +34,9 @@ def test_another_version_is_refused(version: str, monkeypatch: pytest.MonkeyPatc
         pytest.fail("entered")
 
 
-@pytest.mark.parametrize("call", ["torch.clamp(x, -1, 1)", "x.clamp(min=-1, max=1)", "torch.clip(x, max=1).clip(min=-1)"])
+@pytest.mark.parametrize(
+    "call", ["torch.clamp(x, -1, 1)", "x.clamp(min=-1, max=1)", "torch.clip(x, max=1).clip(min=-1)"]
+)
 def test_the_gradient_of_clamp_is_one_at_both_ends_and_zero_beyond(call: str) -> None:
     x = torch.tensor(POINTS, requires_grad=True)
     with _ClosedClamp():

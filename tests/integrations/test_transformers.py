@@ -65,8 +65,9 @@ def test_every_format_stays_packed_and_predicts_what_load_does(outputs: Path, fo
 
 def test_a_plain_model_is_loaded_as_before_and_an_error_leaves_the_context(source: Path) -> None:
     before = vars(PreTrainedModel)["from_pretrained"]
-    with pytest.raises(OSError, match="nowhere"), packed_transformers():
+    with packed_transformers():
         assert packed(AutoModelForCausalLM.from_pretrained(source)) == 0
+    with pytest.raises(OSError, match="nowhere"), packed_transformers():
         AutoModelForCausalLM.from_pretrained(source.parent / "nowhere")
     assert vars(PreTrainedModel)["from_pretrained"] is before
 
@@ -121,5 +122,5 @@ def test_a_damaged_model_is_refused_as_load_refuses_it(outputs: Path, tmp_path: 
     config = json.loads((tmp_path / "config.json").read_text())
     config["quantization_config"]["bits"] = 5
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with packed_transformers(), pytest.raises(SwquantError, match="5 bits|bits"):
+    with packed_transformers(), pytest.raises(SwquantError, match="bits"):
         AutoModelForCausalLM.from_pretrained(tmp_path)

@@ -32,12 +32,12 @@ def auto_round_loss(expression: str, *, seed: int = 0) -> Iterator[None]:
             AutoRound(model, tokenizer, scheme="W2A16").quantize_and_save(folder)
 
     The loss takes the place of the mean squared error in SignRound and its variants, for blocks; single layers outside
-    of blocks, and the cross-entropy that ``--enable_lfq`` asks for, stay theirs. Padding is left out of both outputs. With
-    ``mse`` it trains to the bytes that auto-round trains to. Under accumulation of gradients auto-round adds up sums over
-    elements, so our means are multiplied by their number.
+    of blocks, and the cross-entropy that ``--enable_lfq`` asks for, stay theirs. Padding is left out of both outputs.
+    With ``mse`` it trains to the bytes that auto-round trains to. Under accumulation of gradients auto-round adds up
+    sums over elements, so our means are multiplied by their number.
 
-    On torch from 2.14 on the gradient of ``clamp`` is 0 at its ends (pytorch pull request 191142), where at 2 bits most codes
-    stand and where auto-round expects 1; within the context it is 1 there, as it was.
+    On torch from 2.14 on the gradient of ``clamp`` is 0 at its ends (pytorch pull request 191142), where at 2 bits most
+    codes stand and where auto-round expects 1; within the context it is 1 there, as it was.
 
     Args:
         expression: See :func:`swquant.losses.parse_loss`.
@@ -69,12 +69,12 @@ def auto_round_loss(expression: str, *, seed: int = 0) -> Iterator[None]:
     theirs = {kind: vars(kind)["_get_loss"] for kind in _quantizers()}
     try:
         for kind in theirs:
-            setattr(kind, "_get_loss", block_loss)
+            kind._get_loss = block_loss
         with _ClosedClamp() if _clamp_opens_at_its_ends() else nullcontext():
             yield
     finally:
         for kind, method in theirs.items():
-            setattr(kind, "_get_loss", method)
+            kind._get_loss = method
 
 
 def _quantizers() -> tuple[type, ...]:

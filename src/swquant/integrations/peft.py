@@ -21,11 +21,11 @@ def packed_lora(model: Any, config: Any) -> Any:
         model = swquant.load(path)
         model = get_peft_model(model, packed_lora(model, LoraConfig(target_modules=["q_proj", "v_proj"])))
 
-    Only the adapters train. ``save_pretrained`` writes them alone, and
-    ``PeftModel.from_pretrained(model, folder, config=packed_lora(model, LoraConfig.from_pretrained(folder)))`` reads them.
-    ``merge_and_unload`` puts in the place of each packed layer with an adapter an ``nn.Linear`` of its dequantized weight
-    plus the adapter's, and the model's configuration then says so, so that ``save_pretrained`` writes what can be read;
-    ``unmerge_adapter`` brings the packed layer back.
+    Only the adapters train. ``save_pretrained`` writes them alone, and they are read again with
+    ``PeftModel.from_pretrained(model, folder, config=packed_lora(model, LoraConfig.from_pretrained(folder)))``.
+    ``merge_and_unload`` puts in the place of each packed layer with an adapter an ``nn.Linear`` of its dequantized
+    weight plus the adapter's, and the model's configuration then says so, so that ``save_pretrained`` writes what can
+    be read; ``unmerge_adapter`` brings the packed layer back.
 
     Args:
         model: What :func:`swquant.load` gave.

@@ -35,16 +35,16 @@ def packed_transformers(kernel: str = "auto") -> Iterator[None]:
     """Have ``from_pretrained`` load directories that swquant reads as :func:`swquant.load` does, packed.
 
     Within the context ``AutoModelForCausalLM.from_pretrained(directory)``, and any model class's own, gives for a
-    directory in compressed-tensors, GPTQ, AutoRound, MLX or another of our formats the model whose quantized linears are
-    :class:`~swquant.runtime.linear.PackedLinear`. Everything else is loaded as before: hub names, too. Leaving it, by
-    an error as well, puts back what was there. Like any patch it is seen by all threads.
+    directory in compressed-tensors, GPTQ, AutoRound, MLX or another of our formats the model whose quantized linears
+    are :class:`~swquant.runtime.linear.PackedLinear`. Everything else is loaded as before: hub names, too. Leaving it,
+    by an error as well, puts back what was there. Like any patch it is seen by all threads.
 
     transformers refuses a second quantizer under a name that it knows, and its own would unpack MLX's and GPTQ's
     layouts by other kernels' rules; so it is the loading that is replaced, and no quantizer.
 
     Of the arguments of ``from_pretrained``, ``dtype``, ``device_map`` for one device, ``trust_remote_code``,
-    ``attn_implementation``, ``subfolder``, ``generation_config`` and ``config`` are followed; those that choose a source are
-    of no effect on a directory, and all others are refused.
+    ``attn_implementation``, ``subfolder``, ``generation_config`` and ``config`` are followed; those that choose a
+    source are of no effect on a directory, and all others are refused.
 
     Args:
         kernel: See :func:`swquant.load`.

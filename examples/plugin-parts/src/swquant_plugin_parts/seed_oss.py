@@ -4,6 +4,4 @@ from dataclasses import replace
 
 from swquant.families.llama import LLAMA
 
-SEED_OSS = replace(
-    LLAMA, name="seed_oss", architectures=("SeedOssForCausalLM",), base_architectures=("SeedOssModel",)
-)
+SEED_OSS = replace(LLAMA, name="seed_oss", architectures=("SeedOssForCausalLM",), base_architectures=("SeedOssModel",))
