@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -33,7 +32,11 @@ def resolve_device(text: str) -> torch.device:
 
 def free_memory(device: torch.device) -> int:
     """Bytes that are free on a device; of the host on a CPU."""
-    return psutil.virtual_memory().available if device.type == "cpu" else torch.accelerator.get_memory_info(device)[0]
+    if device.type != "cpu":
+        return torch.accelerator.get_memory_info(device)[0]
+    import psutil  # here alone, so that the losses run with torch and nothing else
+
+    return psutil.virtual_memory().available
 
 
 def multiplies(device: torch.device, dtype: torch.dtype) -> bool:

@@ -24,14 +24,25 @@ def read_quantized(directory: Path, *, trusted: bool = False) -> tuple[Format, Q
     Raises:
         SwquantError: There is none in a format that keeps codes.
     """
+    found = find_quantized(directory, trusted=trusted)
+    if found is None:
+        raise SwquantError(
+            f"{directory} holds no quantized model that swquant reads, expected one of {', '.join(_readable())}; give "
+            f"the directory that swquant quantize wrote ({PLAIN} keeps no codes: transformers loads its output)"
+        )
+    return found
+
+
+def find_quantized(directory: Path, *, trusted: bool = False) -> tuple[Format, QuantizedModel] | None:
+    """Like :func:`read_quantized`; ``None`` if there is none in a format that keeps codes."""
     config = read_config(directory, trusted=trusted)
-    readable = [name for name in registry.names(__name__) if name != PLAIN]
-    for name in readable:
+    for name in _readable():
         form: Format = registry.load(__name__, name)()
         model = form.read(directory, config)
         if model is not None:
             return form, model
-    raise SwquantError(
-        f"{directory} holds no quantized model that swquant reads, expected one of {', '.join(readable)}; give the "
-        f"directory that swquant quantize wrote ({PLAIN} keeps no codes: transformers loads its output)"
-    )
+    return None
+
+
+def _readable() -> list[str]:
+    return [name for name in registry.names(__name__) if name != PLAIN]

@@ -7,9 +7,9 @@ one matrix product with the directions then gives the gradient.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -18,15 +18,11 @@ from swquant.device import moved
 from swquant.losses.base import without_autocast
 from swquant.quant.valueless import valueless
 
-Floats = np.ndarray[Any, np.dtype[np.float32]]
-Ints = np.ndarray[Any, np.dtype[np.int32]]
-Longs = np.ndarray[Any, np.dtype[np.int64]]
+# torch runs without NumPy, and so do the losses, a few times slower.
+_HAS_NUMPY = find_spec("numpy") is not None
 
 # NumPy sorts with vector instructions, some five times as fast as torch.sort does, but on one thread only.
 _THREADS_NUMPY_OUTRUNS = 4
-
-# Rows sorted together: with 8-byte keys, a few thousand points a row stay in a core's second-level cache.
-_ROWS_PER_PASS = 16
 
 # Rows squared together, so that the squares never leave that cache.
 _ROWS_SQUARED = 512
@@ -110,11 +106,11 @@ def _project(points: Tensor, directions: Tensor) -> Tensor:
 
 def _back_project(slope: Tensor, directions: Tensor) -> Tensor:
     """Return ``slope.T @ directions.T``, [points, width]."""
-    if slope.device.type != "cpu" or valueless(slope):
+    if not _HAS_NUMPY or slope.device.type != "cpu" or valueless(slope):
         return slope.t() @ directions.t()
-    # NumPy asks the system for huge pages, which spares large fresh memory most of its page faults.
-    out = torch.from_numpy(np.empty((slope.shape[1], directions.shape[0]), slope.numpy().dtype))
-    return torch.mm(slope.t(), directions.t(), out=out)
+    from swquant.losses.numpy_rows import empty
+
+    return torch.mm(slope.t(), directions.t(), out=empty(slope.shape[1], directions.shape[0], like=slope))
 
 
 def _unsort(rows: Tensor, order: Tensor) -> Tensor:
@@ -124,35 +120,10 @@ def _unsort(rows: Tensor, order: Tensor) -> Tensor:
 
 def _sort_rows(values: Tensor, *, with_order: bool) -> tuple[Tensor, Tensor | None]:
     """Sort each row stably, in place where that is faster; return the rows and, if asked, the permutation."""
-    fast = values.device.type == "cpu" and values.dtype == torch.float32 and not valueless(values)
+    fast = _HAS_NUMPY and values.device.type == "cpu" and values.dtype == torch.float32 and not valueless(values)
     if not fast or torch.get_num_threads() > _THREADS_NUMPY_OUTRUNS:
         ordered, order = torch.sort(values, dim=1, stable=True)
         return ordered, order if with_order else None
-    rows = values.numpy()
-    if not with_order:
-        rows.sort(axis=1)
-        return values, None
-    order = np.empty(rows.shape, np.int64)
-    for start in range(0, len(rows), _ROWS_PER_PASS):
-        part = slice(start, start + _ROWS_PER_PASS)
-        _argsort_in_place(rows[part], order[part])
-    return values, torch.from_numpy(order)
+    from swquant.losses.numpy_rows import sort_in_place
 
-
-def _argsort_in_place(rows: Floats, keys: Longs) -> None:
-    """Sort ``rows`` by integer keys, value above and index below; leave the stable permutation in ``keys``."""
-    rows += np.float32(0)  # a negative zero becomes a positive one, so that both rank as equals
-    bits = rows.view(np.int32)
-    _toggle_order(bits)
-    keys[:] = bits
-    keys <<= 32
-    keys |= np.arange(rows.shape[1])
-    keys.sort(axis=1)
-    bits[:] = keys >> 32
-    _toggle_order(bits)
-    keys &= 0xFFFFFFFF
-
-
-def _toggle_order(bits: Ints) -> None:
-    """Turn the bits of float32 numbers into integers of the same order, or back, in place."""
-    bits ^= (bits >> 31) & 0x7FFFFFFF
+    return values, sort_in_place(values, with_order=with_order)

@@ -89,6 +89,11 @@ class PackedLinear(nn.Module):
         self.weight_zero_point = None if self.spec.symmetric else pack(q.zero.T, bits).T.contiguous().to(device)
         self.weight_shape = torch.tensor(q.codes.shape, device=device)
 
+    @property
+    def qweight(self) -> Tensor:
+        """The codes, by the name under which peft asks on which device a quantized layer lies."""
+        return self.weight_packed
+
     def quantized(self) -> QTensor:
         """Codes and grid, unpacked."""
         bits, scale = self.spec.bits, self.weight_scale.float()

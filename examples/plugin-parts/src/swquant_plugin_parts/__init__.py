@@ -1,0 +1,1 @@
+"""A method, a family and a format for swquant from another package."""
