@@ -4,7 +4,7 @@
     python benchmarks/texts.py TEXTS --wikitext test.txt valid.txt --prose jargon-text.deb
     python benchmarks/frontier.py run MODELS TEXTS [--models smollm2 ...] [--grids w2g64 ...] [--points NAME ...]
     pip install matplotlib
-    python benchmarks/frontier.py show
+    python benchmarks/frontier.py show --markdown docs/experiments.md
 
 A trial is a model, a grid, a point (``frontier_points.py``: a side with its settings) and a seed, which draws the
 calibration samples: windows of the Python language reference that comes with swquant, the same tokens for every side.
@@ -49,6 +49,7 @@ measure_of = lru_cache(1)(Measure)
 MODELS = ("smollm2", "gemma3-270m", "qwen2.5-0.5b", "qwen2.5-coder-1.5b")
 KEY = ("model", "grid", "point", "seed", "samples", "length", "context", "windows", "texts")
 CALIBRATION = "calibration.txt"
+MARKS = ("<!-- frontier: begin -->", "<!-- frontier: end -->")
 
 
 def known(path: Path) -> list[dict[str, Any]]:
@@ -134,6 +135,7 @@ def parsed(arguments: Iterable[str] | None = None) -> argparse.Namespace:
     runs.add_argument("--peer", type=peer, action="append", default=[], metavar="NAME=PYTHON")
     runs.add_argument("--environments", type=Path, default=Path(tempfile.gettempdir()) / "swquant-peers")
     shows = commands.add_parser("show")
+    shows.add_argument("--markdown", type=Path, metavar="PAGE", help="replaces the tables between its marks")
     for command in (runs, shows):
         command.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args(arguments)
@@ -147,9 +149,14 @@ def main() -> None:
     if args.command == "run":
         run(args)
     rows = [row for row in known(args.out) if row["texts"] == "table"]
-    print("\n".join(tables(rows)))
+    text = "\n".join(tables(rows))
+    print(text)
     if args.command == "show":
         draw(rows, args.out.with_suffix(".svg"))
+        if args.markdown is not None:
+            page = args.markdown.read_text(encoding="utf-8")
+            start, end = page.index(MARKS[0]) + len(MARKS[0]), page.index(MARKS[1])
+            args.markdown.write_text(f"{page[:start]}\n{text}\n\n{page[end:]}", encoding="utf-8")
 
 
 if __name__ == "__main__":
