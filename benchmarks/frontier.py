@@ -6,13 +6,14 @@
     pip install matplotlib
     python benchmarks/frontier.py show --markdown docs/experiments.md
 
-A trial is a model, a grid, a point (``frontier_points.py``: a side with its settings) and a seed, which draws the
-calibration samples: windows of the Python language reference that comes with swquant, the same tokens for every side.
-Each side runs in a process of its own, one thread, float32, a peer in an environment of its own: given by ``--peer
-NAME=PYTHON``, or made by pip in ``--environments`` when it is first needed, with torch 2.13. What it writes is measured
-by one evaluator (``frontier_measured.py``): KL to the original and nats lost on windows of three kinds of text that
-calibrate nothing, and the share of 64 greedily generated tokens before the first that is not the original's.
-``--texts selection`` measures on the texts that settings are chosen on, which are never those of a table.
+A trial is a model (``demo`` is the one that comes with swquant), a grid, a point (``frontier_points.py``: a side with its
+settings) and a seed, which draws the calibration samples: windows of the Python language reference that comes with
+swquant, the same tokens for every side. Each side runs in a process of its own, one thread, float32, a peer in an
+environment of its own: given by ``--peer NAME=PYTHON``, or made by pip in ``--environments`` when it is first needed,
+with torch 2.13. What it writes is measured by one evaluator (``frontier_measured.py``): KL to the original and nats
+lost on windows of three kinds of text that calibrate nothing, and the share of 64 greedily generated tokens before the
+first that is not the original's. ``--texts selection`` measures on the texts that settings are chosen on, which are
+never those of a table.
 
 Every trial is a line of the results; those that are there are not repeated, those that failed are.
 """
@@ -46,9 +47,10 @@ from texts import SPLITS
 
 RESULTS = Path(__file__).parent / "results" / "frontier.jsonl"
 measure_of = lru_cache(1)(Measure)
-MODELS = ("smollm2", "gemma3-270m", "qwen2.5-0.5b", "qwen2.5-coder-1.5b")
+DEMO = "demo"
+MODELS = (DEMO, "smollm2", "gemma3-270m", "qwen2.5-0.5b", "qwen2.5-coder-1.5b")
 KEY = ("model", "grid", "point", "seed", "samples", "length", "context", "windows", "texts")
-CALIBRATION = "calibration.txt"
+ASSETS = Path(str(resources.files("swquant") / "demo_assets"))
 MARKS = ("<!-- frontier: begin -->", "<!-- frontier: end -->")
 
 
@@ -84,12 +86,13 @@ def trial(key: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         SwquantError: The side failed, or what it wrote is not what it was asked for.
     """
-    point, spec, model = POINTS[key["point"]], GRIDS[key["grid"]], (args.folder / key["model"] / "model").resolve()
+    point, spec = POINTS[key["point"]], GRIDS[key["grid"]]
+    model = (ASSETS if key["model"] == DEMO else args.folder / key["model"]).resolve() / "model"
     python = sys.executable if point.side == "swquant" else args.peer.get(point.side)
     python = python or made(point.side, args.environments.absolute())
     measure = measure_of(model, args.texts_folder / key["texts"], args.windows, args.context)
-    text = resources.files("swquant") / "demo_assets" / CALIBRATION
-    with resources.as_file(text) as calibration, tempfile.TemporaryDirectory(prefix="swquant-frontier-") as name:
+    calibration = ASSETS / "calibration.txt"
+    with tempfile.TemporaryDirectory(prefix="swquant-frontier-") as name:
         folder, reading = Path(name), open_reading(model)
         tokens = tokenize(reading.tokenizer, read_text(str(calibration)))
         drawn = sample_windows(tokens, args.samples, args.length, key["seed"], reading.begin)
@@ -121,7 +124,7 @@ def parsed(arguments: Iterable[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     runs = commands.add_parser("run")
-    runs.add_argument("folder", type=Path, help="with a folder of wheel_model.py for each model")
+    runs.add_argument("folder", type=Path, help="with a folder of wheel_model.py for each model but the demo's")
     runs.add_argument("texts_folder", type=Path, help="of texts.py")
     runs.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     runs.add_argument("--grids", nargs="+", choices=GRIDS, default=tuple(GRIDS))
