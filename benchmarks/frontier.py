@@ -6,7 +6,7 @@
     pip install matplotlib
     python benchmarks/frontier.py show --markdown docs/experiments.md
 
-A trial is a model (``demo`` is the one that comes with swquant), a grid, a point (``frontier_points.py``: a side with its
+A trial is a model (``demo`` is the one that swquant has), a grid, a point (``frontier_points.py``: a side with its
 settings) and a seed, which draws the calibration samples: windows of the Python language reference that comes with
 swquant, the same tokens for every side. Each side runs in a process of its own, one thread, float32, a peer in an
 environment of its own: given by ``--peer NAME=PYTHON``, or made by pip in ``--environments`` when it is first needed,
