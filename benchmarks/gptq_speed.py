@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from peers import interpreter
+from peer_python import interpreter
 
 RESULTS = Path(__file__).parent / "results" / "gptq_speed.json"
 BITS, GROUP = 2, 64

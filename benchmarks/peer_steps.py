@@ -31,7 +31,7 @@ import torch
 from safetensors.torch import save_file
 
 from memory import make
-from peers import interpreter, require_peer
+from peer_python import interpreter, require_peer
 from swquant import SwquantError
 
 RESULTS = Path(__file__).parent / "results" / "peer_steps.json"
