@@ -391,7 +391,7 @@ def _to_quantize() -> str:
     """The command that does what ``plan`` was asked about."""
     from swquant.terminal import command_line
 
-    given: list[str] = click.get_current_context().find_root().obj
+    given: list[str] = click.get_current_context().find_root().obj or sys.argv[1:]
     kept = [word for word in given[1:] if word not in ("--no-time", "--json")]
     out = [] if any(word.partition("=")[0] == "--out" for word in kept) else ["--out", "DIRECTORY"]
     return command_line("swquant", "quantize", *kept, *out)
