@@ -30,6 +30,7 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+	$(BIN)/python tools/lengths.py
 
 # Warnings are errors; the pages open from build/docs/index.html without a server.
 docs: $(STAMP)
