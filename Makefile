@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test slow runtimes lint build clean
+.PHONY: demo test slow runtimes lint docs build clean
 
 demo: $(STAMP)
 	$(BIN)/swquant demo
@@ -17,7 +17,7 @@ test: $(STAMP)
 
 # With Triton, whose kernels run in its interpreter there.
 slow: $(STAMP)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test,triton]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test,triton,docs]"
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m slow
 
 # Our outputs in the runtimes themselves, which this installs: llama.cpp, onnxruntime, gptqmodel, auto-round, mlx-lm.
@@ -30,6 +30,12 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+	$(BIN)/python tools/lengths.py
+
+# Warnings are errors; the pages open from build/docs/index.html without a server.
+docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
 
 build: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt build

@@ -46,7 +46,11 @@ def reports(runs: list[Path]) -> list[Run]:
 def test_the_table_has_a_column_for_each_run(capsys: pytest.CaptureFixture[str], runs: list[Path]) -> None:
     code, out, err = run(capsys, *runs)
     assert (code, err) == (0, "")
-    assert out.split("\n")[0].split() == ["rounded", "trained"]
+    outcome, _, header, *_ = out.splitlines()
+    assert outcome.startswith("trained is nearest to the original: KL ")
+    assert header.split() == ["rounded", "trained"]
+    last = out.splitlines()[-1].split()
+    assert last == ["swquant", "compare", *map(str, runs), "--html", "compare.html"]
     line = next(line for line in out.splitlines() if line.startswith("perplexity"))
     assert line.split()[1:] == [f"{report.report.quality.perplexity:.3f}" for report in reports(runs)]
 
@@ -74,7 +78,7 @@ def test_the_best_is_marked_only_where_numbers_can_be_compared(runs: list[Path])
     rounded, trained = reports(runs)
     drift = [block.drift for block in (rounded.report.block_reports[-1], trained.report.block_reports[-1])]
     best = {row.name: row.best for row in rows_of([rounded, trained])}
-    assert best["drift after the last block"] == {drift.index(min(drift))}
+    assert best["error after the last block"] == {drift.index(min(drift))}
     kl = [rounded.report.quality.kl, trained.report.quality.kl]
     assert best["KL, nats per token"] == {kl.index(min(kl))}
     assert best["size"] == best["method"] == frozenset()

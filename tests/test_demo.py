@@ -42,11 +42,10 @@ def test_the_demo_prints_a_row_for_each_way(tmp_path: Path, capsys: pytest.Captu
     reports = run_demo(tmp_path)
     assert list(reports) == [way.title for way in WAYS]
     assert reports["OmniQuant"].quality.kl < reports["RTN"].quality.kl
-    lines = [line.strip(" │┃|") for line in capsys.readouterr().out.splitlines()]
+    printed = capsys.readouterr().out
+    rows = {cells[0]: cells[1:3] for cells in (re.split(" {2,}", line.strip()) for line in printed.splitlines())}
     for way in WAYS:
         quality = reports[way.title].quality
-        (row,) = (line for line in lines if re.match(rf"{re.escape(way.title)} *[│┃|]", line))
-        assert [cell.strip() for cell in re.split("[│┃|]", row)][1:3] == [
-            f"{quality.perplexity:.2f}",
-            f"{quality.kl:.3f}",
-        ]
+        assert rows[way.title] == [f"{quality.perplexity:.2f}", f"{quality.kl:.3f}"]
+    assert printed.startswith("At 2 bits the original's perplexity of ")
+    assert printed.splitlines()[-1].startswith("  swquant quantize ")

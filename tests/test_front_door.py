@@ -97,6 +97,7 @@ def test_an_option_that_is_given_twice_is_refused(capsys: pytest.CaptureFixture[
 def test_a_format_that_is_given_twice_means_both(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
     monkeypatch.setattr("swquant.convert.convert", lambda *_, **given: asked.append(given["format"]) or [])
+    monkeypatch.setattr("swquant.ui.print_converted", lambda *_: None)
     main(["convert", "model", "--out", "new", "--format", "gguf", "--format", "mlx"])
     _, recipe = recipe_of(None, (), {**NOTHING, "formats": ("gguf", "mlx")})
     assert (asked, recipe.formats) == (["gguf,mlx"], ("gguf", "mlx"))

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem, get_completion_class
 
 from swquant import __version__
 from swquant.errors import LeaderStoppedError, OutOfMemoryError, RankLostError, SwquantError, did_you_mean, reason_of
 from swquant.flags import (
     SOURCE_OPTIONS,
-    Group,
     budget_of,
     files_of,
     memory_options,
@@ -22,6 +22,7 @@ from swquant.flags import (
     source_options,
     trust_option,
 )
+from swquant.help import Group, known
 from swquant.observers.stopping import handled, interrupt
 from swquant.places import REPORT, require_unused
 
@@ -35,17 +36,31 @@ FAILURE = 1
 INTERRUPTED = 130
 
 
+def _kinds(_: click.Context, __: click.Parameter, begun: str) -> list[CompletionItem]:
+    return [CompletionItem(kind) for kind in KINDS if kind.startswith(begun)]
+
+
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="swquant")
 def app() -> None:
-    """Quantize language models to 2, 3 or 4 bits with losses that keep the activations' distribution."""
+    """Quantize language models to 2, 3 or 4 bits per weight, for vLLM, llama.cpp, MLX and others.
+
+    Begin with:  swquant demo   (a few minutes, no download)
+    """
+
+
+@app.command()
+@click.option("--out", type=click.Path(path_type=Path), help="Keep the quantized models here.  [dropped]")
+def demo(out: Path | None) -> None:
+    """Quantize a small model that comes along, four ways."""
+    from swquant.demo import run_demo
+
+    run_demo(out)
 
 
 @app.command()
 @click.argument("source")
-@click.option(
-    "--out", type=click.Path(path_type=Path), required=True, help="Where the quantized model goes; a new directory."
-)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="A new directory for the output.")
 @source_options
 @recipe_options
 @memory_options
@@ -69,10 +84,10 @@ def quantize(
 ) -> None:
     """Quantize SOURCE, a model directory or a hub name.
 
-    Without --recipe and --method, the recipe for the bits, the group size and the preset is taken; the summary names
-    it.
-    The same command goes on where a killed run stopped, and ends in the same bits. Started by torchrun, its processes
-    share the work: torchrun --nproc-per-node 4 -m swquant quantize ...
+    \b
+    Example:    swquant quantize Qwen/Qwen3-0.6B --bits 4 --preset fast --out q4
+    Many GPUs:  torchrun --nproc-per-node 4 -m swquant quantize ...
+    Killed, it resumes by the same command.
     """
     if not (out / REPORT).is_file():  # else it may be this run's own, finished
         require_unused(out)
@@ -122,9 +137,9 @@ def plan(
     as_json: bool,
     **flags: Any,
 ) -> None:
-    """Say what quantizing SOURCE would take: memory, disk, time, and what does not fit; no weight is read.
+    """Say what quantizing SOURCE takes: time, memory, disk.
 
-    Options are those of quantize. The exit code is 1 if something does not fit.
+    No weight is read. Options are those of quantize. The exit code is 1 if something does not fit.
     """
     from swquant.estimate import estimate
     from swquant.estimate.shown import print_estimate
@@ -133,7 +148,7 @@ def plan(
     recipe_name, recipe = recipe_of(recipe_name, options, flags)
     budget = budget_of(device_memory, host_memory)
     found = estimate(recipe, source, out, budget, measure=not no_time, source_options=files)
-    click.echo(found.to_json()) if as_json else print_estimate(found, recipe_name)
+    click.echo(found.to_json()) if as_json else print_estimate(found, recipe_name, _to_quantize())
     if found.problems:
         sys.exit(FAILURE)
 
@@ -141,23 +156,34 @@ def plan(
 @app.command()
 @click.argument("model")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Where it goes; a new directory.")
-@click.option("--for", "runtime", help="What is to serve the output (swquant list targets); picks the format.")
-@click.option("--format", "formats", multiple=True, help="Output format, or several (swquant list formats).")
+@click.option(
+    "--for",
+    "runtime",
+    shell_complete=known("targets"),
+    help="What is to serve the output (swquant list targets); picks the format.",
+)
+@click.option(
+    "--format",
+    "formats",
+    multiple=True,
+    shell_complete=known("formats"),
+    help="Output format, or several (swquant list formats).",
+)
 @trust_option
 def convert(model: str, out: Path, runtime: str | None, formats: tuple[str, ...], trust_remote_code: bool) -> None:
-    """Write MODEL, which is quantized, in another format: the same codes, never quantized again."""
+    """Write a quantized MODEL in another format, same codes."""
     from swquant.convert import convert as run
-    from swquant.ui import print_outputs
+    from swquant.ui import print_converted
 
     written = run(model, out, format=",".join(formats) or None, runtime=runtime, trust_remote_code=trust_remote_code)
-    print_outputs(written, out)
+    print_converted(written, model, out)
 
 
 @app.command()
 @click.argument("model")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def inspect(model: str, as_json: bool) -> None:
-    """Show what is inside MODEL, a quantized model of any format."""
+    """Show what is inside a quantized MODEL of any format."""
     from swquant.inspection import inspect as run
     from swquant.ui import print_inspection
 
@@ -173,7 +199,7 @@ def inspect(model: str, as_json: bool) -> None:
 @click.option("--html", "page", type=click.Path(path_type=Path), help="Write a page with charts to this file.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def compare(runs: tuple[Path, ...], page: Path | None, as_json: bool) -> None:
-    """Set finished RUNS side by side: two output directories or more."""
+    """Set the outputs of finished RUNS side by side."""
     from swquant.compare import compare as read
 
     found = read(runs)
@@ -182,7 +208,7 @@ def compare(runs: tuple[Path, ...], page: Path | None, as_json: bool) -> None:
     if as_json:
         click.echo(found.to_json())
         return
-    found.print()
+    found.print(runs, page)
 
 
 @app.command("eval")
@@ -206,7 +232,7 @@ def evaluate(
     as_json: bool,
     **flags: Any,
 ) -> None:
-    """Measure MODEL's perplexity, how far it is from the model it was made of, and its answers to tasks.
+    """Measure MODEL: perplexity, KL to its original, tasks.
 
     With --baseline and --reference: how much MODEL recovers of what the baseline lost. Several models and several
     baselines are then one recipe each with several seeds, in the same order.
@@ -232,7 +258,10 @@ def evaluate(
     if others:
         raise SwquantError(f"{len(models)} models and no --baseline: give one model, or --baseline and --reference")
     measured = measure(model, what, reference=reference, source_options=files)
-    click.echo(measured.to_json()) if as_json else print_measured(measured)
+    if as_json:
+        click.echo(measured.to_json())
+        return
+    print_measured(measured, reference)
 
 
 @app.command()
@@ -261,9 +290,10 @@ def sweep(
     keep: bool,
     dry_run: bool,
 ) -> None:
-    """Quantize by every combination that GRID lists, a YAML file of models and of a recipe's keys.
+    """Quantize by every combination of a YAML file, GRID.
 
-    The same command goes on where a killed one stopped; finished trials are never run again.
+    It lists models and values of a recipe's keys. The same command goes on where a killed one stopped; finished
+    trials are never run again.
     """
     from swquant.sweep import plan_sweep, planned_lines, run_sweep
     from swquant.sweep.executors import choose_executor
@@ -277,21 +307,16 @@ def sweep(
     click.echo(f"{len(rows)} trials, {failed} failed: {out / 'results.csv'}, {out / 'results.html'}")
 
 
-@app.command()
-@click.option("--out", type=click.Path(path_type=Path), help="Keep the quantized models here.  [dropped]")
-def demo(out: Path | None) -> None:
-    """Quantize the small model that comes with swquant to 2 bits, four ways, and compare."""
-    from swquant.demo import run_demo
-
-    run_demo(out)
-
-
 @app.command("list")
-@click.argument("kind", metavar="|".join(KINDS))
+@click.argument("kind", metavar="KIND", shell_complete=_kinds)
 def list_(kind: str) -> None:
-    """List what can be chosen, a line each."""
+    """List what can be chosen: methods, formats, recipes, ...
+
+    KIND is one of methods, losses, families, formats, grids, targets, recipes.
+    """
     from swquant import registry
     from swquant.recipe import Recipe, recipe_names
+    from swquant.terminal import print_list
 
     if kind not in KINDS:
         raise SwquantError(f"nothing to list under {kind!r}{did_you_mean(kind, KINDS)}")
@@ -299,9 +324,22 @@ def list_(kind: str) -> None:
         lines = {name: Recipe.load(name).summary for name in recipe_names()}
     else:
         lines = registry.describe(f"swquant.{kind}")
-    width = max(map(len, lines))
-    for name, line in lines.items():
-        click.echo(f"{name:<{width}}  {line}")
+    print_list(lines)
+
+
+@app.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the completion script of bash, zsh or fish.
+
+    \b
+    bash:  eval "$(swquant completion bash)"              in ~/.bashrc
+    zsh:   eval "$(swquant completion zsh)"               in ~/.zshrc
+    fish:  swquant completion fish > ~/.config/fish/completions/swquant.fish
+    """
+    made = get_completion_class(shell)
+    assert made is not None
+    click.echo(made(app, {}, "swquant", "_SWQUANT_COMPLETE").source())
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -312,7 +350,7 @@ def main(arguments: list[str] | None = None) -> None:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     try:
         with handled(interrupt):
-            app.main(arguments, prog_name="swquant", standalone_mode=False)
+            app.main(arguments, prog_name="swquant", standalone_mode=False, obj=_given(arguments))
     except LeaderStoppedError:
         sys.exit(FAILURE)
     except (RankLostError, OutOfMemoryError) as error:
@@ -341,10 +379,26 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _after(arguments: list[str] | None, sentence: str) -> str:
     """The sentence, if the command is one that goes on where it was stopped."""
-    given = sys.argv[1:] if arguments is None else arguments
+    given = _given(arguments)
     return sentence if given[:1] and given[0] in RESUMED else ""
 
 
+def _given(arguments: list[str] | None) -> list[str]:
+    return sys.argv[1:] if arguments is None else arguments
+
+
+def _to_quantize() -> str:
+    """The command that does what ``plan`` was asked about."""
+    from swquant.terminal import command_line
+
+    given: list[str] = click.get_current_context().find_root().obj or sys.argv[1:]
+    kept = [word for word in given[1:] if word not in ("--no-time", "--json")]
+    out = [] if any(word.partition("=")[0] == "--out" for word in kept) else ["--out", "DIRECTORY"]
+    return command_line("swquant", "quantize", *kept, *out)
+
+
 def _fail(sentence: str, code: int) -> None:
-    click.echo(f"swquant: {sentence}", err=True)
+    from swquant.terminal import plain_console, say
+
+    say(plain_console(stderr=True), f"swquant: {sentence}", "red")
     sys.exit(code)

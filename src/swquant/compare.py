@@ -16,7 +16,7 @@ from swquant.html.comparison import Run, cautions_of, comparison_page, rows_of
 from swquant.output import load_report
 from swquant.places import REPORT
 from swquant.report import Report
-from swquant.terminal import plain_console
+from swquant.terminal import command_line, next_command, outcome, plain_console, printable, say
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,16 @@ class Comparison:
         except OSError as error:
             raise SwquantError(f"{path} cannot be written: {error.strerror}; give --html another file") from error
 
-    def print(self) -> None:
-        """Print a table, the best of a row in bold."""
+    def print(self, places: Sequence[Path], page: Path | None = None) -> None:
+        """Print which run is nearest to the original, and a table, the best of a row in bold.
+
+        Args:
+            places: The runs' directories, for the command that draws charts.
+            page: Where charts were written, if they were.
+        """
+        console = plain_console()
+        outcome(console, self._outcome())
+        console.print()
         table = Table(box=None, pad_edge=False)
         table.add_column("")
         for run in self.runs:
@@ -54,10 +62,28 @@ class Comparison:
         for row in rows_of(self.runs):
             cells = (_plain(value, "bold" if place in row.best else "") for place, value in enumerate(row.values))
             table.add_row(row.name, *cells)
-        console = plain_console()
         console.print(table)
         for caution in self.cautions:
-            console.print(_plain(caution), soft_wrap=True)
+            say(console, printable(caution))
+        if page is not None:
+            say(console, f"Charts: {page}")
+            return
+        next_command(console, "draw charts", command_line("swquant", "compare", *places, "--html", "compare.html"))
+
+    def _outcome(self) -> str:
+        measured = [(run.report.quality.kl, run) for run in self.runs if run.report.quality is not None]
+        if self.cautions or not measured:
+            return f"{len(self.runs)} runs; what was measured of them cannot be compared as it is"
+        least = min(kl for kl, _ in measured)
+        best = [run for kl, run in measured if kl == least]
+        if len(best) > 1:
+            return (
+                f"{len(best)} of {len(self.runs)} runs are equally near to the original: KL {least:.4f} nats per token"
+            )
+        quality = best[0].report.quality
+        assert quality is not None
+        name = printable(best[0].name)
+        return f"{name} is nearest to the original: KL {least:.4f} nats per token, perplexity {quality.perplexity:.3f}"
 
 
 def compare(directories: Sequence[str | Path]) -> Comparison:
@@ -105,7 +131,7 @@ def short_names(paths: Sequence[Path]) -> list[str]:
 
 def _plain(text: str, style: str = "") -> Text:
     """Text of a stranger's for a terminal, which it must not steer."""
-    return Text("".join(letter if letter.isprintable() else "?" for letter in text), style)
+    return Text(printable(text), style)
 
 
 def _numbers(run: Run) -> dict[str, Any]:

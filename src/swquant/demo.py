@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from swquant.compare import read_report
@@ -27,7 +26,7 @@ from swquant.recipe import Recipe
 from swquant.report import Report
 from swquant.run import quantize
 from swquant.sweep.executors import in_processes
-from swquant.terminal import plain_console
+from swquant.terminal import next_command, outcome, plain_console, say
 from swquant.ui import Lines
 
 ASSETS = resources.files("swquant") / "demo_assets"
@@ -71,10 +70,24 @@ def run_demo(out: Path | None) -> dict[str, Report]:
         orders = {way.title: Order(way, str(assets), str(place / way.folder)) for way in WAYS}
         seconds = _run(orders)
         reports = {title: read_report(Path(order.place)) for title, order in orders.items()}
-    console = Console(highlight=False)
+    console = plain_console()
+    outcome(console, _outcome(reports))
+    console.print()
     console.print(_table(reports, seconds))
-    console.print(f"The model is {ASSETS / 'model'}, the texts lie beside it.", soft_wrap=True)
+    say(console, f"The model is {ASSETS / 'model'}, the texts lie beside it.")
+    next_command(
+        console, "a model that you know", "swquant quantize Qwen/Qwen3-0.6B --bits 4 --preset fast --out qwen-w4"
+    )
     return reports
+
+
+def _outcome(reports: dict[str, Report]) -> str:
+    """The least that rounding and training reach, of an original of what perplexity."""
+    found = {title: report.quality for title, report in reports.items() if report.quality is not None}
+    best = min(found, key=lambda title: found[title].perplexity)
+    before = next(iter(found.values())).perplexity_reference
+    reached = ", ".join(f"{found[title].perplexity:.2f} by {title}" for title in dict.fromkeys((WAYS[0].title, best)))
+    return f"At 2 bits the original's perplexity of {before:.2f} becomes {reached}"
 
 
 @dataclass(frozen=True)
@@ -136,7 +149,7 @@ def _place(out: Path | None) -> Generator[Path]:
 
 
 def _table(reports: dict[str, Report], seconds: dict[str, float]) -> Table:
-    table = Table(title=f"2 bits, groups of 64, {WINDOWS} windows of {CONTEXT} tokens", title_justify="left")
+    table = Table(title=f"2 bits, groups of 64, {WINDOWS} windows of {CONTEXT} tokens", title_justify="left", box=None)
     table.add_column("", no_wrap=True)
     for name in ("perplexity", "KL (nats)", "bits per weight", "size (MB)", "seconds"):
         table.add_column(name, justify="right")

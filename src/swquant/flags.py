@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from swquant.errors import SwquantError
+from swquant.help import help_all, known
 
 if TYPE_CHECKING:
     from swquant.checkpoint.opening import SourceOptions
@@ -16,56 +16,38 @@ if TYPE_CHECKING:
     from swquant.recipe import Recipe
 
 
-class Command(click.Command):
-    """A command that refuses an option given twice, of which the first would be lost without a word."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """See :class:`click.Command`."""
-        _, _, order = self.make_parser(ctx).parse_args(list(args))
-        given = Counter(one for one in order if isinstance(one, click.Option) and not one.multiple)
-        for option, times in given.items():
-            if times > 1:
-                raise click.UsageError(f"{option.opts[0]} is given {times} times; give it once", ctx)
-        return super().parse_args(ctx, args)
-
-
-class Group(click.Group):
-    """Commands of :class:`Command`."""
-
-    command_class = Command
-
-
 SOURCE_OPTIONS = ("revision", "subfolder", "dequantize_source", "trust_remote_code")
 """What :func:`source_options` give."""
 
 RECIPE_OPTIONS = (
     click.option(
-        "--recipe", "recipe_name", help="A named recipe (swquant list recipes) or a YAML file; flags override it."
+        "--recipe",
+        "recipe_name",
+        metavar="NAME",
+        shell_complete=known("recipes"),
+        help="A named recipe (swquant list recipes) or a YAML file; flags override it.",
     ),
-    click.option("--preset", type=click.Choice(["fast", "default", "best"]), help="How much data and training to use."),
+    click.option("--preset", type=click.Choice(["fast", "default", "best"]), help="Data and training.  [default]"),
     click.option(
         "--bits",
         multiple=True,
-        metavar="N or PATTERN=N",
-        help="Bits per weight: 2, 3, 4 or 8; again as '*.v_proj=4' for matrices whose names match.  [2]",
+        metavar="N | PATTERN=N",
+        help="Per weight: 2, 3, 4 or 8; again as '*.v_proj=4' for matrices whose names match.  [2]",
     ),
     click.option(
         "--group-size",
         multiple=True,
-        metavar="N or PATTERN=N",
-        help="Weights that share a scale: 32, 64, 128, or 'channel'; again for a pattern.  [64]",
+        metavar="N | PATTERN=N",
+        help="Weights that share a scale: 32, 64, 128, or 'channel'.  [64; 128 from 3 bits on]",
     ),
     click.option("--symmetric/--asymmetric", default=None, help="Fixed zero point, or one per group.  [symmetric]"),
     click.option(
         "--grid",
         multiple=True,
-        metavar="NAME or PATTERN=NAME",
-        help="uniform, or one that llama.cpp has: q2_k, q3_k, q4_k; sets the three above; again for a pattern.  "
-        "[uniform]",
+        metavar="NAME | PATTERN=NAME",
+        help="uniform, or llama.cpp's q2_k, q3_k, q4_k in place of the three above.  [uniform]",
     ),
-    click.option(
-        "--keep", multiple=True, metavar="PATTERN", help="Matrices to keep as they are: '*.down_proj'; repeatable."
-    ),
+    click.option("--keep", multiple=True, metavar="PATTERN", help="Leave unquantized: '*.down_proj'; repeatable."),
     click.option(
         "--allow-split",
         is_flag=True,
@@ -76,32 +58,42 @@ RECIPE_OPTIONS = (
         "--embedding-bits", type=int, help="Bits of the token embedding, 8 or 4, in GGUF and MLX.  [as it is]"
     ),
     click.option("--head-bits", type=int, help="Bits of the head, likewise; a tied one is the embedding.  [as it is]"),
-    click.option("--method", help="One of swquant list methods, or several: 'awq + tesseraq'.  [by recipe]"),
+    click.option(
+        "--method",
+        shell_complete=known("methods"),
+        help="One of swquant list methods, or several: 'awq + tesseraq'.  [by recipe]",
+    ),
     click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help="An option of a method; repeatable."),
-    click.option("--loss", help="Training loss, e.g. '0.9*mse + 0.1*sliced_wasserstein(slices=256)'."),
+    click.option(
+        "--loss", shell_complete=known("losses"), help="Training loss, or a sum: '0.9*mse + 0.1*sliced_wasserstein'."
+    ),
     click.option(
         "--calibration",
-        help="Text or jsonl file, datasets name, mix (kinds from the hub, mix:chat+code), bundled (a text that comes "
-        "along), or self: drawn from the model.  [self if it fits and is quick, else bundled]",
+        help="A .txt or .jsonl file, datasets name, bundled, mix, or self (drawn from the model).  "
+        "[self where that is quick, else bundled]",
     ),
     click.option("--samples", type=int, help="Calibration samples.  [128, by preset]"),
-    click.option("--seq-len", type=int, help="Tokens per sample.  [2048, or the model's limit]"),
-    click.option(
-        "--epochs", type=int, help="Passes over the samples, for all methods that have them.  [by method, preset]"
-    ),
-    click.option(
-        "--evaluation", help="What to measure the result on, as --calibration but self.  [held out of --calibration]"
-    ),
+    click.option("--seq-len", type=int, help="Tokens of each.  [2048, or the model's limit]"),
+    click.option("--epochs", type=int, help="Passes over the samples.  [by method, preset]"),
+    click.option("--evaluation", help="Text to measure on.  [held out of --calibration]"),
     click.option("--evaluation-samples", type=int, help="Windows of --seq-len tokens to measure on; 0 for none.  [16]"),
     click.option("--seed", type=int, help="Seed of everything random.  [0]"),
     click.option("--precision", help="Of matrix products in training: float32, bfloat16 or auto.  [auto]"),
     click.option("--device", help="cpu, an accelerator's name, or auto.  [auto]"),
-    click.option("--for", "runtime", help="What is to serve the output (swquant list targets); picks the format."),
+    click.option(
+        "--for",
+        "runtime",
+        metavar="RUNTIME",
+        shell_complete=known("targets"),
+        help="Serve by vllm, sglang, llama.cpp, mlx, onnxruntime, transformers; picks the format.",
+    ),
     click.option(
         "--format",
         "formats",
         multiple=True,
-        help="Output format, or several: 'gguf,mlx', or again (swquant list formats).  [compressed-tensors]",
+        metavar="NAME",
+        shell_complete=known("formats"),
+        help="Or name it; again, or 'gguf,mlx', for several.  [compressed_tensors]",
     ),
 )
 """What decides a recipe."""
@@ -111,13 +103,13 @@ def recipe_options(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command :data:`RECIPE_OPTIONS`."""
     for option in reversed(RECIPE_OPTIONS):
         command = option(command)
-    return command
+    return help_all(command)
 
 
 def memory_options(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command the budget of a run."""
-    host = click.option("--host-memory", metavar="SIZE", help="The same on the host.")
-    device = "Memory that the run may take on the device, such as 20GiB; batches are cut to keep to it."
+    host = click.option("--host-memory", metavar="SIZE", help="The same for the process.")
+    device = "Most memory to take there, e.g. 20GiB."
     return click.option("--device-memory", metavar="SIZE", help=device)(host(command))
 
 

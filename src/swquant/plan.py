@@ -210,18 +210,9 @@ def make_plan(
     seq_len = _sample_length(recipe.seq_len, skeleton.longest, loss, hidden_size)
     recipe = replace(recipe, samples=recipe.samples or preset.samples, seq_len=seq_len)
     material = material_of(recipe, disk, model.skeleton, layout, device, room)
-    resolved = replace(
-        recipe,
-        method=" + ".join(map(str, steps)),
-        options={},
-        epochs=None,
-        loss=loss and str(loss),
-        calibration=material.calibration,
-        format=",".join(names),
-        device=str(device),
-    )
+    recipe = replace(recipe, method=" + ".join(map(str, steps)), loss=loss and str(loss), format=",".join(names))
     return Plan(
-        resolved,
+        replace(recipe, options={}, epochs=None, calibration=material.calibration, device=str(device)),
         disk,
         checkpoint,
         skeleton,

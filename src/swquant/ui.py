@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from rich.console import Console
@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, Tex
 from rich.table import Table
 from rich.text import Text
 
-from swquant.advice import advise
+from swquant.advice import advise, ruined
 from swquant.engine.observer import Observer
 from swquant.engine.pace import Pace
 from swquant.evaluation import Evaluation, Gain, Measured
@@ -23,7 +23,7 @@ from swquant.inspection import Inspection
 from swquant.output import PAGE
 from swquant.quant.spec import in_words
 from swquant.report import Output, Report
-from swquant.terminal import plain_console
+from swquant.terminal import command_line, facts, next_command, outcome, plain_console, say
 from swquant.units import size, span
 
 
@@ -37,12 +37,12 @@ def observer(label: str = "") -> Generator[Observer]:
     pace = Pace()
     columns = (
         TextColumn("{task.description}", markup=False),
-        BarColumn(),
+        BarColumn(bar_width=None),
         TextColumn("{task.percentage:3.0f}%"),
         TimeElapsedColumn(),
         TimeLeft(pace),
     )
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=console, expand=True) as progress:
         yield Bar(progress, label, pace)
 
 
@@ -142,29 +142,59 @@ class Bar:
 def print_report(report: Report, out: Path, recipe: str | None = None) -> None:
     """Print what a person wants to know of a finished run; ``recipe`` is the name or the file of the recipe."""
     console = plain_console()
-    table = Table(title=f"{report.source} -> {out}", title_justify="left", show_header=False, box=None, pad_edge=False)
-    table.add_column(style="bold")
-    table.add_column()
-    for name, value in _facts(report, recipe):
-        table.add_row(name, value)
-    console.print(table)
+    outcome(console, _outcome(report), good=ruined(report) is None)
+    console.print()
+    facts(console, _facts(report, out, recipe))
     if advice := advise(report):
-        console.print(f"\nTo try next: {advice[0]}", soft_wrap=True)
-    console.print(f"\nCharts, and what else to try: {out / PAGE}", soft_wrap=True)
-    print_outputs(report.outputs, out)
+        say(console, f"\nTo try next: {advice[0]}")
+    say(console, f"\nCharts, and what else to try: {out / PAGE}")
+    print_loading(report.outputs, out)
+    if served := _served(report.outputs, out):
+        next_command(console, "serve it", served)
+        return
+    first = out / report.outputs[0].directory
+    measure = command_line("swquant", "eval", first, "--reference", report.source, "--text", "wikitext2")
+    next_command(console, "measure it on another text", measure)
 
 
-def print_outputs(outputs: Sequence[Output], out: Path) -> None:
-    """Print how each output in ``out`` is loaded and served."""
+def _outcome(report: Report) -> str:
+    output, quality = report.outputs[0], report.quality
+    sizes = f"{size(report.bytes_source)} -> {size(output.bytes)}"
+    lost = ""
+    if quality is not None:
+        lost = f", perplexity {quality.perplexity_reference:.2f} -> {quality.perplexity:.2f}"
+    return f"Quantized {PurePath(report.source).name} to {report.bits_per_weight:.2f} bits per weight: {sizes}{lost}"
+
+
+def print_converted(outputs: Sequence[Output], model: str, out: Path) -> None:
+    """Print what ``swquant convert`` wrote."""
+    console = plain_console()
+    for output in outputs:
+        outcome(
+            console, f"Wrote {out / output.directory} ({output.format}), {size(output.bytes)}: the codes of {model}"
+        )
+        say(console, f"Read back: {opened(output)}")
+    print_loading(outputs, out)
+    if served := _served(outputs, out):
+        next_command(console, "serve it", served)
+    else:
+        next_command(console, "see what it holds", command_line("swquant", "inspect", out / outputs[0].directory))
+
+
+def print_loading(outputs: Sequence[Output], out: Path) -> None:
+    """Print how each output in ``out`` is loaded."""
     console = plain_console()
     for output in outputs:
         place = out / output.directory
-        console.print(f"\nTo load {place} ({output.format}):\n", soft_wrap=True)
-        console.print(f"path = {str(place)!r}\n{output.loading}", soft_wrap=True)
-        if output.command is not None:
-            command = output.command.replace("PATH", shlex.quote(str(place)))
-            console.print("\nTo serve it:\n")
-            console.print(command, soft_wrap=True)
+        say(console, f"\nTo load {place} ({output.format}):")
+        console.print(f"\npath = {str(place)!r}\n{output.loading}", soft_wrap=True)
+
+
+def _served(outputs: Sequence[Output], out: Path) -> str | None:
+    """The command that serves the first output that has one."""
+    commands = ((output.command, out / output.directory) for output in outputs)
+    found = next(((command, place) for command, place in commands if command is not None), None)
+    return None if found is None else found[0].replace("PATH", shlex.quote(str(found[1])))
 
 
 def print_inspection(found: Inspection) -> None:
@@ -172,12 +202,13 @@ def print_inspection(found: Inspection) -> None:
     console = plain_console()
     quantized, plain = found.parameters
     symmetry = "symmetric" if found.symmetric else "asymmetric"
-    console.print(f"{found.directory}: {found.format}, {found.model_type}, {found.grid} {symmetry}", soft_wrap=True)
-    console.print(
+    outcome(console, f"{found.directory}: {found.format}, {found.model_type}, {found.grid} {symmetry}")
+    say(
+        console,
         f"{quantized:,} quantized weights and {plain:,} other values in {size(found.file_bytes)}, "
         f"{found.entropy:.3f} bits of entropy per code",
-        soft_wrap=True,
     )
+    console.print()
     table = Table(box=None, pad_edge=False)
     for title in ("weights", "count", "shape", "entropy", "at the ends", "least scale", "greatest"):
         table.add_column(title, justify="left" if title == "weights" else "right")
@@ -186,33 +217,51 @@ def print_inspection(found: Inspection) -> None:
         scales = (f"{value:.3g}" for value in kind.scale)
         table.add_row(kind.name, str(kind.count), shape, f"{kind.entropy:.3f}", ends, *scales)
     console.print(table)
+    measure = command_line("swquant", "eval", found.directory, "--text", "bundled")
+    next_command(console, "measure it (--reference ORIGINAL adds KL)", measure)
 
 
-def print_measured(found: Measured) -> None:
-    """Print what was measured of one model."""
+def print_measured(found: Measured, reference: str | None) -> None:
+    """Print what was measured of one model, and against ``reference`` if there was one."""
     console = plain_console()
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(style="bold")
-    table.add_column()
-    table.add_row("model", found.model)
-    for name, value in _text_facts(found.text) if found.text is not None else ():
-        table.add_row(name, value)
+    outcome(console, _measured_outcome(found))
+    console.print()
+    rows = [("model", found.model)]
+    rows += _text_facts(found.text) if found.text is not None else ()
     for task in found.tasks:
         others = "".join(f", {name} {value:.4f}" for name, value in task.metrics.items() if name != task.metric)
-        table.add_row(task.task, f"{task.metric} {task.value:.4f}{others} ({task.items} items)")
-    console.print(table)
+        rows.append((task.task, f"{task.metric} {task.value:.4f}{others} ({task.items} items)"))
+    facts(console, rows)
     if found.text is not None:
+        say(console, "\nBy position in the window:")
         console.print(_positions(found.text))
     if found.tasks:
         versions = ", ".join(f"{task.task} {task.version}" for task in found.tasks)
-        console.print(f"lm-eval {found.tasks[0].harness}; {versions}")
+        say(console, f"lm-eval {found.tasks[0].harness}; {versions}")
     for note in found.notes:
-        console.print(f"note: {note}", soft_wrap=True, markup=False)
+        say(console, f"note: {note}")
+    if reference is not None:
+        convert = command_line("swquant", "convert", found.model, "--for", "llama.cpp", "--out", "DIRECTORY")
+        next_command(console, "write it for another runtime", convert)
+    elif found.text is not None:
+        again = command_line("swquant", "eval", found.model, "--text", found.text.text, "--reference", "ORIGINAL")
+        next_command(console, "compare it with its original", again)
+
+
+def _measured_outcome(found: Measured) -> str:
+    name, text = PurePath(found.model).name, found.text
+    if text is None:
+        return f"{name}: " + ", ".join(f"{task.task} {task.metric} {task.value:.4f}" for task in found.tasks)
+    before = "" if text.reference_perplexity is None else f"{text.reference_perplexity:.2f} -> "
+    kl = "" if text.kl is None else f", KL {text.kl:.3f} nats per token"
+    return f"{name}: perplexity {before}{text.perplexity:.2f}{kl}"
 
 
 def print_gain(gain: Gain) -> None:
     """Print what some models recover of what others lost."""
     console = plain_console()
+    outcome(console, _gain_outcome(gain))
+    console.print()
     table = Table(box=None, pad_edge=False)
     for title in ("", "without", "with", "original", "recovered", "interval"):
         table.add_column(title, justify="left" if not title else "right")
@@ -224,9 +273,16 @@ def print_gain(gain: Gain) -> None:
     console.print(table)
     some = next(iter(gain.recovered.values()))
     over = "windows, items and seeds" if max(some.seeds) > 1 else "windows and items; with one seed, not over seeds"
-    console.print(f"{some.level:.0%} intervals over {over}", soft_wrap=True)
+    say(console, f"{some.level:.0%} intervals over {over}")
     for note in dict.fromkeys(note for model in (*gain.models, *gain.baselines) for note in model.notes):
-        console.print(f"note: {note}", soft_wrap=True, markup=False)
+        say(console, f"note: {note}")
+
+
+def _gain_outcome(gain: Gain) -> str:
+    name, found = next(iter(gain.recovered.items()))
+    return f"{name}: " + (
+        "nothing was lost" if found.value is None else f"{found.value:.1%} of what was lost is recovered"
+    )
 
 
 def _text_facts(result: Evaluation) -> Iterator[tuple[str, str]]:
@@ -253,14 +309,15 @@ def _positions(result: Evaluation) -> Table:
     return table
 
 
-def _facts(report: Report, recipe: str | None) -> Iterator[tuple[str, str]]:
+def _facts(report: Report, out: Path, recipe: str | None) -> Iterator[tuple[str, str]]:
+    yield "output", str(out)
     for output in report.outputs:
         saved = report.bytes_source / max(1, output.bytes)
         sizes = f"{size(report.bytes_source)} -> {size(output.bytes)} ({saved:.2f} times smaller)"
         whole = report.whole_bits(output)
         over = "" if whole is None else f", {whole:.2f} bits per weight over all of it"
         yield "size", f"{sizes}, {output.format}{over}"
-        yield "opened again", opened(output)
+        yield "read back", opened(output)
     yield "bits per quantized weight", f"{report.bits_per_weight:.3f}, scales and zero points included"
     if len(report.grids) > 1:
         yield "matrices", in_words(report.grids)

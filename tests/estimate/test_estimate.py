@@ -279,7 +279,7 @@ def test_a_long_run_is_told_what_makes_it_shorter(
     time = estimate(fast, wide, tmp_path / "out").time
     assert time is not None
     assert long.faster["--preset fast"] == pytest.approx(time["total"])
-    print_estimate(long, None)
+    print_estimate(long, None, "swquant quantize model")
     assert f"To take less: --preset fast {span(time['total'])}, --samples 16 " in capsys.readouterr().out
 
 

@@ -4,30 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from rich.table import Table
-
 from swquant.estimate import Estimate
 from swquant.quant.spec import in_words
-from swquant.terminal import plain_console
+from swquant.terminal import facts, next_command, outcome, plain_console, say
 from swquant.units import size, span
 
 
-def print_estimate(found: Estimate, recipe: str | None) -> None:
-    """Print what a run will take; ``recipe`` is the name or the file of the recipe."""
+def print_estimate(found: Estimate, recipe: str | None, command: str) -> None:
+    """Print what a run will take.
+
+    Args:
+        found: What was estimated.
+        recipe: The name or the file of the recipe.
+        command: What runs it.
+    """
     console = plain_console()
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(style="bold")
-    table.add_column()
-    for name, value in _facts(found, recipe):
-        table.add_row(name, value)
-    console.print(table)
+    for problem in found.problems:
+        outcome(console, f"Does not fit: {problem}", good=False)
+    if not found.problems:
+        time = "" if found.time is None else f"{span(found.time['total'])}, "
+        memory = f"{size(found.host)} of memory, {size(found.disk['peak'])} of disk"
+        outcome(console, f"Fits: {time}{memory}, at {found.bits_per_weight:.2f} bits per weight")
+    console.print()
+    facts(console, _facts(found, recipe))
     if found.chosen is not None:
-        console.print(found.chosen, soft_wrap=True)
+        say(console, found.chosen)
     if found.faster:
         flags = ", ".join(f"{flag} {span(seconds)}" for flag, seconds in found.faster.items())
-        console.print(f"To take less: {flags}; a device that computes faster.", soft_wrap=True)
-    for problem in found.problems:
-        console.print(f"Does not fit: {problem}", soft_wrap=True)
+        say(console, f"To take less: {flags}; a device that computes faster.")
+    if not found.problems:
+        next_command(console, "run it", command)
 
 
 def _facts(found: Estimate, recipe: str | None) -> Iterator[tuple[str, str]]:

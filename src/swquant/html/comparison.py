@@ -54,7 +54,7 @@ def rows_of(runs: Sequence[Run]) -> list[Row]:
     return [
         _words("method", reports, lambda report: str(report.recipe["method"])),
         *_quality_rows(reports),
-        _numbers("drift after the last block", reports, lambda r: r.block_reports[-1].drift, "{:.4f}".format, min),
+        _numbers("error after the last block", reports, lambda r: r.block_reports[-1].drift, "{:.4f}".format, min),
         _numbers("bits per weight", reports, lambda report: report.bits_per_weight, "{:.3f}".format),
         _numbers("size", reports, lambda report: report.outputs[0].bytes, size),
         _numbers("time", reports, lambda report: report.seconds, span),
@@ -78,7 +78,7 @@ def cautions_of(runs: Sequence[Run]) -> list[str]:
     if not _on_one_text(qualities):
         said.append(
             "The original's perplexity differs, so these runs were measured on different texts or made of different "
-            "models: do not compare their perplexities, divergences and drifts. swquant eval measures all alike."
+            "models: do not compare their perplexities, divergences and errors. swquant eval measures all alike."
         )
     return said
 

@@ -33,11 +33,11 @@ def sliced_wasserstein_loss(
               \left| \operatorname{sort}(X w_l)_n - \operatorname{sort}(Y w_l)_n \right|^p,
               \qquad w_l = g_l / \lVert g_l \rVert, \quad g_l \sim \mathcal{N}(0, I).
 
-    With ``power=1`` this is the 1-Wasserstein distance, averaged over directions, as in [1]_, in the units of the
-    inputs. With ``power=2`` it is the square of the 2-Wasserstein distance, averaged over directions, as in [2]_ and
-    [3]_: in squared units, like the mean squared error, and in expectation over directions at most that error.
+    With ``power=1`` this is the 1-Wasserstein distance, averaged over directions, as in [1], in the units of the
+    inputs. With ``power=2`` it is the square of the 2-Wasserstein distance, averaged over directions, as in [2] and
+    [3]: in squared units, like the mean squared error, and in expectation over directions at most that error.
 
-    With ``block=b`` [1]_ joins b consecutive tokens of a sequence into one point of dimension b * dim, which keeps the
+    With ``block=b`` [1] joins b consecutive tokens of a sequence into one point of dimension b * dim, which keeps the
     order of tokens inside a block.
 
     The gradient is exact for the drawn directions: ``sum_l w_l * sign(gap_ln) / (L N)`` for the point of rank n, or
