@@ -290,13 +290,15 @@ def demo(out: Path | None) -> None:
 @click.argument("kind", metavar="|".join(KINDS))
 def list_(kind: str) -> None:
     """List what can be chosen, a line each."""
-    from swquant import registry
+    from swquant import registry, targets
     from swquant.recipe import Recipe, recipe_names
 
     if kind not in KINDS:
         raise SwquantError(f"nothing to list under {kind!r}{did_you_mean(kind, KINDS)}")
     if kind == "recipes":
         lines = {name: Recipe.load(name).summary for name in recipe_names()}
+    elif kind == "targets":
+        lines = targets.describe()
     else:
         lines = registry.describe(f"swquant.{kind}")
     width = max(map(len, lines))
