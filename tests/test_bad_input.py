@@ -121,8 +121,12 @@ def a_pointer(model: Path) -> None:
 
 
 def an_index_of_another(model: Path) -> None:
-    (model / SHARD).rename(model / "model-00001-of-00001.safetensors")
-    weight_map = {"model.norm.weight": "model-00001-of-00001.safetensors", "x": "model-00001-of-00001.safetensors"}
+    shard = "model-00001-of-00001.safetensors"
+    weights = load_file(model / SHARD)
+    weight_map = dict.fromkeys(weights, shard)
+    del weights["model.norm.weight"]
+    save_file(weights, model / shard)
+    (model / SHARD).unlink()
     (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
@@ -161,7 +165,7 @@ DAMAGES: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "no weights": (without_weights, ("holds no weights", "expected model.safetensors")),
     "missing shard": (a_shard_short, ("'model-00002-of-00002.safetensors', which is missing", "download")),
     "pointer": (a_pointer, (SHARD, "is a pointer of Git LFS", "git lfs pull")),
-    "index of another model": (an_index_of_another, ("lacks 'x', which", "they are not of one model")),
+    "index of another model": (an_index_of_another, ("lacks 'model.norm.weight', which", "they are not of one model")),
     "missing tensor": (a_tensor_short, ("no tensor 'model.layers.1.mlp.up_proj.weight'",)),
     "no config": (without_config, ("no config.json", "save_pretrained")),
     "config that is no JSON": (config_is_no_json, ("not valid JSON", "download it again")),

@@ -44,9 +44,18 @@ def test_the_command_line_answers_without_torch() -> None:
 def test_list_describes_everything_in_a_line(capsys: pytest.CaptureFixture[str], kind: str) -> None:
     code, out, _ = run(capsys, "list", kind)
     expected = recipe_names() if kind == "recipes" else registry.names(f"swquant.{kind}")
+    if kind == "targets":
+        expected = [name.replace("_", ".") for name in expected]  # as llama.cpp is written
     assert code == 0
     assert [line.split()[0] for line in out.splitlines()] == list(expected)
     assert all(len(line.split()) > 2 for line in out.splitlines())
+
+
+@pytest.mark.parametrize("name", ["llama.cp", "LLama_cp"])
+def test_a_runtime_is_suggested_as_it_is_written(capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str) -> None:
+    code, _, error = run(capsys, "quantize", str(tmp_path), "--out", str(tmp_path / "out"), "--for", name)
+    assert code == 2
+    assert "among the runtimes; did you mean 'llama.cpp'?" in error
 
 
 @pytest.mark.parametrize("command", [[], *[[name] for name in app.commands]])

@@ -314,7 +314,7 @@ def list_(kind: str) -> None:
 
     KIND is one of methods, losses, families, formats, grids, targets, recipes.
     """
-    from swquant import registry
+    from swquant import registry, targets
     from swquant.recipe import Recipe, recipe_names
     from swquant.terminal import print_list
 
@@ -322,6 +322,8 @@ def list_(kind: str) -> None:
         raise SwquantError(f"nothing to list under {kind!r}{did_you_mean(kind, KINDS)}")
     if kind == "recipes":
         lines = {name: Recipe.load(name).summary for name in recipe_names()}
+    elif kind == "targets":
+        lines = targets.describe()
     else:
         lines = registry.describe(f"swquant.{kind}")
     print_list(lines)

@@ -13,7 +13,8 @@ from torch import Tensor
 from swquant import registry
 from swquant.card import licence_of
 from swquant.checkpoint.quantized import Outline, QuantizedModel, shapes_of, without
-from swquant.checkpoint.reader import find_model, require_own
+from swquant.checkpoint.reader import find_model
+from swquant.checkpoint.sidecars import require_own
 from swquant.checkpoint.writer import publish
 from swquant.errors import SwquantError
 from swquant.formats import PLAIN, read_quantized

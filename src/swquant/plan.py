@@ -18,6 +18,7 @@ from swquant.checkpoint.opening import SourceOptions, open_source
 from swquant.checkpoint.own_code import trusts_code
 from swquant.checkpoint.quantized import Outline
 from swquant.checkpoint.rotation import rotate
+from swquant.checkpoint.shards import INDEX
 from swquant.checkpoint.source import Source
 from swquant.corpus import Corpus
 from swquant.device import free_memory, resolve_device
@@ -26,7 +27,7 @@ from swquant.engine.block import Job, split_validation
 from swquant.engine.pace import tail_of
 from swquant.engine.precision import PRECISIONS, fastest_precision
 from swquant.errors import SwquantError
-from swquant.families import begins_each_window, family_for
+from swquant.families import begins_each_window, family_for, rotatable
 from swquant.formats.base import Format, check_dtype, examine, listed
 from swquant.losses import WeightedSum, parse_loss
 from swquant.losses.base import LossContext
@@ -45,6 +46,9 @@ from swquant.targets.base import Target
 from swquant.tokenizer import Reading, digest, open_reading
 
 LONGEST = 2048
+UNROTATED = (
+    "leave it out: it takes norms that neither subtract a mean nor add a bias, none of them after a block's linears"
+)
 OUTPUT_KEYS = ("format", "runtime")
 """Keys of a recipe on which nothing depends but how the output is written. Whether the grid fits is checked anew."""
 
@@ -117,18 +121,23 @@ class Plan:
 
     def assumed(self) -> str:
         """What was found by inspecting the model, in a sentence."""
-        sites, counts = list(self.layout.sites), self.layout.counts
+        sites, counts, names = list(self.layout.sites), self.layout.counts, self.skeleton.names
         kept: dict[str, set[str]] = {}
         for name, reason in self.layout.kept.items():
             kept.setdefault(reason, set()).add(name.rpartition(".")[2])
-        apart = "; ".join(f"{', '.join(sorted(names))} ({reason})" for reason, names in kept.items())
+        apart = "; ".join(f"{', '.join(sorted(parts))} ({reason})" for reason, parts in kept.items())
         return (
             f"{type(self.skeleton.model).__name__}: {len(self.skeleton.blocks)} blocks in {self.skeleton.path} with "
             f"{len(sites)} matrices to quantize"
             + (f": {in_words(counts)}" if len(counts) > 1 else "")
             + "".join(f"; {name.removesuffix('.weight')} on {named(spec)}" for name, spec in self.skeleton.ends.items())
             + (f"; kept as they are: {apart}" if apart else "")
-            + (f"; no module of it reads {listed(carried)}" if (carried := self.skeleton.names.carried) else "")
+            + (f"; no module of it reads {listed(names.carried)}" if names.carried else "")
+            + (
+                f"; {INDEX} names {listed(names.missing)}, which no file has and no module reads"
+                if names.missing
+                else ""
+            )
         )
 
     def reading(self) -> Reading:
@@ -302,7 +311,9 @@ def _norm_biases(skeleton: Skeleton) -> bool:
 def _rotated(model: Model, seed: int) -> tuple[Source, Skeleton]:
     """The model seen through a rotation; its head is then a matrix of its own."""
     skeleton = model.skeleton
-    rotated = rotate(model.checkpoint, family_for(model.checkpoint.config, "rotate"), skeleton.tied, seed)
+    rotated = rotate(
+        model.checkpoint, family_for(model.checkpoint.config, "rotate", rotatable(), UNROTATED), skeleton.tied, seed
+    )
     head = f"{skeleton.head}.weight"
     pieces = {**skeleton.names.pieces, head: Piece(head)} if skeleton.tied else skeleton.names.pieces
     names = replace(skeleton.names, pieces=pieces)

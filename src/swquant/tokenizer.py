@@ -20,8 +20,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from swquant.checkpoint.own_code import CODE
-from swquant.checkpoint.reader import is_of_tokenizer, read_config
+from swquant.checkpoint.reader import read_config
 from swquant.checkpoint.shards import read_json
+from swquant.checkpoint.sidecars import is_of_tokenizer
 from swquant.errors import SwquantError, reason_of
 from swquant.families import begins_each_window
 

@@ -498,10 +498,20 @@ class TestRefusals:
         assert "\x1b" not in str(caught.value)
         assert "\ud800" not in str(caught.value)
 
-    def test_tensor_that_its_shard_lacks(self, lay_out: Make) -> None:
-        directory = lay_out({"a": torch.ones(2)}, {"b": torch.ones(2)})
-        edit_index(directory, {"a": "model-00001-of-00002.safetensors", "c": "model-00002-of-00002.safetensors"})
-        refused(directory, "model-00002-of-00002.safetensors lacks 'c', which", "promises")
+    @pytest.mark.parametrize(("lost", "read"), [("a.scale", False), ("rotary_emb.inv_freq", True)])
+    def test_tensor_that_its_shard_lacks(self, lay_out: Make, lost: str, read: bool) -> None:
+        """Whether anything depends on it is known of the model; codes of which a part is lost are no codes."""
+        directory = lay_out({"a.codes": torch.ones(2)}, {"b": torch.ones(2)})
+        shard = "model-00002-of-00002.safetensors"
+        edit_index(directory, {"a.codes": "model-00001-of-00002.safetensors", lost: shard})
+        assert open_checkpoint(directory).missing == {lost: directory / shard}
+        if read:
+            assert open_checkpoint(directory, quantized=True).missing == {lost: directory / shard}
+            return
+        with pytest.raises(
+            SwquantError, match=rf"{shard} lacks '{lost}', which .* promises: they are not of one model"
+        ):
+            open_checkpoint(directory, quantized=True)
 
     def test_tensor_in_two_shards(self, lay_out: Make) -> None:
         directory = lay_out({"a": torch.ones(2), "b": torch.ones(2)}, {"b": torch.ones(2)})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,11 @@ from swquant.checkpoint.reader import open_checkpoint
 from swquant.engine.head import measure
 from swquant.errors import SwquantError
 from swquant.evaluation.divergence import divergence
-from swquant.families import Family, family_for
+from swquant.families import Family, families, family_for
 from swquant.families.base import NormLinears
+from swquant.formats import onnx_layout
+from swquant.formats.gguf_architectures import ARCHITECTURES
+from swquant.formats.gguf_model import describe_model
 from swquant.model.calls import Calls, Front, capture
 from swquant.model.opening import Model, open_model
 
@@ -91,9 +94,24 @@ def test_the_head_gives_transformers_perplexity_and_divergence(
 
 
 def test_without_a_hint_whoever_needs_one_says_so() -> None:
-    said = r"the format gguf does not cover the architecture 'LlamaForCausalML' yet, only .*llama, mistral, .*opt"
+    said = r"a test does not cover the architecture 'LlamaForCausalML' yet, only LlamaForCausalLM, OPTForCausalLM; run"
     with pytest.raises(SwquantError, match=said):
-        family_for({"architectures": ["LlamaForCausalML"]}, "the format gguf")
+        family_for({"architectures": ["LlamaForCausalML"]}, "a test", ("llama", "opt"), "run")
+
+
+@pytest.mark.parametrize(
+    ("ask", "covered"),
+    [(onnx_layout.decoder_layout, onnx_layout.FAMILIES), (describe_model, ARCHITECTURES)],
+    ids=["onnx", "gguf"],
+)
+@pytest.mark.parametrize("architecture", ["GPTNeoForCausalLM", "OPTForCausalLM"])
+def test_a_format_names_the_architectures_that_it_writes(
+    ask: Callable[[Mapping[str, Any]], Any], covered: Collection[str], architecture: str
+) -> None:
+    with pytest.raises(SwquantError, match=f"'{architecture}' yet, only .*; choose compressed_tensors or") as refused:
+        ask({"architectures": [architecture]})
+    named = str(refused.value).partition("only ")[2].partition(";")[0].split(", ")
+    assert set(named) == {head for name in covered for head in families()[name].architectures}
 
 
 @pytest.mark.parametrize("architectures", [None, [], ["LlamaForCausalLM", "OPTForCausalLM"], [3], "LlamaForCausalLM"])

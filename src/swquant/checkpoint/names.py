@@ -142,12 +142,14 @@ class Names:
         mixed: All others.
         carried: Tensors on disk that no module of the model reads: formats that have a place for them copy them.
         dropped: An equal copy of the embedding as the head of a model whose head it is: it is left out.
+        missing: What an index promises, no file holds and no module reads.
     """
 
     pieces: Mapping[str, Piece]
     mixed: tuple[Mixed, ...]
     carried: tuple[str, ...]
     dropped: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
 
     def mixture(self, name: str) -> Mixed | None:
         """The rule that makes the tensor ``name``, if one does."""
@@ -184,9 +186,7 @@ def analyse(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str
     Raises:
         SwquantError: transformers' rule for a tensor fails on it.
     """
-    rules = get_model_conversion_mapping(model)
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    renamings, converters = _rules(model)
     by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
     state = model.state_dict()
     pieces: dict[str, Piece] = {}
@@ -211,6 +211,20 @@ def analyse(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str
         else:
             pieces |= found
     return pieces, mixed, carried
+
+
+def read_by(model: Any, keys: Iterable[str]) -> dict[str, str]:
+    """Of names on disk those that transformers' own model has a parameter or a saved buffer for, with its name."""
+    renamings, converters = _rules(model)
+    state = model.state_dict()
+    found = {key: _renamed(key, renamings, converters, model.base_model_prefix, state)[0] for key in keys}
+    return {key: name for key, name in found.items() if name in state}
+
+
+def _rules(model: Any) -> tuple[list[Any], list[Any]]:
+    """transformers' rules for a model: those that rename, and those that convert."""
+    rules = get_model_conversion_mapping(model)
+    return tuple([rule for rule in rules if isinstance(rule, kind)] for kind in (WeightRenaming, WeightConverter))
 
 
 def _renamed(key: str, renamings: list[Any], converters: list[Any], prefix: str, state: Any) -> tuple[str, str | None]:

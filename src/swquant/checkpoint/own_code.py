@@ -15,6 +15,9 @@ from swquant.checkpoint.shards import read_json
 CONFIG = "config.json"
 CODE = "auto_map"
 """Key of a configuration that names the model's own code."""
+OF_A_PROGRAM = ("return_dict", "attn_implementation", "_attn_implementation")
+"""Keys that say how one program runs a model, and nothing of what it computes: predictions as a tuple, which
+transformers' own classes do not run with, and attention by a package that need not be here."""
 
 
 def names_code(directory: Path) -> bool:
@@ -30,6 +33,17 @@ def trusts_code(config: Mapping[str, Any]) -> bool:
 
 def without_code(values: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration without the names of code, which neither runs nor goes along."""
+    return _without(values, (CODE,))
+
+
+def of_the_model(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration without :data:`OF_A_PROGRAM`."""
+    return _without(values, OF_A_PROGRAM)
+
+
+def _without(values: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
     return {
-        key: without_code(value) if isinstance(value, dict) else value for key, value in values.items() if key != CODE
+        key: _without(value, keys) if isinstance(value, dict) else value
+        for key, value in values.items()
+        if key not in keys
     }

@@ -14,7 +14,6 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -22,39 +21,25 @@ import torch
 from torch import Tensor
 
 from swquant.checkpoint.hub import download, hub_digest, require_subfolder, split_revision
-from swquant.checkpoint.own_code import CODE, CONFIG, names_code, trusts_code, without_code
-from swquant.checkpoint.shards import Stored, find_shards, opened, read_errors, read_headers, read_json, shown
+from swquant.checkpoint.own_code import CODE, CONFIG, names_code, of_the_model, trusts_code, without_code
+from swquant.checkpoint.shards import (
+    Stored,
+    find_shards,
+    is_missing,
+    missing_of,
+    opened,
+    read_errors,
+    read_headers,
+    read_json,
+    shown,
+)
+from swquant.checkpoint.sidecars import NOTICES, SIDECARS, TEMPLATES, is_sidecar, require_own
 from swquant.checkpoint.values import MOST, finite, require_range, runs, wanted_rows
 from swquant.errors import SwquantError
 
-TEMPLATES = "additional_chat_templates"
-"""Folder of the chat templates that have names."""
-_OF_TOKENIZER = (
-    "tokenizer*.json",
-    "tokenizer*.txt",
-    "*.model",
-    "*.tiktoken",
-    "tekken.json",
-    "vocab*.json",
-    "vocab*.txt",
-    "merges*.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
-_SIDECARS = (
-    *_OF_TOKENIZER,
-    "generation_config.json",
-    "chat_template*.jinja",
-    "chat_template*.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "video_preprocessor_config.json",
-)
-_NOTICES = ("license*", "licence*", "notice*", "use_policy*")
 _WEIGHTS = ("*.safetensors", "model.gguf", "model.onnx", "model.onnx.data")
 _BESIDE = ("README.md", "swquant.yaml")
 """The card, which names the licence, and the recipe."""
-_NEVER_COPIED = (".py", ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".gguf", ".onnx")
 _CHUNK = 1 << 22
 
 
@@ -67,12 +52,14 @@ class Checkpoint:
         config: The content of ``config.json``.
         tensors: What the shards hold, by full name in sorted order, as their headers say.
         stamps: Size and time of the last change of each file when it was opened; one that differs later is refused.
+        missing: Tensors that the index promises and no file holds, with the file that should.
     """
 
     directory: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, Stored]
     stamps: Mapping[Path, tuple[int, int]] = field(default_factory=dict[Path, "tuple[int, int]"])
+    missing: Mapping[str, Path] = field(default_factory=dict[str, Path])
 
     def has(self, name: str) -> bool:
         """Whether there is a tensor ``name``."""
@@ -195,7 +182,7 @@ class Checkpoint:
             SwquantError: One is a link to a file that is not the model's; a copy of it might publish something private.
         """
         files = [path for path in sorted(self.directory.iterdir()) if path.is_file()]
-        found = tuple(path for path in files if _is_sidecar(path.name) or path in self._code())
+        found = tuple(path for path in files if is_sidecar(path.name) or path in self._code())
         found += tuple(sorted((self.directory / TEMPLATES).glob("*.jinja")))
         for path in found:
             require_own(path, self.directory)
@@ -258,7 +245,18 @@ def open_checkpoint(source: str | Path, *, quantized: bool = False, trusted: boo
         tensors = read_headers(shards, narrow=quantized)
     if not any(stored.dtype.is_floating_point for stored in tensors.values()):
         raise SwquantError(f"{directory} holds no floating-point tensor, expected a model's weights")
-    return Checkpoint(directory, config, dict(sorted(tensors.items())), stamps)
+    missing = missing_of(shards, tensors)
+    if quantized:
+        _require_modules_whole(missing, tensors)
+    return Checkpoint(directory, config, dict(sorted(tensors.items())), stamps, missing)
+
+
+def _require_modules_whole(missing: Mapping[str, Path], tensors: Iterable[str]) -> None:
+    """Refuse a module of which some tensors are there and others not: codes without their scales, for instance."""
+    there = {name.rpartition(".")[0] for name in tensors}
+    for name, file in missing.items():
+        if name.rpartition(".")[0] in there:
+            raise is_missing(name, file)
 
 
 def _digest(path: Path) -> str:
@@ -302,7 +300,7 @@ def find_model(
             f"no such directory: {str(source)!r}; give a model directory or a hub name like 'owner/name'"
         )
     name, revision = split_revision(source, revision)
-    wanted = (*_WEIGHTS, "*.json", *_BESIDE, *_SIDECARS, *_NOTICES, *map(str.upper, _NOTICES))
+    wanted = (*_WEIGHTS, "*.json", *_BESIDE, *SIDECARS, *NOTICES, *map(str.upper, NOTICES))
     return download(name, (*wanted, *(["*.py"] if trusted else [])), (f"{TEMPLATES}/*.jinja",), revision, subfolder)
 
 
@@ -347,7 +345,7 @@ def read_config(directory: Path, *, trusted: bool = False) -> dict[str, Any]:
         inside = sorted(str(found.parent) for found in directory.glob("*/config.json"))[:8]
         hint = f"give one of {', '.join(inside)}" if inside else "give the directory that save_pretrained wrote"
         raise SwquantError(f"{directory} has no config.json; {hint}")
-    values = read_json(path)
+    values = of_the_model(read_json(path))
     if not trusted:
         return without_code(values)
     return {CODE: {}, **values} if names_code(directory) else values
@@ -373,30 +371,3 @@ def _refuse_quantized(directory: Path, config: Mapping[str, Any]) -> None:
     found = quantization_of(config)
     if found is not None:
         raise already_quantized(directory, found[0], "give the original model")
-
-
-def _is_sidecar(name: str) -> bool:
-    lower = name.lower()
-    if lower.endswith(_NEVER_COPIED):
-        return False
-    return any(fnmatchcase(lower, pattern) for pattern in (*_SIDECARS, *_NOTICES))
-
-
-def is_of_tokenizer(name: str) -> bool:
-    """Whether a file of this name decides which tokens a text has."""
-    return any(fnmatchcase(name.lower(), pattern) for pattern in _OF_TOKENIZER)
-
-
-def require_own(path: Path, directory: Path) -> None:
-    """Refuse a link that leaves the model, which in a hub cache includes the folder of blobs beside its snapshots.
-
-    Raises:
-        SwquantError: Naming the link: a copy of what it leads to might publish something private.
-    """
-    home = directory.resolve()
-    allowed = [home]
-    if home.parent.name == "snapshots":
-        allowed.append((home.parents[1] / "blobs").resolve())
-    target = path.resolve()
-    if not any(target.is_relative_to(root) for root in allowed):
-        raise SwquantError(f"{path} is a link to {target}, outside the model; replace it by the file itself")

@@ -184,19 +184,13 @@ def rotate(inner: Source, family: Family, tied: bool, seed: int) -> RotatedCheck
 
     Args:
         inner: The original.
-        family: Its family.
+        family: Its family, one with ``writers``.
         tied: Its head is its embedding.
         seed: Of the random signs.
 
     Raises:
-        SwquantError: If the family has no such equivalence, or ``config.json`` does not fit the tensors.
+        SwquantError: ``config.json`` does not fit the tensors.
     """
-    if not family.writers:
-        raise SwquantError(
-            f"models of the family {family.name} cannot be rotated: that takes norms that neither subtract a mean "
-            "nor add a bias, none of them after the blocks' linears, and writers in the family's file; leave the "
-            "rotation out"
-        )
     embedding, head = f"{family.embedding}.weight", f"{family.head}.weight"
     tensors = dict(inner.tensors)
     stream = random_rotation(_columns(inner, embedding), generator(seed, "rotation", "stream"))

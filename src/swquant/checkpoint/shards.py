@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,9 +41,6 @@ _NARROW = {
     "F8_E8M0": torch.float8_e8m0fnu,
 }
 """Floats of 8 bits, which only a quantized model has: alone they are not its weights."""
-_HEADS = ("lm_head", "embed_out")
-"""Modules that an index may name though no file has their weights: heads that are the embedding, whose index was made
-before they were left out. Where such a head is a matrix of its own, the model misses it when it is put together."""
 _POINTER = b"version https://git-lfs"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _JSON_LIMIT = 100 << 20
@@ -115,27 +112,21 @@ def _refuse_weightless(directory: Path) -> NoReturn:
     raise SwquantError(f"{directory} holds no weights, {expected}; {_CONVERT}")
 
 
-def read_headers(shards: Mapping[Path, set[str]], *, narrow: bool = False) -> dict[str, Stored]:
+def read_headers(shards: Iterable[Path], *, narrow: bool = False) -> dict[str, Stored]:
     """Every tensor by name, and nothing of its values.
 
     Args:
-        shards: The files, and what is promised from each.
+        shards: The files.
         narrow: Take floats of 8 bits as well.
 
     Raises:
-        SwquantError: A file is damaged, lacks what the index promises, or holds what another holds too.
+        SwquantError: A file is damaged, or holds what another holds too.
     """
     known = _DTYPES | _NARROW if narrow else _DTYPES
     tensors: dict[str, Stored] = {}
-    for file, promised in shards.items():
+    for file in shards:
         with opened(file) as shard:
             found = {name: _stored(file, name, shard.get_slice(name), known) for name in shard.keys()}  # noqa: SIM118
-        for name in sorted(promised - found.keys()):
-            if name.rpartition(".")[0].rpartition(".")[2] not in _HEADS:
-                raise SwquantError(
-                    f"{file} lacks {shown(name)}, which {INDEX} promises: they are not of one model; "
-                    "take both as the model's author published them"
-                )
         for name in sorted(found.keys() & tensors.keys()):
             raise SwquantError(
                 f"both {tensors[name].file} and {file.name} hold {shown(name)}; save the model again, or take "
@@ -143,6 +134,19 @@ def read_headers(shards: Mapping[Path, set[str]], *, narrow: bool = False) -> di
             )
         tensors.update(found)
     return tensors
+
+
+def missing_of(shards: Mapping[Path, set[str]], tensors: Mapping[str, Stored]) -> dict[str, Path]:
+    """What the index promises and no file holds, with the file that should: by itself no fault, an index may be old."""
+    return {name: file for file, names in shards.items() for name in sorted(names) if name not in tensors}
+
+
+def is_missing(name: str, file: Path) -> SwquantError:
+    """The refusal of such a tensor where something depends on it."""
+    return SwquantError(
+        f"{file} lacks {shown(name)}, which {INDEX} promises: they are not of one model; take both as the model's "
+        "author published them"
+    )
 
 
 def _stored(file: Path, name: str, header: Any, known: Mapping[str, torch.dtype]) -> Stored:

@@ -47,6 +47,11 @@ class Widened:
         return self.inner.directory
 
     @property
+    def missing(self) -> Mapping[str, Path]:
+        """See :attr:`Checkpoint.missing`."""
+        return self.inner.missing
+
+    @property
     def tensor_bytes(self) -> int:
         """Size of the files' tensors: what was there before, not what it is widened to."""
         return self.inner.tensor_bytes

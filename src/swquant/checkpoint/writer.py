@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from swquant.checkpoint.own_code import CODE, without_code
-from swquant.checkpoint.reader import TEMPLATES
 from swquant.checkpoint.shards import read_json
+from swquant.checkpoint.sidecars import TEMPLATES
 from swquant.errors import SwquantError
 from swquant.places import destination, in_use, require_unused
 

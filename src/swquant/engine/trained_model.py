@@ -131,7 +131,7 @@ class TrainedModel:
         return hidden
 
     def graph_bytes(self, hidden: Tensor, samples: Tensor) -> int:
-        """What the graph of :meth:`whole` holds beside what is learned, if all blocks are like the largest kinds' first.
+        """What the graph of :meth:`whole` holds beside what is learned, as if all blocks were of the largest kind.
 
         Args:
             hidden: Hidden states of ``samples`` at any block.

@@ -74,11 +74,15 @@ def load_by_transformers(directory: Path, device: torch.device, *, trusted: bool
         # Of several groups it would take the first one's grid for all weights; without, it takes each its own.
         extra["quantization_config"] = CompressedTensorsConfig(dequantize=True)
     try:
+        known = parse_config(config, directory)
+        if _method(config) is not None:
+            known.quantization_config = config[QUANTIZATION_CONFIG]
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="You passed `quantization_config`")
             model: Any = quietly(
-                model_class(config, parse_config(config, directory), directory).from_pretrained,
+                model_class(config, known, directory).from_pretrained,
                 directory,
+                config=known,
                 dtype=torch.float32,
                 use_safetensors=True,
                 local_files_only=True,

@@ -6,14 +6,14 @@ residual stream folds into the weights, and what llama.cpp and onnxruntime call 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from swquant import registry
 from swquant.errors import SwquantError
 from swquant.families.base import Family
 
-__all__ = ["Family", "begins_each_window", "family_for"]
+__all__ = ["Family", "begins_each_window", "family_for", "rotatable"]
 
 BEGIN_EACH_WINDOW = "gemma"
 """In the ``model_type`` of models that predict badly without a token that begins the text."""
@@ -33,27 +33,42 @@ def begins_each_window(config: Mapping[str, Any]) -> bool:
     return any(BEGIN_EACH_WINDOW in kind for kind in kinds)
 
 
-def family_for(config: Mapping[str, Any], wanted: str) -> Family:
+def families() -> dict[str, Family]:
+    """All of them, by name."""
+    return {name: registry.load(__name__, name) for name in registry.names(__name__)}
+
+
+def rotatable() -> tuple[str, ...]:
+    """Names of those whose residual stream can be rotated."""
+    return tuple(name for name, family in families().items() if family.writers)
+
+
+def family_for(
+    config: Mapping[str, Any], wanted: str, covered: Collection[str] | None = None, instead: str = "leave it out"
+) -> Family:
     """The family that a ``config.json`` belongs to.
 
     Args:
         config: Its content.
         wanted: What needs to know, e.g. ``the format gguf``.
+        covered: Names of the families that it covers; ``None`` for all.
+        instead: What to do with others, the end of a sentence.
 
     Raises:
-        SwquantError: There are no hints about its architecture, or a setting is one that they do not cover.
+        SwquantError: ``wanted`` does not cover its architecture, or a setting is one that it does not.
     """
     known: dict[str, Family] = {}
-    for name in registry.names(__name__):
-        family: Family = registry.load(__name__, name)
-        known |= dict.fromkeys((*family.architectures, *family.base_architectures), family)
+    heads: list[str] = []
+    for name, family in families().items():
+        if covered is None or name in covered:
+            known |= dict.fromkeys((*family.architectures, *family.base_architectures), family)
+            heads += family.architectures
     architectures = config.get("architectures")
     architecture = architectures[0] if isinstance(architectures, list) and len(architectures) == 1 else None
     if not isinstance(architecture, str) or architecture not in known:
         shown = architectures if architecture is None else architecture
         raise SwquantError(
-            f"{wanted} does not cover the architecture {shown!r:.200} yet, only "
-            f"{', '.join(sorted({family.name for family in known.values()}))}"
+            f"{wanted} does not cover the architecture {shown!r:.200} yet, only {', '.join(sorted(heads))}; {instead}"
         )
     family = known[architecture]
     for key, expected in family.requires.items():

@@ -20,6 +20,8 @@ from swquant.quant.spec import UNIFORM, QuantSpec
 SHOWN = 4
 """So many names are said, the others counted."""
 
+ANOTHER = "choose compressed_tensors or dequantized"
+"""What a sentence says of architectures that a format does not cover."""
 WORD_BYTES = 4
 STORED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _SCALE_BITS = 8

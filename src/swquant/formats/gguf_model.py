@@ -15,6 +15,7 @@ from transformers import AutoConfig
 from swquant.errors import SwquantError, reason_of
 from swquant.families import Family, family_for
 from swquant.families.base import NormLinears
+from swquant.formats.base import ANOTHER
 from swquant.formats.gguf_architectures import (
     ARCHITECTURES,
     FULL,
@@ -129,13 +130,8 @@ def describe_model(config: Mapping[str, Any]) -> Model:
     Raises:
         SwquantError: llama.cpp has no such model.
     """
-    family = family_for(config, "the format gguf")
-    architecture = ARCHITECTURES.get(family.name)
-    if architecture is None:
-        raise SwquantError(
-            f"llama.cpp has no architecture for the family {family.name}, expected one of "
-            f"{', '.join(ARCHITECTURES)}: choose another format"
-        )
+    family = family_for(config, "the format gguf", ARCHITECTURES, ANOTHER)
+    architecture = ARCHITECTURES[family.name]
     settings = _with_defaults(config)
     for name, most in _LARGEST.items():
         value = settings.get(name)

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from swquant.errors import SwquantError, reason_of
 from swquant.families import family_for
+from swquant.formats.base import ANOTHER
 
 MODEL = "model.onnx"
 DATA = "model.onnx.data"
@@ -105,11 +106,7 @@ def decoder_layout(config: Mapping[str, Any]) -> DecoderLayout:
     Raises:
         SwquantError: The family or one of its settings is not one that the graph covers.
     """
-    family = family_for(config, "the format onnx").name
-    if family not in FAMILIES:
-        raise SwquantError(
-            f"onnx has no graph for the family {family}, only for {', '.join(FAMILIES)}; choose another format"
-        )
+    family = family_for(config, "the format onnx", FAMILIES, ANOTHER).name
     try:
         known: Any = type(AutoConfig.for_model(family)).from_dict(deepcopy(dict(config)))
         known.num_hidden_layers, layers = 1, int(known.num_hidden_layers)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from swquant.checkpoint.own_code import CODE, names_code, trusts_code
-from swquant.errors import SwquantError
+from swquant.errors import SwquantError, reason_of
 
 DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth", "encoder_layers", "decoder_layers")
 """Keys of a configuration that say how many layers there are, of the language model or of a tower."""
@@ -130,6 +131,18 @@ def build_empty(values: Mapping[str, Any], dtype: torch.dtype, place: Path, most
     model.eval().requires_grad_(False)
     compute_buffers(model)
     return model
+
+
+@contextmanager
+def as_described(place: Path) -> Generator[None]:
+    """What the ``config.json`` in ``place`` makes transformers run into becomes one sentence."""
+    config = place / "config.json"
+    try:
+        yield
+    except SwquantError as error:
+        raise SwquantError(f"{config}: {error}") from error
+    except Exception as error:  # transformers raises whatever the file makes it run into
+        raise SwquantError(f"{config} does not describe a model: {reason_of(error)}") from error
 
 
 def _depths(values: Mapping[str, Any]) -> Iterator[tuple[str, int]]:

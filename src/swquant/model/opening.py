@@ -9,11 +9,13 @@ from typing import Any
 import torch
 
 from swquant.checkpoint.converted import ConvertedCheckpoint
+from swquant.checkpoint.names import read_by
 from swquant.checkpoint.reader import Checkpoint
-from swquant.checkpoint.shards import shown
+from swquant.checkpoint.shards import is_missing, shown
 from swquant.checkpoint.source import Source
 from swquant.checkpoint.widened import Widened
 from swquant.errors import SwquantError
+from swquant.model.empty import as_described, build_empty
 from swquant.model.skeleton import Skeleton, build_skeleton
 
 TIE = "tie_word_embeddings"
@@ -46,6 +48,8 @@ def open_model(source: Checkpoint | Widened) -> Model:
         SwquantError: The architecture is unknown or cannot be run block by block, or tensors are missing or do not fit.
     """
     config: Mapping[str, Any] = source.config
+    _require_promised(source)
+    missing = tuple(source.missing)
     source, skeleton = _under_full_names(source)
     shapes = {name: stored.shape for name, stored in source.tensors.items()}
     keys = two_heads(skeleton)
@@ -60,8 +64,29 @@ def open_model(source: Checkpoint | Widened) -> Model:
             skeleton = replace(skeleton, names=replace(skeleton.names, dropped=keys[:1]))
     _require_floats(source, skeleton)
     _require_whole(source, skeleton)
+    skeleton = replace(skeleton, names=replace(skeleton.names, missing=missing))
     config = {**config, "architectures": [type(skeleton.model).__name__]}
     return Model(ConvertedCheckpoint(source, skeleton.names, config), skeleton)
+
+
+def _require_promised(source: Checkpoint | Widened) -> None:
+    """Refuse a tensor that the index promises and no file holds where the model reads it, or a weight's scale.
+
+    All else may be missing, as transformers allows it: a head that is the embedding, stored rotary tables.
+
+    Raises:
+        SwquantError: Naming the tensor.
+    """
+    if not source.missing:
+        return
+    with as_described(source.directory):
+        model = build_empty(source.config, torch.float32, source.directory, len(source.tensors))
+    read = read_by(model, source.missing)
+    for key, file in source.missing.items():
+        module, _, last = key.rpartition(".")
+        scale = last.startswith("weight_") and f"{module}.weight" in source.tensors
+        if scale or (key in read and read[key] not in model.all_tied_weights_keys):
+            raise is_missing(key, file)
 
 
 def _require_floats(source: Source, skeleton: Skeleton) -> None:

@@ -13,8 +13,8 @@ from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from swquant.checkpoint.names import Mixed, Names, Piece, analyse
-from swquant.errors import SwquantError, reason_of
-from swquant.model.empty import build_empty
+from swquant.errors import SwquantError
+from swquant.model.empty import as_described, build_empty
 from swquant.model.flow import Flow, trace
 from swquant.model.unfused import FusedExperts, fused_experts, linear_of, unfused
 from swquant.quant.spec import QuantSpec
@@ -125,7 +125,6 @@ class Skeleton:
             and the head's weights.
         ends: Grids on which an output has the embedding's and the head's weights, by name; see
             :func:`swquant.model.ends.grids_of_ends`.
-        assumed: What was found by inspection and is not known of this architecture, for the user.
     """
 
     model: Any
@@ -137,7 +136,6 @@ class Skeleton:
     tied: bool
     outside: tuple[str, ...]
     ends: Mapping[str, QuantSpec] = field(default_factory=dict[str, QuantSpec])
-    assumed: tuple[str, ...] = ()
 
     def block(self, index: int) -> Block:
         """One block."""
@@ -179,14 +177,9 @@ def build_model(
     Raises:
         SwquantError: The configuration does not describe a model that the installed transformers knows.
     """
-    config = place / "config.json"
-    try:
+    with as_described(place):
         model = build_empty(values, dtype, place, len(shapes))
         names = _unfuse(model, *analyse(model, shapes), shapes)
-    except SwquantError as error:
-        raise SwquantError(f"{config}: {error}") from error
-    except Exception as error:  # transformers raises whatever the file makes it run into
-        raise SwquantError(f"{config} does not describe a model: {reason_of(error)}") from error
     return model, _with_ties(model, names)
 
 

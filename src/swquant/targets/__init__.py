@@ -7,7 +7,7 @@ from itertools import product
 
 from swquant import registry
 from swquant.checkpoint.quantized import Outline
-from swquant.errors import SwquantError
+from swquant.errors import SwquantError, did_you_mean
 from swquant.formats import PLAIN
 from swquant.formats.base import Format, cannot_hold, split_of
 from swquant.formats.compressed_tensors import SEVERAL, not_in_transformers
@@ -21,7 +21,15 @@ def load_target(name: str) -> Target:
     Raises:
         SwquantError: There is none, with the nearest name.
     """
-    return registry.load(__name__, name.lower().replace(".", "_").replace("-", "_"))()
+    file = name.lower().replace(".", "_").replace("-", "_")
+    if file not in registry.names(__name__):
+        raise SwquantError(f"no {name!r} among the runtimes{did_you_mean(name, describe())}")
+    return registry.load(__name__, file)()
+
+
+def describe() -> dict[str, str]:
+    """Each runtime, written as its users write it, with a line on it."""
+    return {registry.load(__name__, file).name: line for file, line in registry.describe(__name__).items()}
 
 
 def choose_format(target: Target, *specs: QuantSpec) -> str:
