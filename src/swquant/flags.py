@@ -76,6 +76,14 @@ RECIPE_OPTIONS = (
         "--embedding-bits", type=int, help="Bits of the token embedding, 8 or 4, in GGUF and MLX.  [as it is]"
     ),
     click.option("--head-bits", type=int, help="Bits of the head, likewise; a tied one is the embedding.  [as it is]"),
+    click.option(
+        "--size",
+        metavar="SIZE",
+        help="What the output's weights may take on the disk, such as 2.6GB: each matrix gets the grid that pays most.",
+    ),
+    click.option(
+        "--target-bits", type=float, metavar="BITS", help="The same as bits for each weight, embedding and head too."
+    ),
     click.option("--method", help="One of swquant list methods, or several: 'awq + tesseraq'.  [by recipe]"),
     click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help="An option of a method; repeatable."),
     click.option("--loss", help="Training loss, e.g. '0.9*mse + 0.1*sliced_wasserstein(slices=256)'."),
@@ -166,6 +174,11 @@ def recipe_of(name: str | None, options: tuple[str, ...], flags: dict[str, Any])
 
     flags["format"] = ",".join(flags.pop("formats")) or None
     values = {name: value for name, value in _by_pattern(flags).items() if value is not None}
+    if "size" in values or "target_bits" in values:
+        for key in ("bits", "group_size", "grid"):
+            if key in values:
+                flag = f"--{key.replace('_', '-')}"
+                raise SwquantError(f"--size and --target-bits choose each matrix's grid: give {flag} with a pattern only")
     if options:
         values["options"] = dict(_option(text) for text in options)
     if name:

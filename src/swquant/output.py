@@ -72,6 +72,7 @@ def write_output(
         key=key,
         reading=tuple(run_state.notes["reading"]),
         grids=plan.layout.counts,
+        allocation=run_state.notes.get("allocation"),
         parameters=sum(math.prod(tensor.shape) for tensor in plan.disk.tensors.values()),
     )
     report = replace(report, advice=advise(report))

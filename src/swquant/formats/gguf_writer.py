@@ -33,6 +33,9 @@ OTHER_GRIDS = "swquant.grids"
 QUANTIZATION_VERSION = 2
 """Of the layout of blocks."""
 
+_INFO, _ALIGNMENT = 8 + 4 + 4 + 8, 32
+"""Bytes of a tensor's entry beside its name and sizes: lengths, type and place; and of what tensors begin at."""
+
 _PLAIN_IDS: Mapping[torch.dtype, int] = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 30}
 
 Pack = Callable[[str, QTensor], Tensor]
@@ -95,7 +98,18 @@ def rehearse(outline: Outline, model: Model) -> Vocabulary:
     Raises:
         SwquantError: llama.cpp has no such tokenizer, or its package does not write such metadata.
     """
-    vocabulary, gguf = read_vocabulary(outline.directory, model.settings), import_gguf()
+    vocabulary = read_vocabulary(outline.directory, model.settings)
+    metadata_bytes(outline, model, vocabulary)
+    return vocabulary
+
+
+def metadata_bytes(outline: Outline, model: Model, vocabulary: Vocabulary) -> int:
+    """Bytes of all of a file but its tensors and their names, by writing it and taking it away again.
+
+    Raises:
+        SwquantError: llama.cpp's package does not write such metadata.
+    """
+    gguf = import_gguf()
     with tempfile.TemporaryDirectory() as place:
         writer: Any = gguf.GGUFWriter(Path(place) / FILE, model.architecture.name)
         with closing(writer):
@@ -103,12 +117,28 @@ def rehearse(outline: Outline, model: Model) -> Vocabulary:
                 _add_metadata(writer, model, outline, vocabulary)
                 writer.write_header_to_file()
                 writer.write_kv_data_to_file()
+                writer.flush()
+                return (Path(place) / FILE).stat().st_size
             except (ValueError, TypeError, OverflowError, struct.error) as error:
                 raise SwquantError(
                     f"llama.cpp's package does not write this model's metadata ({reason_of(error)}); "
                     "choose another format"
                 ) from error
-    return vocabulary
+
+
+def beside_bytes(outline: Outline) -> int:
+    """See :meth:`swquant.formats.base.Format.beside_bytes`: metadata, names, and each tensor's way to a multiple of 32.
+
+    The divisors of rotary frequencies, which no checkpoint has, are of the metadata here.
+    """
+    model = describe_model(outline.config)
+    names = tensor_names(model)
+    shapes = {f"{module}.weight": 2 for module in (*outline.linears, *outline.ends)}
+    shapes |= {name: len(shape) for name, shape in (outline.plain or {}).items()}
+    infos = sum(len(require_named(name, names, model)) + _INFO + 8 * dims for name, dims in shapes.items())
+    divisors = 0 if model.rope.divisors is None else len(ROPE_FREQS) + _INFO + 8 + model.rope.divisors.numel() * 4
+    metadata = metadata_bytes(outline, model, read_vocabulary(outline.directory, model.settings))
+    return metadata + infos + divisors + _ALIGNMENT * (2 + len(shapes))
 
 
 def write_gguf(directory: Path, quantized: QuantizedModel, pack: Pack) -> Written:
