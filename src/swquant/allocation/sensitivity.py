@@ -45,7 +45,7 @@ from swquant.quant.grid import extent_of
 from swquant.quant.spec import QuantSpec
 from swquant.seeds import generator
 
-ROWS = 128
+ROWS = 64
 """Of a matrix, whose errors stand for those of all."""
 
 CHECKED = 3
@@ -56,6 +56,9 @@ CHECKED_SAMPLES = 4
 
 DAMPING = 0.01
 """Of the mean of the diagonal of ``H``, added to it."""
+
+COARSE = 3
+"""Bits up to which clipping a range pays, so that many ranges are compared."""
 
 
 @dataclass
@@ -234,7 +237,7 @@ class Sensitivity:
             for site in (site for site in unit.sites if site.name in own and _shared(site) in moments):
                 moment, shared = moments[_shared(site)], _shared(site)
                 if shared not in known:
-                    known[shared] = _inputs(moment.second / self.tokens.numel())
+                    known[shared] = _inputs(moment.second / self.tokens.numel(), self.tokens.numel())
                 weight = solid(params[f"{site.inner}.weight"])
                 self.energies[site.name] = known[shared][0].diagonal().clone()
                 for place, choice in enumerate(unit.choices):
@@ -342,12 +345,16 @@ def _makes_up(plan: Plan) -> bool:
     return any({"weights", "rounding"} & part.decides for part in plan.pipeline.parts)
 
 
-def _inputs(second: Tensor) -> tuple[Tensor, Tensor]:
-    """``H``, damped, and ``1 / U_jj^2`` of each of its columns."""
-    diagonal = second.diagonal()
-    damped = second.clone()
-    damped.diagonal().add_(DAMPING * float(diagonal.mean()) + torch.finfo(second.dtype).tiny)
-    upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped.double())), upper=True)
+def _inputs(second: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """``H``, and ``1 / U_jj^2`` of each of its columns.
+
+    What columns have in common is overstated where tokens are few: by chance alone any column is a sum of as many
+    others as there are tokens. So ``H`` is shrunk towards its diagonal first, by ``n / (n + tokens)`` for ``n`` columns.
+    """
+    kept = tokens / (tokens + len(second))
+    shrunk, diagonal = (second * kept).double(), second.diagonal().double()
+    shrunk.diagonal().copy_(diagonal + DAMPING * float(diagonal.mean()) + torch.finfo(second.dtype).tiny)
+    upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(shrunk)), upper=True)
     return second, upper.diagonal().square().reciprocal().to(second.dtype)
 
 
@@ -364,5 +371,6 @@ def _cost(weight: Tensor, spec: QuantSpec, rows: Tensor, second: Tensor, left: T
 
 def _nearest(weight: Tensor, spec: QuantSpec, energy: Tensor) -> Tensor:
     """The weight on a grid that is searched by the inputs' energy."""
-    grid = search_grid(weight, extent_of(weight, spec), spec, energy, factors=FACTORS)
+    factors = FACTORS if spec.bits <= COARSE else FACTORS[:2]
+    grid = search_grid(weight, extent_of(weight, spec), spec, energy, factors=factors)
     return snap(weight, Slot(spec, grid=grid))
