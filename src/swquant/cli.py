@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,7 @@ def plan(
 ) -> None:
     """Say what quantizing SOURCE would take: memory, disk, time, and what does not fit; no weight is read.
 
+    With --size or --target-bits also which grids that chooses; for that the model is run on a few samples.
     Options are those of quantize. The exit code is 1 if something does not fit.
     """
     from swquant.estimate import estimate
@@ -132,6 +134,11 @@ def plan(
     files = files_of(flags)
     recipe_name, recipe = recipe_of(recipe_name, options, flags)
     budget = budget_of(device_memory, host_memory)
+    if recipe.is_sized:
+        from swquant.allocation import allocate, with_allocation
+
+        chosen = allocate(recipe, source, files, budget.room, partial(click.echo, err=True))
+        recipe = with_allocation(recipe, chosen.settings)
     found = estimate(recipe, source, out, budget, measure=not no_time, source_options=files)
     click.echo(found.to_json()) if as_json else print_estimate(found, recipe_name)
     if found.problems:

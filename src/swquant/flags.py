@@ -178,7 +178,9 @@ def recipe_of(name: str | None, options: tuple[str, ...], flags: dict[str, Any])
         for key in ("bits", "group_size", "grid"):
             if key in values:
                 flag = f"--{key.replace('_', '-')}"
-                raise SwquantError(f"--size and --target-bits choose each matrix's grid: give {flag} with a pattern only")
+                raise SwquantError(
+                    f"--size and --target-bits choose each matrix's grid: give {flag} with a pattern only"
+                )
     if options:
         values["options"] = dict(_option(text) for text in options)
     if name:

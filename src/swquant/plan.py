@@ -243,9 +243,7 @@ def make_plan(
     )
 
 
-def on_top(
-    grids: Mapping[str, QuantSpec | None], given: Mapping[str, QuantSpec | None]
-) -> dict[str, QuantSpec | None]:
+def on_top(grids: Mapping[str, QuantSpec | None], given: Mapping[str, QuantSpec | None]) -> dict[str, QuantSpec | None]:
     """Grids by pattern with those of ``given`` last, which counts."""
     return {name: grid for name, grid in grids.items() if name not in given} | dict(given)
 

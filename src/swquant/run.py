@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Generator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,15 @@ from swquant.engine.hidden_states import create_hidden
 from swquant.engine.memory import keep_little
 from swquant.engine.observer import Observer, Silent
 from swquant.engine.precision import PRECISIONS, tensor_float32
-from swquant.engine.run_state import HIDDEN_STATES, MANIFEST, RunState, begun_with, lock_directory, noted, open_run_state
+from swquant.engine.run_state import (
+    HIDDEN_STATES,
+    MANIFEST,
+    RunState,
+    begun_with,
+    lock_directory,
+    noted,
+    open_run_state,
+)
 from swquant.errors import DamagedRunError, SwquantError, reason_of
 from swquant.estimate.budget import Budget, drawing_problems, micro_batch_within, shape_of
 from swquant.estimate.disk import disk_of
@@ -153,9 +162,7 @@ def quantize_together(
                 watching.done(report)
             return before[0] if before else None
         held.enter_context(tensor_float32(plan.device, PRECISIONS[plan.recipe.precision]))
-        micro_batch = ranks.lead(
-            partial(_make_ready, plan, allocation, budget, ranks.size, key, out, held, watching)
-        )
+        micro_batch = ranks.lead(partial(_make_ready, plan, allocation, budget, ranks.size, key, out, held, watching))
         job = replace(plan.job(), ranks=ranks, micro_batch=micro_batch, trims=budget is not None and budget.given)
         run_state = _train(plan, job, work, key, watching)
         ranks.leave()
@@ -182,13 +189,14 @@ def _allocation(
 ) -> Mapping[str, Any]:
     """The grids for the size that is asked for: those with which this run began, or new ones."""
     finished = _report_in(out)
-    known = noted(_work_of(out)).get(ALLOCATION) if finished is None else finished.allocation
+    known = noted(_work_of(out)).get(ALLOCATION)
+    if finished is not None:
+        known = None if finished.allocation is None else asdict(finished.allocation)
     if known is not None and known["asked"] == asked_of(recipe):
         return known
     if not (out / REPORT).is_file():
         require_unused(out)
-    # The run itself settles these in the same way, later.
-    return allocate(recipe, source, options, room, watching.stage).to_mapping()
+    return json.loads(json.dumps(asdict(allocate(recipe, source, options, room, watching.stage))))
 
 
 def _settled(recipe: Recipe, out: Path) -> Mapping[str, Any]:

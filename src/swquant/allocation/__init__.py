@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from swquant.allocated import Allocation, Allotted, Measured, Option, Other
 from swquant.allocation.choices import Choice, Unit, label, most_of, settings_of, units_of
-from swquant.allocation.sensitivity import Costs, Sensitivity
+from swquant.allocation.sensitivity import Check, Costs, Sensitivity
 from swquant.allocation.sizes import file_bytes, on_grids
 from swquant.allocation.solve import solve
 from swquant.calibration import calibration_tokens, sample_windows
@@ -37,48 +38,11 @@ AROUND = (0.95, 1.05)
 ROUNDS = 8
 """In which what a file holds beside its tensors, which depends on the grids, is taken into account."""
 
-FIRST = ((2, 64), (4, 32))
-"""Bits and group sizes of which most formats hold one, whatever the widths."""
+SAFE = QuantSpec(4, 32, symmetric=True)
+"""A grid that every format holds, and most widths."""
 
 CHOSEN_KEYS = ("bits", "group_size", "symmetric", "grid", "grids", "embedding_bits", "head_bits", "format")
 """Keys of a recipe that an allocation settles."""
-
-
-@dataclass(frozen=True)
-class Allocation:
-    """Grids for a size.
-
-    Attributes:
-        asked: What a run has to ask for to go on with these grids, see :func:`asked_of`.
-        settings: Keys of the recipe that were chosen, as files have them.
-        size: Bytes that the files of the weights may take.
-        bytes: What they take at most.
-        smallest: The least that they could take.
-        largest: What they would take with everything kept.
-        kl: The sum of the costs, in nats per token.
-        units: What was chosen from, a row each.
-        around: Sizes a little below and above, and the sums of costs there.
-        checks: Choices whose KL was measured, beside the estimates.
-        tokens: On which costs were measured.
-        seconds: What that took.
-    """
-
-    asked: str
-    settings: Mapping[str, Any]
-    size: int
-    bytes: int
-    smallest: int
-    largest: int
-    kl: float
-    units: Sequence[Mapping[str, Any]]
-    around: Sequence[Mapping[str, Any]]
-    checks: Sequence[Mapping[str, Any]]
-    tokens: int
-    seconds: float
-
-    def to_mapping(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
 
 
 def asked_of(recipe: Recipe) -> str:
@@ -117,12 +81,13 @@ def allocate(
     """
     started = time.monotonic()
     plan = _planned(recipe, source, options, room)
-    if len(plan.formats) > 1:
+    form, *others = plan.formats
+    if others:
         raise SwquantError(f"--size is of one file, and there would be {len(plan.formats)}: give one --format")
     units = units_of(plan)
     if not any(unit.sites for unit in units):
         raise SwquantError(
-            f"{plan.formats[0].name} holds these matrices in one size only, or patterns decide for all of them, so "
+            f"{form.name} holds these matrices in one size only, or patterns decide for all of them, so "
             "there is nothing to choose: leave --size out, or choose another format"
         )
     book = _Book(plan, units)
@@ -146,9 +111,9 @@ def allocate(
         book.smallest,
         book.largest,
         _sum(units, costs, chosen),
-        _rows(plan, units, costs, chosen),
-        [_around(book, costs, round(limit * factor)) for factor in AROUND],
-        [_checked(units, check) for check in costs.checks],
+        _allotted(plan, units, costs, chosen),
+        tuple(_around(book, costs, round(limit * factor)) for factor in AROUND),
+        tuple(_checked(units, check) for check in costs.checks),
         tokens.numel(),
         round(took, 1),
     )
@@ -156,15 +121,17 @@ def allocate(
 
 def _planned(recipe: Recipe, source: str | Path, options: SourceOptions | None, room: Room) -> Plan:
     """A plan on some grid that format and model allow for what is open."""
-    first: SwquantError | None = None
-    for spec in dict.fromkeys((recipe.spec, *(QuantSpec(*values, recipe.symmetric) for values in FIRST))):
-        try:
-            own = {"bits": spec.bits, "group_size": spec.group_size, "symmetric": spec.symmetric, "grid": spec.grid}
-            return make_plan(replace(recipe, **own), source, options, room=room)
-        except SwquantError as error:
-            first = first or error
-    assert first is not None
-    raise first
+    try:
+        return make_plan(recipe, source, options, room=room)
+    except SwquantError:
+        if recipe.spec == SAFE:
+            raise
+    return make_plan(replace(recipe, **grid_settings(SAFE)), source, options, room=room)
+
+
+def grid_settings(spec: QuantSpec) -> dict[str, Any]:
+    """A grid as keys of a recipe."""
+    return {"bits": spec.bits, "group_size": spec.group_size, "symmetric": spec.symmetric, "grid": spec.grid}
 
 
 def _measure(plan: Plan, units: Sequence[Unit], tokens: Tensor, say: Callable[[str], None]) -> Costs:
@@ -256,10 +223,7 @@ def _settings(recipe: Recipe, plan: Plan, chosen: Mapping[Unit, Choice]) -> dict
     grids: Any = own["grids"]
     made = replace(
         recipe,
-        bits=most.bits,
-        group_size=most.group_size,
-        symmetric=most.symmetric,
-        grid=most.grid,
+        **grid_settings(most),
         format=plan.recipe.format,
         **{**own, "grids": {**recipe.grids, **grids}},
     ).to_mapping()
@@ -278,45 +242,31 @@ def _sum(units: Sequence[Unit], costs: Costs, chosen: Mapping[Unit, Choice]) -> 
     return sum(row[unit.choices.index(chosen[unit])] for unit, row in zip(units, costs.table, strict=True))
 
 
-def _around(book: _Book, costs: Costs, limit: int) -> dict[str, Any]:
+def _around(book: _Book, costs: Costs, limit: int) -> Other:
     chosen = book.best(costs, limit)
-    if chosen is None:
-        return {"size": limit, "kl": None}
-    return {"size": limit, "kl": _sum(book.units, costs, chosen)}
+    return Other(limit, None if chosen is None else _sum(book.units, costs, chosen))
 
 
-def _rows(
-    plan: Plan, units: Sequence[Unit], costs: Costs, chosen: Mapping[Unit, Choice]
-) -> list[dict[str, Any]]:
+def _allotted(plan: Plan, units: Sequence[Unit], costs: Costs, chosen: Mapping[Unit, Choice]) -> tuple[Allotted, ...]:
     """A row for each unit."""
     layers = {site.name: index for index, block in enumerate(plan.layout.blocks) for site in block}
-    return [
-        {
-            "name": unit.name,
-            "kind": unit.kind,
-            "layer": layers[unit.sites[0].name] if unit.sites else None,
-            "matrices": [site.inner for site in unit.sites],
-            "grid": label(chosen[unit]),
-            "bits": _bits(chosen[unit].spec, unit),
-            "bytes": chosen[unit].bytes,
-            "choices": [
-                {"grid": label(choice), "bytes": choice.bytes, "kl": kl}
+    return tuple(
+        Allotted(
+            unit.name,
+            unit.kind,
+            layers[unit.sites[0].name] if unit.sites else None,
+            tuple(site.inner for site in unit.sites),
+            unit.choices.index(chosen[unit]),
+            tuple(
+                Option(label(choice), None if choice.spec is None else choice.spec.bits, choice.bytes, kl)
                 for choice, kl in zip(unit.choices, row, strict=True)
-            ],
-        }
+            ),
+        )
         for unit, row in zip(units, costs.table, strict=True)
-    ]
+    )
 
 
-def _bits(spec: QuantSpec | None, unit: Unit) -> float | None:
-    return None if spec is None else spec.bits
-
-
-def _checked(units: Sequence[Unit], check: Any) -> dict[str, Any]:
+def _checked(units: Sequence[Unit], check: Check) -> Measured:
     unit = units[check.unit]
-    return {
-        "name": unit.name,
-        "grid": label(unit.choices[check.choice]),
-        "estimate": check.estimate,
-        "measured": check.measured,
-    }
+    estimate = check.estimate if unit.sites else None
+    return Measured(unit.name, label(unit.choices[check.choice]), estimate, check.measured)

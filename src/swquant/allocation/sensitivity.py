@@ -255,7 +255,7 @@ class Sensitivity:
         plain = Heads.load(self.front, plan.checkpoint)
         for place, (unit, choice) in enumerate(checked):
             if not self.units[unit].sites:
-                states[place], heads[place] = self._with_end(self.units[unit], self.units[unit].choices[choice], samples)
+                states[place], heads[place] = self._with_end(self.units[unit], choice, samples)
         for index in range(len(plan.skeleton.blocks)):
             bound, params = self.bound(index)
             own = {site.name: site for site in plan.layout.blocks[index]}
@@ -285,9 +285,9 @@ class Sensitivity:
             out[name] = _nearest(weight, spec, energy.view(spec.groups(weight.shape[1]), -1))
         return out
 
-    def _with_end(self, unit: Unit, choice: Choice, samples: int) -> tuple[Tensor, Heads]:
+    def _with_end(self, unit: Unit, choice: int, samples: int) -> tuple[Tensor, Heads]:
         """Hidden states before the first block and the head, with the embedding or the head on a grid."""
-        plan, spec = self.plan, choice.spec
+        plan, spec = self.plan, unit.choices[choice].spec
         assert spec is not None
         weight = f"{plan.skeleton.embedding}.weight" if unit.name == "embedding" else plan.skeleton.head_weight
         front = replace(self.front, skeleton=replace(plan.skeleton, ends={weight: spec}))
@@ -349,7 +349,7 @@ def _inputs(second: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
     """``H``, and ``1 / U_jj^2`` of each of its columns.
 
     What columns have in common is overstated where tokens are few: by chance alone any column is a sum of as many
-    others as there are tokens. So ``H`` is shrunk towards its diagonal first, by ``n / (n + tokens)`` for ``n`` columns.
+    others as there are tokens. So ``H`` is shrunk to its diagonal first, by ``n / (n + tokens)`` for ``n`` columns.
     """
     kept = tokens / (tokens + len(second))
     shrunk, diagonal = (second * kept).double(), second.diagonal().double()

@@ -49,5 +49,4 @@ def solve(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]], limi
     if found.x is None:
         return None
     starts = np.concatenate(([0], np.cumsum(counts)[:-1]))
-    chosen = [int(found.x[start : start + count].argmax()) for start, count in zip(starts, counts, strict=True)]
-    return chosen
+    return [int(found.x[start : start + count].argmax()) for start, count in zip(starts, counts, strict=True)]

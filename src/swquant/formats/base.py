@@ -143,7 +143,7 @@ def stored_bytes(plain: Sequence[Stored]) -> int:
 
 
 def safetensors_beside(form: Format, outline: Outline, tensors: int) -> int:
-    """:meth:`Format.beside_bytes` of a safetensors checkpoint: an entry of JSON for each tensor, and shards' headers."""
+    """:meth:`Format.beside_bytes` of a safetensors checkpoint: an entry for each tensor, and shards' headers."""
     most = max((size for shape in outline.linears.values() for size in shape), default=1)
     digits, places = len(str(most)), len(str(tensors))
     suffixes = {spec: _suffixes(form, spec, outline.dtype) for spec in {*outline.specs, *_end_specs(outline)}}
@@ -161,7 +161,7 @@ def _end_specs(outline: Outline) -> set[QuantSpec]:
 
 def _suffixes(form: Format, spec: QuantSpec, dtype: torch.dtype) -> list[str]:
     """Ends of the names of the tensors that stand for one weight."""
-    return [name for name in form.encode("", zeros_on(spec, 32, spec.group_size or 128), dtype)]
+    return list(form.encode("", zeros_on(spec, 32, spec.group_size or 128), dtype))
 
 
 def zeros_on(spec: QuantSpec, rows: int, columns: int) -> QTensor:

@@ -29,8 +29,8 @@ from swquant.formats.base import (
     packed_bytes,
     require_fits,
     require_tensor,
-    split_note,
     safetensors_beside,
+    split_note,
     stored_bytes,
     weights_are_exact,
 )

@@ -18,7 +18,15 @@ from swquant.formats.base import require_fits, require_tensor, stored_bytes
 from swquant.formats.gguf_blocks import BlockType, block_type
 from swquant.formats.gguf_model import describe_model
 from swquant.formats.gguf_reader import read_gguf
-from swquant.formats.gguf_writer import FILE, beside_bytes, import_gguf, rehearse, require_named, tensor_names, write_gguf
+from swquant.formats.gguf_writer import (
+    FILE,
+    beside_bytes,
+    import_gguf,
+    rehearse,
+    require_named,
+    tensor_names,
+    write_gguf,
+)
 from swquant.formats.kquant_blocks import K_GRIDS
 from swquant.quant.qtensor import QTensor
 from swquant.quant.spec import UNIFORM, QuantSpec

@@ -18,7 +18,15 @@ from swquant.checkpoint.reader import open_checkpoint
 from swquant.checkpoint.shards import Stored
 from swquant.checkpoint.writer import Written
 from swquant.errors import SwquantError
-from swquant.formats.base import FUSED, WORD_BYTES, require_fits, require_tensor, split_note, safetensors_beside, stored_bytes
+from swquant.formats.base import (
+    FUSED,
+    WORD_BYTES,
+    require_fits,
+    require_tensor,
+    safetensors_beside,
+    split_note,
+    stored_bytes,
+)
 from swquant.formats.gptq_layout import (
     SUFFIXES,
     decode_weight,
