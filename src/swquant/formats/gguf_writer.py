@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 import tempfile
@@ -133,12 +134,22 @@ def beside_bytes(outline: Outline) -> int:
     """
     model = describe_model(outline.config)
     names = tensor_names(model)
-    shapes = {f"{module}.weight": 2 for module in (*outline.linears, *outline.ends)}
-    shapes |= {name: len(shape) for name, shape in (outline.plain or {}).items()}
-    infos = sum(len(require_named(name, names, model)) + _INFO + 8 * dims for name, dims in shapes.items())
-    divisors = 0 if model.rope.divisors is None else len(ROPE_FREQS) + _INFO + 8 + model.rope.divisors.numel() * 4
+    found: dict[str, tuple[int, int]] = {}
+    for module, (rows, columns) in (
+        *outline.linears.items(),
+        *((name, end) for name, (end, _) in outline.ends.items()),
+    ):
+        kind = block_type(outline.grids[module] if module in outline.grids else outline.ends[module][1])
+        assert kind is not None
+        found[f"{module}.weight"] = 2, rows * kind.row_bytes(columns)
+    for name, shape in (outline.plain or {}).items():
+        found[name] = len(shape), math.prod(shape) * (4 if len(shape) == 1 else outline.dtype.itemsize)
+    infos = sum(len(require_named(name, names, model)) + _INFO + 8 * dims for name, (dims, _) in found.items())
+    divisors = 0
+    if model.rope.divisors is not None:
+        divisors = len(ROPE_FREQS) + _INFO + 8 + model.rope.divisors.numel() * 4 + _ALIGNMENT
     metadata = metadata_bytes(outline, model, read_vocabulary(outline.directory, model.settings))
-    return metadata + infos + divisors + _ALIGNMENT * (2 + len(shapes))
+    return metadata + infos + divisors + _ALIGNMENT + sum(-nbytes % _ALIGNMENT for _, nbytes in found.values())
 
 
 def write_gguf(directory: Path, quantized: QuantizedModel, pack: Pack) -> Written:
