@@ -13,7 +13,7 @@ from swquant.checkpoint.quantized import Outline, QuantizedModel, read_codes, wr
 from swquant.checkpoint.reader import Checkpoint, open_checkpoint
 from swquant.checkpoint.shards import Stored
 from swquant.checkpoint.writer import Written
-from swquant.formats.base import require_fits, stored_bytes
+from swquant.formats.base import require_fits, safetensors_beside, stored_bytes
 from swquant.quant.bits import pack, unpack
 from swquant.quant.kind import row_bits
 from swquant.quant.qtensor import QTensor, as_parts
@@ -65,6 +65,9 @@ class CodebookFormat:
 
     def plain_bytes(self, outline: Outline, plain: Sequence[Stored]) -> int:
         return stored_bytes(plain)
+
+    def beside_bytes(self, outline: Outline, tensors: int) -> int:
+        return safetensors_beside(self, outline, tensors)
 
 
 def _shape(name: str, checkpoint: Checkpoint, spec: QuantSpec) -> tuple[int, int]:

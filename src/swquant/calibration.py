@@ -12,6 +12,22 @@ LEAST_SHARE = 4
 """A text must hold at least one in so many of the tokens that the samples take; windows overlap below the whole."""
 
 
+EVALUATION_SHARE = 5
+"""At most one in so many windows of a calibration text is held out for evaluation."""
+
+
+def calibration_tokens(tokens: Tensor, seq_len: int, held: int) -> tuple[Tensor, Tensor]:
+    """A text's tokens to train on, and those of whole windows of ``seq_len`` to measure on.
+
+    Args:
+        tokens: All of them.
+        seq_len: Tokens of a window.
+        held: Windows to hold out, if the text is long enough.
+    """
+    kept = len(tokens) - seq_len * min(held, len(tokens) // seq_len // EVALUATION_SHARE)
+    return tokens[:kept], tokens[kept:]
+
+
 def begun(windows: Tensor, begin: int | None) -> Tensor:
     """Windows of a text, ``int64 [windows, tokens]``, each of which begins with the token ``begin``, if that is given.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,8 @@ def plan(
 ) -> None:
     """Say what quantizing SOURCE takes: time, memory, disk.
 
-    No weight is read. Options are those of quantize. The exit code is 1 if something does not fit.
+    No weight is read, but with --size or --target-bits, where the model is run on a few samples to choose grids.
+    Options are those of quantize. The exit code is 1 if something does not fit.
     """
     from swquant.estimate import estimate
     from swquant.estimate.shown import print_estimate
@@ -147,6 +149,11 @@ def plan(
     files = files_of(flags)
     recipe_name, recipe = recipe_of(recipe_name, options, flags)
     budget = budget_of(device_memory, host_memory)
+    if recipe.is_sized:
+        from swquant.allocation import allocate, with_allocation
+
+        chosen = allocate(recipe, source, files, budget.room, partial(click.echo, err=True))
+        recipe = with_allocation(recipe, chosen.settings)
     found = estimate(recipe, source, out, budget, measure=not no_time, source_options=files)
     click.echo(found.to_json()) if as_json else print_estimate(found, recipe_name, _to_quantize())
     if found.problems:

@@ -59,6 +59,14 @@ RECIPE_OPTIONS = (
     ),
     click.option("--head-bits", type=int, help="Bits of the head, likewise; a tied one is the embedding.  [as it is]"),
     click.option(
+        "--size",
+        metavar="SIZE",
+        help="Instead of bits, of the file: 2.6GB; each matrix gets the grid that pays most.",
+    ),
+    click.option(
+        "--target-bits", type=float, metavar="BITS", help="The same as bits for each weight, embedding and head too."
+    ),
+    click.option(
         "--method",
         shell_complete=known("methods"),
         help="One of swquant list methods, or several: 'awq + tesseraq'.  [by recipe]",
@@ -158,6 +166,13 @@ def recipe_of(name: str | None, options: tuple[str, ...], flags: dict[str, Any])
 
     flags["format"] = ",".join(flags.pop("formats")) or None
     values = {name: value for name, value in _by_pattern(flags).items() if value is not None}
+    if "size" in values or "target_bits" in values:
+        for key in ("bits", "group_size", "grid"):
+            if key in values:
+                flag = f"--{key.replace('_', '-')}"
+                raise SwquantError(
+                    f"--size and --target-bits choose each matrix's grid: give {flag} with a pattern only"
+                )
     if options:
         values["options"] = dict(_option(text) for text in options)
     if name:

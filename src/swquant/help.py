@@ -10,7 +10,7 @@ import click
 from click.shell_completion import CompletionItem
 
 SECTIONS: dict[str, tuple[str, ...]] = {
-    "What": ("out", "bits", "group_size", "symmetric", "keep", "runtime", "formats"),
+    "What": ("out", "bits", "size", "group_size", "symmetric", "keep", "runtime", "formats"),
     "How well": (
         *("preset", "recipe_name", "method", "loss", "calibration", "samples", "seq_len", "epochs", "evaluation"),
     ),

@@ -14,6 +14,7 @@ import psutil
 from torch import Tensor
 
 from swquant.advice import advise
+from swquant.allocated import Allocation
 from swquant.card import CARD, licence_of, model_card
 from swquant.checkpoint.converted import Blend, Stack, to_disk
 from swquant.checkpoint.names import Names
@@ -57,6 +58,7 @@ def write_output(
         for form, notes in zip(plan.formats, plan.notes, strict=True)
     ]
     finish = None if run_state.final is None else run_state.final["report"]
+    chosen = run_state.notes.get("allocation")
     report = Report(
         source=source,
         recipe=plan.recipe.to_mapping(),
@@ -72,6 +74,7 @@ def write_output(
         key=key,
         reading=tuple(run_state.notes["reading"]),
         grids=plan.layout.counts,
+        allocation=None if chosen is None else Allocation.from_mapping(chosen),
         parameters=sum(math.prod(tensor.shape) for tensor in plan.disk.tensors.values()),
     )
     report = replace(report, advice=advise(report))

@@ -196,7 +196,7 @@ def make_plan(
     Raises:
         SwquantError: If any part is unknown, out of range, or does not fit another.
     """
-    recipe = replace(recipe, grids=_on_top(recipe.grids, grids or {}))
+    recipe = replace(recipe, grids=on_top(recipe.grids, grids or {}))
     others = tuple(filter(None, recipe.grids.values()))
     spec, device = recipe.spec, resolve_device(recipe.device)
     recipe = recipe.settled({"device": device.type, "precision": fastest_precision(device)})
@@ -243,9 +243,7 @@ def make_plan(
     )
 
 
-def _on_top(
-    grids: Mapping[str, QuantSpec | None], given: Mapping[str, QuantSpec | None]
-) -> dict[str, QuantSpec | None]:
+def on_top(grids: Mapping[str, QuantSpec | None], given: Mapping[str, QuantSpec | None]) -> dict[str, QuantSpec | None]:
     """Grids by pattern with those of ``given`` last, which counts."""
     return {name: grid for name, grid in grids.items() if name not in given} | dict(given)
 

@@ -17,10 +17,11 @@ from pydantic import Field
 
 from swquant.errors import SwquantError, did_you_mean
 from swquant.quant.spec import GRID_KEYS, UNIFORM, QuantSpec, fixed_by
+from swquant.units import parse_size, size
 from swquant.validation import build, read_yaml
 
 CHANNEL = "channel"
-LATER_KEYS = ("grid", "grids", "allow_split", "embedding_bits", "head_bits", "precision")
+LATER_KEYS = ("grid", "grids", "allow_split", "embedding_bits", "head_bits", "precision", "size", "target_bits")
 """Keys younger than the first recipes, whose hashes stay."""
 
 AUTO, SELF, BUNDLED = "auto", "self", "bundled"
@@ -89,6 +90,9 @@ class Recipe:
         embedding_bits: Of the token embedding, 4 or 8, rounded to the nearest in groups of 32; ``None`` keeps it as it
             is. Where the head is the embedding, the two stay one.
         head_bits: Of the head, likewise.
+        size: Bytes that the output's weights may take on the disk, everything in their files counted; the grids of what
+            ``grids`` says nothing of are chosen when a run starts. In files also a text such as ``2.6GB``.
+        target_bits: The same as bits for each of the model's weights, embedding and head too.
 
     Raises:
         SwquantError: From :meth:`from_mapping` and :meth:`load`, if a value has the wrong type or is out of range.
@@ -117,6 +121,8 @@ class Recipe:
     allow_split: bool = False
     embedding_bits: Literal[4, 8] | None = None
     head_bits: Literal[4, 8] | None = None
+    size: Annotated[int, Field(ge=1)] | None = None
+    target_bits: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 
     def __post_init__(self) -> None:
         if self.group_size == CHANNEL:  # pyright: ignore[reportUnnecessaryComparison]  as files have it
@@ -124,6 +130,8 @@ class Recipe:
         for key, value in fixed_by(self.grid).items():
             if vars(self)[key] == _DEFAULTS[key]:
                 object.__setattr__(self, key, value)
+        if self.size is not None and self.target_bits is not None:
+            raise SwquantError("both size and target_bits are given, which say the same: give one")
 
     @staticmethod
     def load(name: str | Path) -> Recipe:
@@ -221,6 +229,11 @@ class Recipe:
         return QuantSpec(self.bits, self.group_size, self.symmetric, self.grid)
 
     @property
+    def is_sized(self) -> bool:
+        """Whether grids are chosen for a size."""
+        return self.size is not None or self.target_bits is not None
+
+    @property
     def formats(self) -> tuple[str, ...]:
         """Names of the output's formats; empty where the recipe leaves them open.
 
@@ -250,10 +263,13 @@ class Recipe:
         loss = f"loss {self.loss}, " if self.loss else ""
         for name, bits in (("head", self.head_bits), ("embedding", self.embedding_bits)):
             loss = loss if bits is None else f"{name} at {bits} bits, {loss}"
-        loss = f"other grids for {', '.join(self.grids)}, {loss}" if self.grids else loss
+        loss = f"other grids for {', '.join(self.grids)}, {loss}" if self.grids and not self.is_sized else loss
         if self.grid != UNIFORM:
             return f"grid {self.spec.label}, {self.method}, {loss}preset {self.preset}"
         groups = "per channel" if self.group_size is None else f"groups of {self.group_size}"
+        if self.is_sized:
+            asked = f"{self.target_bits:g} bits per weight" if self.size is None else size(self.size)
+            return f"grids that fit {asked}, {self.method}, {loss}preset {self.preset}"
         symmetry = "symmetric" if self.symmetric else "asymmetric"
         return f"{self.bits} bits, {groups}, {symmetry}, {self.method}, {loss}preset {self.preset}"
 
@@ -279,6 +295,8 @@ def bits_of(recipe: Mapping[str, Any]) -> str:
 
 
 def _from_file(values: Mapping[str, Any]) -> dict[str, Any]:
+    if isinstance(values.get("size"), str):
+        values = {**values, "size": parse_size(values["size"])}
     return {key: None if key == "group_size" and value == CHANNEL else value for key, value in values.items()}
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, StrictBool, StrictInt, TypeAdapter
 
+from swquant.allocated import Allocation
 from swquant.phases.base import PhaseReport
 
 _FLAT_LIST = re.compile(r"\[\n([^\[\]{}\"]*?)\n *\]")
@@ -247,6 +248,7 @@ class Report:
         grids: How many matrices are on each grid, by its name, or ``kept`` by a pattern; empty in older reports.
         parameters: Of the original, tied ones once; 0 in older reports.
         reading: What to know of how the model reads text: what windows begin with, and where other readers differ.
+        allocation: How grids were chosen for a size, ``None`` where they were given.
     """
 
     source: str
@@ -265,6 +267,7 @@ class Report:
     reading: tuple[str, ...] = ()
     grids: Mapping[str, int] = field(default_factory=dict[str, int])
     parameters: int = 0
+    allocation: Allocation | None = None
 
     def whole_bits(self, output: Output) -> float | None:
         """Bits per weight over a whole output, embeddings, norms and head too; ``None`` in older reports."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Generator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swquant.calibration import eval_windows, sample_windows
+from swquant.allocation import allocate, asked_of, with_allocation
+from swquant.calibration import calibration_tokens, eval_windows, sample_windows
 from swquant.checkpoint.opening import SourceOptions, note_of
 from swquant.checkpoint.writer import publish
 from swquant.corpus import tokens_of
@@ -28,7 +30,15 @@ from swquant.engine.hidden_states import create_hidden
 from swquant.engine.memory import keep_little
 from swquant.engine.observer import Observer, Silent
 from swquant.engine.precision import PRECISIONS, tensor_float32
-from swquant.engine.run_state import HIDDEN_STATES, MANIFEST, RunState, begun_with, lock_directory, open_run_state
+from swquant.engine.run_state import (
+    HIDDEN_STATES,
+    MANIFEST,
+    RunState,
+    begun_with,
+    lock_directory,
+    noted,
+    open_run_state,
+)
 from swquant.errors import DamagedRunError, SwquantError, reason_of
 from swquant.estimate.budget import Budget, drawing_problems, micro_batch_within, shape_of
 from swquant.estimate.disk import disk_of
@@ -38,18 +48,19 @@ from swquant.output import load_report, write_output
 from swquant.phases.micro_batch import named, ran_out
 from swquant.phases.train import Train
 from swquant.places import REPORT, destination, require_disk, require_unused
-from swquant.plan import Plan, make_plan
+from swquant.plan import Plan, make_plan, on_top
 from swquant.quant.deferred import in_float
 from swquant.quant.spec import QuantSpec
 from swquant.recipe import SETTLED, Recipe
 from swquant.report import Quality, Report
+from swquant.sampling import Room
 from swquant.tokenizer import Reading
+
+ALLOCATION = "allocation"
+"""Of what a run state notes: the grids that were chosen for a size."""
 
 OUTPUT = "output"
 """What of a report's key tells how the output is written; a run state's key has no such part."""
-
-EVALUATION_SHARE = 5
-"""At most one in so many windows of a calibration text is held out for evaluation."""
 
 
 def quantize(
@@ -121,8 +132,13 @@ def quantize_together(
     out, watching = Path(out), observer if ranks.rank == 0 else Silent()
     if budget is not None and budget.given:
         keep_little()
-    recipe = recipe.settled(ranks.lead(partial(_settled, recipe, out)))
     room = (budget or Budget()).room
+    allocation: Mapping[str, Any] | None = None
+    if recipe.is_sized:
+        recipe = replace(recipe, grids=on_top(recipe.grids, grids or {}))
+        allocation = ranks.lead(partial(_allocation, recipe, source, source_options, room, out, watching))
+        recipe, grids = with_allocation(recipe, allocation["settings"]), None
+    recipe = recipe.settled(ranks.lead(partial(_settled, recipe, out)))
     plans: list[Plan] = []
 
     def first() -> str:
@@ -146,7 +162,7 @@ def quantize_together(
                 watching.done(report)
             return before[0] if before else None
         held.enter_context(tensor_float32(plan.device, PRECISIONS[plan.recipe.precision]))
-        micro_batch = ranks.lead(partial(_make_ready, plan, budget, ranks.size, key, out, held, watching))
+        micro_batch = ranks.lead(partial(_make_ready, plan, allocation, budget, ranks.size, key, out, held, watching))
         taken = budget or Budget()
         spare = partial(taken.spare, plan.device, ranks.size)
         job = replace(plan.job(), ranks=ranks, micro_batch=micro_batch, trims=taken.given, spare=spare)
@@ -163,6 +179,26 @@ def quantize_together(
         run_state.clear()
     watching.done(report)
     return report
+
+
+def _allocation(
+    recipe: Recipe,
+    source: str | Path,
+    options: SourceOptions | None,
+    room: Room,
+    out: Path,
+    watching: Observer,
+) -> Mapping[str, Any]:
+    """The grids for the size that is asked for: those with which this run began, or new ones."""
+    finished = _report_in(out)
+    known = noted(_work_of(out)).get(ALLOCATION)
+    if finished is not None:
+        known = None if finished.allocation is None else asdict(finished.allocation)
+    if known is not None and known["asked"] == asked_of(recipe):
+        return known
+    if not (out / REPORT).is_file():
+        require_unused(out)
+    return json.loads(json.dumps(asdict(allocate(recipe, source, options, room, watching.stage))))
 
 
 def _settled(recipe: Recipe, out: Path) -> Mapping[str, Any]:
@@ -234,6 +270,7 @@ def _written_otherwise(out: Path, held: Mapping[str, Any], wanted: Mapping[str, 
 
 def _make_ready(
     plan: Plan,
+    allocation: Mapping[str, Any] | None,
     budget: Budget | None,
     ranks: int,
     key: Mapping[str, Any],
@@ -261,7 +298,7 @@ def _make_ready(
             require_disk(out, sum(disk_of(plan, shape_of(plan), ranks).outputs.values()))
         else:
             with named("in making the samples and their way to the first block"):
-                _start(plan, run_state, out, watching, ranks)
+                _start(plan, allocation, run_state, out, watching, ranks)
     return micro_batch
 
 
@@ -334,7 +371,14 @@ def _nothing_is_lost(work: Path) -> Generator[None]:
         ) from error
 
 
-def _start(plan: Plan, run_state: RunState, out: Path, watching: Observer, ranks: int) -> None:
+def _start(
+    plan: Plan,
+    allocation: Mapping[str, Any] | None,
+    run_state: RunState,
+    out: Path,
+    watching: Observer,
+    ranks: int,
+) -> None:
     """Make the samples and both models' hidden states before block 0, if the disk and the weights allow for a run."""
     for problem in drawing_problems(plan):
         raise SwquantError(problem)
@@ -353,7 +397,11 @@ def _start(plan: Plan, run_state: RunState, out: Path, watching: Observer, ranks
         for index, hidden in enumerate(capture(front, plan.checkpoint, tokens, stored=stored)):
             cache[index] = hidden
     try_block(plan, Calls.prepare(front, plan.checkpoint, tokens), cached[0][:1])
-    told = {"evaluation_samples": evaluation.shape[0], "reading": [] if reading is None else list(reading.notes)}
+    told = {
+        "evaluation_samples": evaluation.shape[0],
+        "reading": [] if reading is None else list(reading.notes),
+        ALLOCATION: allocation,
+    }
     run_state.begin({"tokens": tokens}, shape, told)
 
 
@@ -374,10 +422,9 @@ def _samples(plan: Plan, reading: Reading | None, watching: Observer) -> tuple[T
     assert plan.text is not None
     assert reading is not None
     tokens = tokens_of(plan.text, reading.tokenizer)
-    held = min(held, len(tokens) // length // EVALUATION_SHARE)
-    if held:
-        measured = eval_windows(tokens[-held * length :], length, held, reading.begin)
-        tokens = tokens[: -held * length]
+    tokens, rest = calibration_tokens(tokens, length, held)
+    if len(rest):
+        measured = eval_windows(rest, length, None, reading.begin)
     return sample_windows(tokens, samples, length, recipe.seed, reading.begin), measured
 
 

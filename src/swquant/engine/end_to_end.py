@@ -21,7 +21,8 @@ forward and backward once. Where it does not, it goes forward block by block and
 ``[blocks, samples, tokens, dim]``; then backward block by block, running each again with a graph. So one block's
 weights exist at a time, and memory grows with the number of blocks by hidden states, by what is learned, its gradient
 and AdamW's moments alone: 16 bytes for a scale, and for a weight with ``weights``. Both ways end in the same bits. A
-large best state is on a mapped file. The blocks' matrix products are in the job's precision; heads and the validation loss are in float32.
+large best state is on a mapped file. The blocks' matrix products are in the job's precision; heads and the validation
+loss are in float32.
 """
 
 from __future__ import annotations

@@ -293,8 +293,17 @@ def open_run_state(root: Path, key: Mapping[str, Any]) -> RunState:
 
 def begun_with(root: Path) -> Mapping[str, Any]:
     """The key of the run at ``root``; empty where none has begun, or its manifest cannot be read."""
+    return _read(root, "key")
+
+
+def noted(root: Path) -> Mapping[str, Any]:
+    """What the start of the run at ``root`` has noted; empty likewise."""
+    return _read(root, "notes")
+
+
+def _read(root: Path, part: str) -> Mapping[str, Any]:
     try:
-        return dict(_unsealed((root / MANIFEST).read_bytes())["key"])
+        return dict(_unsealed((root / MANIFEST).read_bytes())[part])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
 

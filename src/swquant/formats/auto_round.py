@@ -17,7 +17,7 @@ from swquant.checkpoint.reader import open_checkpoint
 from swquant.checkpoint.shards import Stored
 from swquant.checkpoint.writer import Written
 from swquant.errors import SwquantError
-from swquant.formats.base import require_fits, split_note, stored_bytes
+from swquant.formats.base import require_fits, safetensors_beside, split_note, stored_bytes
 from swquant.formats.gptq_layout import (
     SUFFIXES,
     decode_weight,
@@ -136,6 +136,10 @@ class AutoRound:
     def plain_bytes(self, outline: Outline, plain: Sequence[Stored]) -> int:
         """As they are."""
         return stored_bytes(plain)
+
+    def beside_bytes(self, outline: Outline, tensors: int) -> int:
+        """Headers of shards."""
+        return safetensors_beside(self, outline, tensors)
 
 
 def _others(directory: Path, extra: object, most: QuantSpec) -> dict[str, QuantSpec]:

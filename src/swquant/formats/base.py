@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -11,10 +12,11 @@ from torch import Tensor
 
 from swquant.checkpoint.quantized import EXPERT, Outline, QuantizedModel, without
 from swquant.checkpoint.shards import Stored
-from swquant.checkpoint.writer import Written
+from swquant.checkpoint.writer import SHARD_BYTES, Written
 from swquant.errors import SwquantError
 from swquant.quant.bits import packed_words
-from swquant.quant.qtensor import QTensor
+from swquant.quant.grid import Extent, minmax_grid
+from swquant.quant.qtensor import QTensor, as_parts
 from swquant.quant.spec import UNIFORM, QuantSpec
 
 SHOWN = 4
@@ -25,6 +27,8 @@ ANOTHER = "choose compressed_tensors or dequantized"
 WORD_BYTES = 4
 STORED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _SCALE_BITS = 8
+_SHARD_HEADER = 64
+"""Bytes of a shard's header beside its tensors' entries: its length, its format, spaces up to a multiple of 8."""
 _SIGNIFICANT_BITS = {torch.bfloat16: 8, torch.float16: 11, torch.float32: 24}
 
 
@@ -125,10 +129,48 @@ class Format(Protocol):
         """
         ...
 
+    def beside_bytes(self, outline: Outline, tensors: int) -> int:
+        """Bytes of the files that hold the weights beside those tensors: headers, names, padding; at most.
+
+        Args:
+            outline: The model.
+            tensors: Bytes of all tensors.
+        """
+        ...
+
 
 def stored_bytes(plain: Sequence[Stored]) -> int:
     """Bytes of tensors that are written as they are."""
     return sum(stored.nbytes for stored in plain)
+
+
+def safetensors_beside(form: Format, outline: Outline, tensors: int) -> int:
+    """:meth:`Format.beside_bytes` of a safetensors checkpoint: an entry for each tensor, and shards' headers."""
+    most = max((size for shape in outline.linears.values() for size in shape), default=1)
+    digits, places = len(str(most)), len(str(tensors))
+    suffixes = {spec: _suffixes(form, spec, outline.dtype) for spec in {*outline.specs, *_end_specs(outline)}}
+    quantized = [*outline.grids.items(), *((name, spec) for name, (_, spec) in outline.ends.items())]
+    names = [f"{name}{suffix}" for name, spec in quantized for suffix in suffixes[spec]]
+    names += [*(outline.plain or ()), *outline.carried]
+    entry = len('"":{"dtype":"BF16","shape":[,],"data_offsets":[,]},') + 2 * digits + 2 * places
+    shards = 2 + 2 * tensors // SHARD_BYTES
+    return sum(len(json.dumps(name)) + entry for name in names) + shards * _SHARD_HEADER
+
+
+def _end_specs(outline: Outline) -> set[QuantSpec]:
+    return {spec for _, spec in outline.ends.values()}
+
+
+def _suffixes(form: Format, spec: QuantSpec, dtype: torch.dtype) -> list[str]:
+    """Ends of the names of the tensors that stand for one weight."""
+    return list(form.encode("", zeros_on(spec, 32, spec.group_size or 128), dtype))
+
+
+def zeros_on(spec: QuantSpec, rows: int, columns: int) -> QTensor:
+    """A weight of zeros on a grid."""
+    extent = Extent(*(torch.full((rows, spec.groups(columns), 1), end) for end in (-1.0, 1.0)))
+    grid = minmax_grid(extent, spec, 1.0, 1.0, None)
+    return QTensor(torch.zeros(rows, columns, dtype=torch.uint8), as_parts(grid.parts, spec), spec)
 
 
 def packed_bytes(spec: QuantSpec, rows: int, columns: int) -> int:

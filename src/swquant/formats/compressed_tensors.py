@@ -29,6 +29,7 @@ from swquant.formats.base import (
     packed_bytes,
     require_fits,
     require_tensor,
+    safetensors_beside,
     split_note,
     stored_bytes,
     weights_are_exact,
@@ -181,6 +182,10 @@ class CompressedTensors:
     def plain_bytes(self, outline: Outline, plain: Sequence[Stored]) -> int:
         """As they are."""
         return stored_bytes(plain)
+
+    def beside_bytes(self, outline: Outline, tensors: int) -> int:
+        """Headers of shards."""
+        return safetensors_beside(self, outline, tensors)
 
 
 def not_in_transformers(outline: Outline) -> str | None:

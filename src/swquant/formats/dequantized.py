@@ -15,7 +15,14 @@ from swquant.checkpoint.quantized import Outline, Part, QuantizedModel, write_co
 from swquant.checkpoint.shards import Stored
 from swquant.checkpoint.writer import Written
 from swquant.errors import SwquantError
-from swquant.formats.base import dtype_name, require_fits, require_tensor, stored_bytes, weights_are_exact
+from swquant.formats.base import (
+    dtype_name,
+    require_fits,
+    require_tensor,
+    safetensors_beside,
+    stored_bytes,
+    weights_are_exact,
+)
 from swquant.quant.qtensor import QTensor
 from swquant.quant.spec import QuantSpec
 
@@ -99,3 +106,7 @@ class Dequantized:
     def plain_bytes(self, outline: Outline, plain: Sequence[Stored]) -> int:
         """As they are."""
         return stored_bytes(plain)
+
+    def beside_bytes(self, outline: Outline, tensors: int) -> int:
+        """Headers of shards."""
+        return safetensors_beside(self, outline, tensors)

@@ -18,7 +18,15 @@ from swquant.formats.base import require_fits, require_tensor, stored_bytes
 from swquant.formats.gguf_blocks import BlockType, block_type
 from swquant.formats.gguf_model import describe_model
 from swquant.formats.gguf_reader import read_gguf
-from swquant.formats.gguf_writer import FILE, import_gguf, rehearse, require_named, tensor_names, write_gguf
+from swquant.formats.gguf_writer import (
+    FILE,
+    beside_bytes,
+    import_gguf,
+    rehearse,
+    require_named,
+    tensor_names,
+    write_gguf,
+)
 from swquant.formats.kquant_blocks import K_GRIDS
 from swquant.quant.qtensor import QTensor
 from swquant.quant.spec import UNIFORM, QuantSpec
@@ -121,6 +129,10 @@ class Gguf:
         vectors = [stored for stored in plain if len(stored.shape) == 1]
         others = [stored for stored in plain if len(stored.shape) != 1]
         return stored_bytes(others) + 4 * sum(math.prod(stored.shape) for stored in vectors)
+
+    def beside_bytes(self, outline: Outline, tensors: int) -> int:
+        """Metadata with the whole tokenizer, and the tensors' names."""
+        return beside_bytes(outline)
 
 
 def kind_of(spec: QuantSpec) -> BlockType:

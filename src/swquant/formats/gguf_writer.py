@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 import tempfile
@@ -32,6 +33,9 @@ OTHER_GRIDS = "swquant.grids"
 
 QUANTIZATION_VERSION = 2
 """Of the layout of blocks."""
+
+_INFO, _ALIGNMENT = 8 + 4 + 4 + 8, 32
+"""Bytes of a tensor's entry beside its name and sizes: lengths, type and place; and of what tensors begin at."""
 
 _PLAIN_IDS: Mapping[torch.dtype, int] = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 30}
 
@@ -95,7 +99,18 @@ def rehearse(outline: Outline, model: Model) -> Vocabulary:
     Raises:
         SwquantError: llama.cpp has no such tokenizer, or its package does not write such metadata.
     """
-    vocabulary, gguf = read_vocabulary(outline.directory, model.settings), import_gguf()
+    vocabulary = read_vocabulary(outline.directory, model.settings)
+    metadata_bytes(outline, model, vocabulary)
+    return vocabulary
+
+
+def metadata_bytes(outline: Outline, model: Model, vocabulary: Vocabulary) -> int:
+    """Bytes of all of a file but its tensors and their names, by writing it and taking it away again.
+
+    Raises:
+        SwquantError: llama.cpp's package does not write such metadata.
+    """
+    gguf = import_gguf()
     with tempfile.TemporaryDirectory() as place:
         writer: Any = gguf.GGUFWriter(Path(place) / FILE, model.architecture.name)
         with closing(writer):
@@ -103,12 +118,38 @@ def rehearse(outline: Outline, model: Model) -> Vocabulary:
                 _add_metadata(writer, model, outline, vocabulary)
                 writer.write_header_to_file()
                 writer.write_kv_data_to_file()
+                writer.flush()
+                return (Path(place) / FILE).stat().st_size
             except (ValueError, TypeError, OverflowError, struct.error) as error:
                 raise SwquantError(
                     f"llama.cpp's package does not write this model's metadata ({reason_of(error)}); "
                     "choose another format"
                 ) from error
-    return vocabulary
+
+
+def beside_bytes(outline: Outline) -> int:
+    """See :meth:`swquant.formats.base.Format.beside_bytes`: metadata, names, and each tensor's way to a multiple of 32.
+
+    The divisors of rotary frequencies, which no checkpoint has, are of the metadata here.
+    """
+    model = describe_model(outline.config)
+    names = tensor_names(model)
+    found: dict[str, tuple[int, int]] = {}
+    for module, (rows, columns) in (
+        *outline.linears.items(),
+        *((name, end) for name, (end, _) in outline.ends.items()),
+    ):
+        kind = block_type(outline.grids[module] if module in outline.grids else outline.ends[module][1])
+        assert kind is not None
+        found[f"{module}.weight"] = 2, rows * kind.row_bytes(columns)
+    for name, shape in (outline.plain or {}).items():
+        found[name] = len(shape), math.prod(shape) * (4 if len(shape) == 1 else outline.dtype.itemsize)
+    infos = sum(len(require_named(name, names, model)) + _INFO + 8 * dims for name, (dims, _) in found.items())
+    divisors = 0
+    if model.rope.divisors is not None:
+        divisors = len(ROPE_FREQS) + _INFO + 8 + model.rope.divisors.numel() * 4 + _ALIGNMENT
+    metadata = metadata_bytes(outline, model, read_vocabulary(outline.directory, model.settings))
+    return metadata + infos + divisors + _ALIGNMENT + sum(-nbytes % _ALIGNMENT for _, nbytes in found.values())
 
 
 def write_gguf(directory: Path, quantized: QuantizedModel, pack: Pack) -> Written:

@@ -18,7 +18,15 @@ from swquant.checkpoint.reader import open_checkpoint
 from swquant.checkpoint.shards import Stored
 from swquant.checkpoint.writer import Written
 from swquant.errors import SwquantError
-from swquant.formats.base import FUSED, WORD_BYTES, require_fits, require_tensor, split_note, stored_bytes
+from swquant.formats.base import (
+    FUSED,
+    WORD_BYTES,
+    require_fits,
+    require_tensor,
+    safetensors_beside,
+    split_note,
+    stored_bytes,
+)
 from swquant.formats.gptq_layout import (
     SUFFIXES,
     decode_weight,
@@ -192,6 +200,10 @@ class Gptq:
     def plain_bytes(self, outline: Outline, plain: Sequence[Stored]) -> int:
         """As they are."""
         return stored_bytes(plain)
+
+    def beside_bytes(self, outline: Outline, tensors: int) -> int:
+        """Headers of shards."""
+        return safetensors_beside(self, outline, tensors)
 
 
 def _patterns(module: str) -> tuple[str, ...]:

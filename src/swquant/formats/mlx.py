@@ -22,6 +22,7 @@ from swquant.formats.base import (
     packed_bytes,
     require_fits,
     require_tensor,
+    safetensors_beside,
     stored_bytes,
     weights_are_exact,
 )
@@ -167,6 +168,10 @@ class Mlx:
     def plain_bytes(self, outline: Outline, plain: Sequence[Stored]) -> int:
         """As they are."""
         return stored_bytes(plain)
+
+    def beside_bytes(self, outline: Outline, tensors: int) -> int:
+        """Headers of shards."""
+        return safetensors_beside(self, outline, tensors)
 
 
 def _arguments(spec: QuantSpec) -> dict[str, object]:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from swquant.checkpoint.quantized import Outline, QuantizedModel
+from swquant.checkpoint.quantized import Outline, Part, QuantizedModel
 from swquant.checkpoint.shards import Stored
 from swquant.checkpoint.writer import Written
 from swquant.errors import SwquantError
-from swquant.formats.base import cast_exactly, require_fits, require_tensor, stored_bytes
+from swquant.formats.base import cast_exactly, require_fits, require_tensor, stored_bytes, zeros_on
 from swquant.formats.onnx_layout import ACCURACY_LEVEL, MODEL, decoder_layout, require_onnx
 from swquant.formats.onnx_reader import read_decoder
-from swquant.formats.onnx_writer import write_decoder
+from swquant.formats.onnx_writer import write_decoder, written_bytes
 from swquant.formats.reading import require_shape
 from swquant.quant.qtensor import QTensor, uniform
 from swquant.quant.spec import UNIFORM, QuantSpec
@@ -138,6 +138,22 @@ class Onnx:
         """As they are, and the rotary positions' sines and cosines."""
         layout = decoder_layout(outline.config)
         return stored_bytes(plain) + 4 * layout.context * layout.head_dim
+
+    def beside_bytes(self, outline: Outline, tensors: int) -> int:
+        """The graph, and what tensors are moved on by to begin on a page; shapes stand in the graph alone."""
+        return written_bytes(_hollow(outline), self.encode, ACCURACY_LEVEL) - tensors
+
+
+def _hollow(outline: Outline) -> QuantizedModel:
+    """A model of such weights, all zero."""
+
+    def parts() -> Iterator[Part]:
+        for name, shape in (outline.plain or {}).items():
+            yield {name: torch.zeros(shape, dtype=outline.dtype)}
+        for name, shape in outline.linears.items():
+            yield {f"{name}.weight": zeros_on(outline.grids[name], *shape)}
+
+    return QuantizedModel(outline, parts)
 
 
 def _block_size(spec: QuantSpec) -> int:

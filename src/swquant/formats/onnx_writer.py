@@ -69,6 +69,15 @@ def write_decoder(directory: Path, model: QuantizedModel, encode: Encode, accura
     return Written((DATA,), data.tensor_bytes)
 
 
+def written_bytes(model: QuantizedModel, encode: Encode, accuracy_level: int) -> int:
+    """Bytes that :func:`write_decoder` makes of ``model.onnx`` and its data, found by writing them nowhere."""
+    layout = decoder_layout(model.outline.config)
+    with Path(os.devnull).open("wb") as nowhere:
+        data = _DataFile(nowhere)
+        shapes = _write_tensors(data, model, encode, layout)
+    return data.end + len(_graph_bytes(model, layout, data.entries, shapes, accuracy_level))
+
+
 def genai_config(layout: DecoderLayout, directory: Path) -> dict[str, Any]:
     """What onnxruntime-genai wants to know: names of inputs and outputs, sizes, special tokens, greedy search.
 
@@ -119,7 +128,7 @@ class _DataFile:
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         self.entries: dict[str, TensorProto] = {}
-        self.tensor_bytes = 0
+        self.tensor_bytes = self.end = 0
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Append a tensor."""
@@ -132,13 +141,13 @@ class _DataFile:
         for key, value in (("location", DATA), ("offset", offset), ("length", content.nbytes)):
             entry.external_data.add(key=key, value=str(value))
         self._file.write(content.data)
+        self.end = offset + content.nbytes
         self.entries[name] = entry
         self.tensor_bytes += content.nbytes
 
     def _align(self, unit: int) -> int:
-        place = self._file.tell()
-        self._file.write(bytes(-place % unit))
-        return place + -place % unit
+        self._file.write(bytes(-self.end % unit))
+        return self.end + -self.end % unit
 
 
 def _write_tensors(

@@ -6,7 +6,7 @@ Each chart is drawn 340 units wide, the width of a phone, and scales with its co
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup, escape
@@ -15,6 +15,9 @@ from swquant.html.axes import LARGEST, Axis, fitting_axis, linear_axis, tick_tex
 
 WIDTH, HEIGHT = 340, 214
 LEFT, RIGHT, TOP, BOTTOM = 44, 10, 24, 34
+NAMES = 118
+"""Where the cells of a map begin, beside the names of its rows."""
+
 DOTS = 24
 """Lines of at most so many points get a dot at each."""
 
@@ -98,6 +101,33 @@ def distribution(
         for (name, style, _), row in zip(others, shares[1:], strict=True)
     )
     return _svg(across, up, "projection", "share of tokens, %", (area, *lines))
+
+
+def heat_map(cells: Mapping[tuple[str, int], tuple[float, str]], x_label: str) -> Markup:
+    """A cell for each row's name and each number of a column, the darker the greater its value.
+
+    Args:
+        cells: Values from 0 to 1, and what a pointer over the cell reads.
+        x_label: What the columns are.
+    """
+    rows, columns = list(dict.fromkeys(row for row, _ in cells)), 1 + max((column for _, column in cells), default=0)
+    width, height = (WIDTH - NAMES - RIGHT) / columns, 16
+    begun = f'<text class="tick" text-anchor="end" x="{NAMES - 6}"'
+    parts = [f'{begun} y="{_short((place + 0.7) * height)}">{escape(row)}</text>' for place, row in enumerate(rows)]
+    for (row, column), (value, name) in cells.items():
+        parts.append(
+            f'<rect class="bar" x="{_short(NAMES + column * width)}" y="{rows.index(row) * height}" '
+            f'width="{_short(0.94 * width)}" height="{height - 1}" fill-opacity="{_short(value)}">'
+            f"<title>{escape(name)}</title></rect>"
+        )
+    floor = len(rows) * height
+    for column in sorted({0, columns - 1}):
+        x = _short(NAMES + (column + 0.5) * width)
+        parts.append(f'<text class="tick" x="{x}" y="{floor + 12}" text-anchor="middle">{column}</text>')
+    middle = (NAMES + WIDTH - RIGHT) / 2
+    parts.append(f'<text class="label" x="{middle}" y="{floor + 24}" text-anchor="middle">{escape(x_label)}</text>')
+    shape = f'class="chart" viewBox="0 0 {WIDTH} {floor + 28}" role="img" aria-label="{escape(x_label)}"'
+    return Markup(f"<svg {shape}>{''.join(parts)}</svg>")
 
 
 def share_bar(share: float) -> Markup:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from swquant.html.allocation import allocation_facts, allocation_figures, allocation_rows
 from swquant.html.charts import Figure, Line, bar_chart, distribution, line_chart, share_bar
 from swquant.html.facts import (
     grid_of,
@@ -63,6 +64,7 @@ def report_page(report: Report) -> str:
         "distributions": [(index, list(_distributions(block))) for index, block in _shown(measured)],
         "layers": layers,
         "rest": rest_of(report, layers),
+        **_allocation(report),
         "costs": list(_cost_figures(blocks)),
         "recipe": recipe_text(report),
         "notes": notes_of(report),
@@ -71,6 +73,17 @@ def report_page(report: Report) -> str:
         "share_bar": share_bar,
     }
     return render("report.html.jinja", values)
+
+
+def _allocation(report: Report) -> dict[str, object]:
+    """What was chosen for a size, where anything was."""
+    if report.allocation is None:
+        return {"allocated": None}
+    return {
+        "allocated": allocation_facts(report.allocation),
+        "maps": list(allocation_figures(report.allocation)),
+        "allotted": allocation_rows(report.allocation),
+    }
 
 
 def _drift_figures(
