@@ -37,6 +37,7 @@ import torch
 import transformers
 from safetensors import safe_open
 from torch import Tensor
+from transformers import CompressedTensorsConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from families_left_out import NOT_DECODERS
@@ -59,7 +60,9 @@ TOLERANCE = 2e-3
 NOISE = 1e-2
 """What 4-bit weights change at the least, as such a share; a model that changes less was not quantized."""
 UNREADABLE = "not loaded"
-"""What transformers cannot hold in compressed-tensors: its code takes a layer's weight by itself, or its rules fail."""
+"""What transformers cannot hold in compressed-tensors."""
+UNPACKED = "dequantized"
+"""What it loads with ``dequantize=True`` alone, because its code takes a layer's weight by itself."""
 MARKS = ("<!-- families: begin -->", "<!-- families: end -->")
 
 
@@ -125,10 +128,10 @@ def our_logits(outputs: Mapping[str, Path], ids: Tensor) -> Tensor:
     return torch.stack([tail.logits(states) for states in hidden])
 
 
-def their_logits(entry: Entry, folder: Path, ids: Tensor) -> Tensor:
+def their_logits(entry: Entry, folder: Path, ids: Tensor, **more: Any) -> Tensor:
     """The logits of plain transformers for what stands in ``folder``."""
     maker = KINDS[entry.kind][0]
-    model = maker.from_pretrained(folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False)
+    model = maker.from_pretrained(folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, **more)
     return logits_of(model.eval(), ids)
 
 
@@ -227,7 +230,11 @@ def measure(entry: Entry, source: Path, place: Path, method: str, ids: Tensor) -
         return result | {PACKED: {"outcome": "refused", "sentence": refusal}}
     packed = outcome_of(lambda: judged(ours, their_logits(entry, outputs[PACKED], ids), before))
     if packed["outcome"] == "traceback":  # raised by transformers, which alone works in there
+        whole = {"quantization_config": CompressedTensorsConfig(dequantize=True)}
         packed["outcome"] = UNREADABLE
+        unpacked = outcome_of(lambda: judged(ours, their_logits(entry, outputs[PACKED], ids, **whole), before))
+        if unpacked["outcome"] == "works":
+            packed |= unpacked | {"outcome": UNPACKED}
     return result | {PACKED: packed}
 
 

@@ -19,6 +19,8 @@ from swquant.checkpoint.writer import publish
 from swquant.errors import SwquantError
 from swquant.formats import PLAIN, read_quantized
 from swquant.formats.base import Format, examine, held_by
+from swquant.formats.compressed_tensors import CompressedTensors
+from swquant.formats.in_transformers import rehearsed
 from swquant.model.opening import two_heads, untied
 from swquant.model.settings import in_full
 from swquant.model.skeleton import build_skeleton
@@ -66,10 +68,11 @@ def convert(
     target = None if runtime is None else load_target(runtime)
     names = choose_formats(Recipe(format=format, runtime=runtime).formats, target, model.outline.specs)
     forms: tuple[Format, ...] = tuple(registry.load("swquant.formats", name)() for name in names)
+    if CompressedTensors.name in names:
+        model = replace(model, outline=rehearsed(model.outline))
     notes = [examine(form, model.outline) for form in forms]
-    if target is not None:
-        for name in names:
-            require_model(target, name, model.outline)
+    for name in names:
+        require_model(target, name, model.outline)
     require_unused(out)
     require_disk(out, sum(_most_bytes(form, model.outline, directory) for form in forms))
     run = _directory_of_the_run(directory)

@@ -29,6 +29,8 @@ from swquant.engine.precision import PRECISIONS, fastest_precision
 from swquant.errors import SwquantError
 from swquant.families import begins_each_window, family_for, rotatable
 from swquant.formats.base import Format, check_dtype, examine, listed
+from swquant.formats.compressed_tensors import CompressedTensors
+from swquant.formats.in_transformers import rehearsed
 from swquant.losses import WeightedSum, parse_loss
 from swquant.losses.base import LossContext
 from swquant.methods import Pipeline, Setting, build_pipeline, parse_methods
@@ -215,6 +217,8 @@ def make_plan(
     checkpoint, skeleton = _rotated(model, recipe.seed) if pipeline.rotate else (model.checkpoint, model.skeleton)
     skeleton = replace(skeleton, ends=grids_of_ends(skeleton, recipe.embedding_bits, recipe.head_bits))
     outline = make_outline(disk, checkpoint, skeleton, layout)
+    if CompressedTensors.name in names:
+        outline = rehearsed(outline)
     notes = _notes(formats, target, outline)
     seq_len = _sample_length(recipe.seq_len, skeleton.longest, loss, hidden_size)
     recipe = replace(recipe, samples=recipe.samples or preset.samples, seq_len=seq_len)
@@ -255,9 +259,8 @@ def _notes(formats: Sequence[Format], target: Target | None, outline: Outline) -
         SwquantError: It cannot hold it, or the runtime cannot load it from there.
     """
     notes = tuple(examine(form, outline) for form in formats)
-    if target is not None:
-        for form in formats:
-            require_model(target, form.name, outline)
+    for form in formats:
+        require_model(target, form.name, outline)
     return notes
 
 

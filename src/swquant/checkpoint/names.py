@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -81,7 +81,8 @@ class Mixed:
         sources: Names on disk, by the pattern of the rule that each matches.
         targets: Shapes in memory by name.
         model: transformers' model, which some rules ask for its configuration.
-        renamings: The way back of the plain renamings that come before the rule.
+        renamed: Names that the plain renamings before the rule give its sources, to those on disk. The way back is
+            looked up, since not every renaming has one: several old names may become one.
         stacked: Names in memory that are slices ``[index]`` of a target, perhaps transposed.
     """
 
@@ -90,7 +91,7 @@ class Mixed:
     sources: Mapping[str, tuple[str, ...]]
     targets: Mapping[str, tuple[int, ...]]
     model: Any = field(repr=False)
-    renamings: tuple[Any, ...] = ()
+    renamed: Mapping[str, str] = field(default_factory=dict[str, str])
     stacked: Mapping[str, tuple[str, Piece]] = field(default_factory=dict[str, "tuple[str, Piece]"])
 
     @property
@@ -117,7 +118,11 @@ class Mixed:
         return piece.shape_of(self.targets[target])
 
     def revert(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What is on disk, given the targets."""
+        """What is on disk, given the targets.
+
+        Raises:
+            SwquantError: transformers' rule makes a tensor of them that it was not made of.
+        """
         rule: Any = self.converter.reverse_transform()
         out: dict[str, Tensor] = {}
         first: str | None = None
@@ -127,10 +132,27 @@ class Mixed:
             rule.add_tensor(first, name, pattern, tensors[name])
         assert first is not None
         for name, value in rule.convert(first, model=self.model, config=self.model.config).items():
-            for renaming in self.renamings:
-                name, _ = renaming.rename_source_key(name)
-            out[name] = value[0] if isinstance(value, list) else value
+            if name not in self.renamed:
+                raise SwquantError(f"transformers makes {name} of {first}, and does not read it from there")
+            out[self.renamed[name]] = value[0] if isinstance(value, list) else value
         return out
+
+    def require_way_back(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Refuse a rule that does not make its sources of its targets again, which is found without values.
+
+        Raises:
+            SwquantError: Naming a source.
+        """
+        try:
+            made = self.convert({key: torch.empty(shapes[key], device="meta") for key in self.keys})
+            found = {key: tuple(value.shape) for key, value in self.revert(made).items()}
+        except Exception as error:  # transformers' rules raise whatever the shapes make them run into
+            raise SwquantError(
+                f"{self.keys[0]} cannot be written as transformers reads it: {reason_of(error)}"
+            ) from error
+        for key in self.keys:
+            if found.get(key) != shapes[key]:
+                raise SwquantError(f"{key} cannot be written as transformers reads it: its rule has no way back")
 
 
 @dataclass(frozen=True)
@@ -203,11 +225,10 @@ def analyse(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str
         else:
             groups.setdefault(name, (by_pattern[pattern], {}))[1].setdefault(pattern, []).append(key)
     mixed: list[Mixed] = []
-    back = tuple(rule.reverse_transform() for rule in reversed(renamings))
     for name, (rule, sources) in groups.items():
         found = _expert_pieces(name, rule, sources, state[name])
         if found is None:
-            mixed.append(_mixed(name, rule, sources, shapes, model, back))
+            mixed.append(_mixed(name, rule, sources, shapes, model, renamings))
         else:
             pieces |= found
     return pieces, mixed, carried
@@ -262,11 +283,11 @@ def _mixed(
     sources: Mapping[str, list[str]],
     shapes: Mapping[str, tuple[int, ...]],
     model: Any,
-    back: tuple[Any, ...],
+    renamings: list[Any],
 ) -> Mixed:
-    """The rule with its targets, found by running it on tensors without values; the way back is tried too."""
+    """The rule with its targets, found by running it on tensors without values."""
     frozen = {pattern: tuple(sources[pattern]) for pattern in rule.source_patterns if pattern in sources}
-    bare = Mixed(rule, name, frozen, {}, model, back)
+    bare = Mixed(rule, name, frozen, {}, model)
     try:
         empty = {key: torch.empty(shapes[key], device="meta") for key in bare.keys}
         made = bare.convert(empty)
@@ -274,4 +295,14 @@ def _mixed(
         raise SwquantError(
             f"{bare.keys[0]} and what belongs to it do not make {name} as transformers would: {reason_of(error)}"
         ) from error
-    return Mixed(rule, name, frozen, {key: tuple(value.shape) for key, value in made.items()}, model, back)
+    targets = {key: tuple(value.shape) for key, value in made.items()}
+    return replace(bare, targets=targets, renamed=_renamed_sources(bare.keys, renamings, model.base_model_prefix))
+
+
+def _renamed_sources(keys: Iterable[str], renamings: list[Any], prefix: str) -> dict[str, str]:
+    """Names before a rule to those on disk; transformers puts the base model's prefix before them or takes it off."""
+    out: dict[str, str] = {}
+    for key in keys:
+        name, _ = rename_source_key(key, renamings, [])
+        out |= {name: key, f"{prefix}.{name}": key, name.removeprefix(f"{prefix}."): key}
+    return out

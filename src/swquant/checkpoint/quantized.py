@@ -51,6 +51,8 @@ class Outline:
         plain: Names and shapes of all other tensors that the model reads, where the files tell them without being read.
         carried: Tensors on disk that no module of the model reads.
         ends: The embedding and the head where they are quantized: shape and grid by module; not among ``linears``.
+        unread: Why transformers does not load the model as compressed-tensors; ``None`` if it does.
+        unpacked: Why it does so with ``dequantize=True`` alone; ``None`` if it need not.
     """
 
     directory: Path
@@ -65,6 +67,8 @@ class Outline:
     ends: Mapping[str, tuple[tuple[int, int], QuantSpec]] = field(
         default_factory=dict[str, "tuple[tuple[int, int], QuantSpec]"]
     )
+    unread: str | None = None
+    unpacked: str | None = None
 
     @property
     def specs(self) -> tuple[QuantSpec, ...]:

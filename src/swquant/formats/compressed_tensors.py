@@ -91,9 +91,9 @@ class CompressedTensors:
         if (why := not_in_transformers(outline)) is not None:
             others = "swquant.load does" if why == SEVERAL else "swquant.load and vLLM do"
             notes.append(f"{why}: transformers does not load this output, {others}")
-        elif not all(spec.symmetric for spec in outline.specs):
+        elif outline.unpacked is not None or not all(spec.symmetric for spec in outline.specs):
             notes.append(
-                "asymmetric: transformers loads this output with "
+                f"{outline.unpacked or 'asymmetric'}: transformers loads this output with "
                 "quantization_config=CompressedTensorsConfig(dequantize=True) and refuses it without"
             )
         if not all(weights_are_exact(spec, outline.dtype) for spec in outline.specs):
@@ -168,10 +168,10 @@ class CompressedTensors:
         return read_codes(checkpoint, _specs_of(directory, settings), _SUFFIXES, _shape_of, self.decode)
 
     def loading(self, outline: Outline) -> str:
-        """The default load; for asymmetric models the one that transformers accepts, or ours where it loads none."""
+        """The default load; the one that transformers accepts, or ours where it loads none."""
         if not_in_transformers(outline) is not None:
             return _OUR_LOAD
-        return _DEFAULT_LOAD if outline.most.symmetric else _DEQUANTIZING_LOAD
+        return _DEFAULT_LOAD if outline.most.symmetric and outline.unpacked is None else _DEQUANTIZING_LOAD
 
     def weight_bytes(self, outline: Outline, rows: int, columns: int) -> int:
         """Codes, scales in the model's dtype, packed zero points, and the shape."""
@@ -193,8 +193,13 @@ def not_in_transformers(outline: Outline) -> str | None:
 
     It loads asymmetric weights with ``dequantize=True`` alone, which reads all of them on the grid of the first group.
     Experts, which it puts together, it reads without zero points (huggingface/transformers#47430), and all of them on
-    the grid of one group, whatever the others say.
+    the grid of one group, whatever the others say. With codes some models do not load at all (``Outline.unread``), and
+    with several grids not by ``dequantize=True``.
     """
+    if outline.unread is not None:
+        return outline.unread
+    if outline.unpacked is not None and len(outline.specs) > 1:
+        return outline.unpacked
     if len({spec for name, spec in outline.grids.items() if EXPERT.search(name)}) > 1:
         return SEVERAL
     asymmetric = [name for name, spec in outline.grids.items() if not spec.symmetric]

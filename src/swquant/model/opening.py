@@ -64,6 +64,8 @@ def open_model(source: Checkpoint | Widened) -> Model:
             skeleton = replace(skeleton, names=replace(skeleton.names, dropped=keys[:1]))
     _require_floats(source, skeleton)
     _require_whole(source, skeleton)
+    for mixed in skeleton.names.mixed:
+        mixed.require_way_back(shapes)
     skeleton = replace(skeleton, names=replace(skeleton.names, missing=missing))
     config = {**config, "architectures": [type(skeleton.model).__name__]}
     return Model(ConvertedCheckpoint(source, skeleton.names, config), skeleton)

@@ -86,9 +86,14 @@ def _filled(config: Mapping[str, Any], known: Any, old_names: bool) -> dict[str,
 
 
 def _without_empty(rotary: Mapping[str, Any]) -> dict[str, Any]:
-    """Rotary settings without those that are not set, and without betas of 0, which transformers takes for that."""
+    """Rotary settings without those that are not set, and without betas of 0, which transformers takes for that.
+
+    Where kinds of layers have settings of their own, a kind that has none has no rotary positions, and says so.
+    """
     nested = {name: _without_empty(value) for name, value in rotary.items() if isinstance(value, dict)}
     unset = {name for name, value in rotary.items() if value is None or (name.startswith("beta_") and not value)}
+    if nested:
+        unset = {name for name in unset if rotary[name] is not None}
     unset |= {"type"} if "rope_type" in rotary else set()  # an older name of the same
     return {name: value for name, value in {**rotary, **nested}.items() if name not in unset}
 

@@ -10,7 +10,7 @@ from swquant.checkpoint.quantized import Outline
 from swquant.errors import SwquantError, did_you_mean
 from swquant.formats import PLAIN
 from swquant.formats.base import Format, cannot_hold, split_of
-from swquant.formats.compressed_tensors import SEVERAL, not_in_transformers
+from swquant.formats.compressed_tensors import SEVERAL, CompressedTensors, not_in_transformers
 from swquant.quant.spec import BITS, GROUP_SIZES, UNIFORM, QuantSpec, fixed_by, kinds_of_grids, named
 from swquant.targets.base import Target
 
@@ -96,12 +96,23 @@ def _not_together(target: Target, form: str, specs: Collection[QuantSpec]) -> st
     return None
 
 
-def require_model(target: Target, form: str, outline: Outline) -> None:
+def require_model(target: Target | None, form: str, outline: Outline) -> None:
     """Refuse a model that ``target`` does not load from ``form``, though it loads each of its grids.
+
+    Where no runtime is named, transformers is meant: an output that it cannot load is for runtimes with code of their
+    own alone, which has to be said.
 
     Raises:
         SwquantError: With the reason, and what works.
     """
+    unread = outline.unread is not None and form == CompressedTensors.name
+    if unread and (target is None or target.name == "transformers"):
+        raise SwquantError(
+            f"transformers cannot load this model as compressed_tensors: {outline.unread}; choose the format "
+            "dequantized, or name a runtime whose own code may load it, such as --for vllm"
+        )
+    if target is None:
+        return
     split = split_of(outline) if target.fuses and form in target.formats else None
     if split is not None:
         raise SwquantError(f"{target.name} fuses {split[0]} and {split[1]}, which have different grids; give them one")
