@@ -76,7 +76,7 @@ def test_the_file_has_the_size(form: str, runtime: str | None, recipe: Recipe, m
     assert report.allocation is not None
     sizes = written, report.allocation.bytes, asked.size
     assert 0.99 * asked.size < written <= asked.size, sizes
-    assert 0.995 * report.allocation.bytes < written <= report.allocation.bytes
+    assert 0.99 * report.allocation.bytes < written <= report.allocation.bytes
     _, back = read_quantized(tmp_path / "out")
     held = dict(back.outline.grids)
     assert len(set(held.values())) > 1
@@ -169,8 +169,8 @@ def test_a_run_that_goes_on_keeps_its_grids(
 
 def test_the_recipe_of_an_output_makes_it_again(recipe: Recipe, model: Path, tmp_path: Path) -> None:
     first = quantize(asked_for(recipe, model, 0.2, format="gguf"), model, tmp_path / "one")
-    again = quantize(replace(Recipe.load(tmp_path / "one" / "swquant.yaml"), size=None), model, tmp_path / "two")
-    assert again.grids == first.grids
+    again = quantize(Recipe.load(tmp_path / "one" / "swquant.yaml"), model, tmp_path / "two")
+    assert again.key == first.key
     assert weight_files_bytes(tmp_path / "two") == weight_files_bytes(tmp_path / "one")
 
 
