@@ -108,8 +108,13 @@ def allocate(
     costs = (measure or _measure)(plan, units, tokens, say)
     chosen = book.best(costs, limit)
     assert chosen is not None
+    kl, around = _sum(units, costs, chosen), tuple(_around(book, costs, round(limit * factor)) for factor in AROUND)
     settings, took = _settings(recipe, plan, chosen), time.monotonic() - started
-    say(f"Grids for {size(book.bytes_of(chosen))}: {_in_words(chosen)}; took {took:.0f} s")
+    beside = ", ".join(f"{other.kl:.3g} at {size(other.size)}" for other in around if other.kl is not None)
+    say(
+        f"Grids for {size(book.bytes_of(chosen))}: {_in_words(chosen)}; their costs add up to a KL of {kl:.3g}, to "
+        f"{beside}; took {took:.0f} s"
+    )
     return Allocation(
         asked_of(recipe),
         settings,
@@ -117,9 +122,9 @@ def allocate(
         book.bytes_of(chosen),
         book.smallest,
         book.largest,
-        _sum(units, costs, chosen),
+        kl,
         _allotted(plan, units, costs, chosen),
-        tuple(_around(book, costs, round(limit * factor)) for factor in AROUND),
+        around,
         tuple(_checked(units, check) for check in costs.checks),
         tokens.numel(),
         round(took, 1),
