@@ -86,7 +86,7 @@ def rows(found: dict[str, Any], folder: Path, bits: int, group: int, seed: int) 
         asked = replace(recipe(folder, seed), size=size)
         allocation = allocate(asked, folder / "model", measure=kept(model["costs"], name, kind), say=print)
         chosen = with_allocation(asked, allocation.settings)
-        row = run(folder, replace(chosen, size=None))
+        row = run(folder, chosen)
         model["rows"][f"{label}, {name}"] = row | {"size": size, "expected_kl": allocation.kl}
         save(found)
 

@@ -198,6 +198,8 @@ def make_plan(
     Raises:
         SwquantError: If any part is unknown, out of range, or does not fit another.
     """
+    if recipe.is_sized:
+        raise SwquantError("the recipe asks for a size, and this is of grids: choose them by swquant.allocation first")
     recipe = replace(recipe, grids=on_top(recipe.grids, grids or {}))
     others = tuple(filter(None, recipe.grids.values()))
     spec, device = recipe.spec, resolve_device(recipe.device)

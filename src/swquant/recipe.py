@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from importlib import resources
@@ -21,6 +21,9 @@ from swquant.units import parse_size, size
 from swquant.validation import build, read_yaml
 
 CHANNEL = "channel"
+SHOWN = 8
+"""So many patterns are shown, more of them counted."""
+
 LATER_KEYS = ("grid", "grids", "allow_split", "embedding_bits", "head_bits", "precision", "size", "target_bits")
 """Keys younger than the first recipes, whose hashes stay."""
 
@@ -263,7 +266,7 @@ class Recipe:
         loss = f"loss {self.loss}, " if self.loss else ""
         for name, bits in (("head", self.head_bits), ("embedding", self.embedding_bits)):
             loss = loss if bits is None else f"{name} at {bits} bits, {loss}"
-        loss = f"other grids for {', '.join(self.grids)}, {loss}" if self.grids and not self.is_sized else loss
+        loss = f"other grids for {shown_patterns(list(self.grids))}, {loss}" if self.grids else loss
         if self.grid != UNIFORM:
             return f"grid {self.spec.label}, {self.method}, {loss}preset {self.preset}"
         groups = "per channel" if self.group_size is None else f"groups of {self.group_size}"
@@ -279,6 +282,11 @@ class Recipe:
 
 
 _DEFAULTS = vars(Recipe())
+
+
+def shown_patterns(words: Sequence[str]) -> str:
+    """What stands in ``grids``, of more than a few the number."""
+    return ", ".join(words) if len(words) <= SHOWN else f"{len(words)} patterns"
 
 
 def shown_text(source: str) -> str:

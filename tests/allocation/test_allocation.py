@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -40,19 +41,22 @@ def recipe(text: Path) -> Recipe:
 
 @pytest.fixture(scope="module")
 def model(make_model: MakeModel) -> Path:
-    return make_model("llama", 4)
+    return make_model("llama", 2)
+
+
+@cache
+def ends_of(form: str, model: Path) -> tuple[int, int]:
+    """The smallest file, and the model as it is."""
+    with pytest.raises(SwquantError, match="the smallest possible is") as refused:
+        allocate(Recipe(method="rtn", calibration=__file__, size=1, format=form), model)
+    return int(str(refused.value).rpartition("(")[2].split()[0]), (model / "model.safetensors").stat().st_size
 
 
 def asked_for(recipe: Recipe, model: Path, share: float, **values: Any) -> Recipe:
     """A recipe whose size lies at ``share`` between the smallest and that of everything kept."""
-    open_end = replace(recipe, size=1, **values)
-    with pytest.raises(SwquantError, match="the smallest possible is") as refused:
-        allocate(open_end, model)
-    smallest = int(str(refused.value).rpartition("(")[2].split()[0])
-    with pytest.raises(SwquantError, match="nothing to quantize"):
-        allocate(replace(open_end, size=1 << 40), model)
-    whole = sum(path.stat().st_size for path in model.glob("*.safetensors"))
-    return replace(open_end, size=int(smallest + share * (whole - smallest)))
+    recipe = replace(recipe, **values)
+    smallest, whole = ends_of(recipe.format or "compressed_tensors", model)
+    return replace(recipe, size=int(smallest + share * (whole - smallest)))
 
 
 @pytest.mark.parametrize(
@@ -76,12 +80,12 @@ def test_the_file_has_the_size(form: str, runtime: str | None, recipe: Recipe, m
     assert report.allocation is not None
     sizes = written, report.allocation.bytes, asked.size
     assert 0.99 * asked.size < written <= asked.size, sizes
-    assert 0.995 * report.allocation.bytes < written <= report.allocation.bytes
+    assert 0.99 * report.allocation.bytes < written <= report.allocation.bytes
     _, back = read_quantized(tmp_path / "out")
     held = dict(back.outline.grids)
     assert len(set(held.values())) > 1
     for parts in FUSED:
-        for layer in range(4):
+        for layer in range(2):
             grids = {held.get(name) for name in held if f"layers.{layer}." in name and name.endswith(parts)}
             assert len(grids) == 1
     assert "Grids for a size" in (tmp_path / "out" / PAGE).read_text()
@@ -105,8 +109,8 @@ def test_what_patterns_say_stays(recipe: Recipe, model: Path) -> None:
 def test_matrices_by_themselves(recipe: Recipe, model: Path) -> None:
     plan = make_plan(replace(recipe, allow_split=True), model)
     together = make_plan(recipe, model)
-    assert len(units_of(plan)) == 4 * 7
-    assert len(units_of(together)) == 4 * 4
+    assert len(units_of(plan)) == 2 * 7
+    assert len(units_of(together)) == 2 * 4
 
 
 def test_a_better_grid_costs_less(recipe: Recipe, model: Path) -> None:
@@ -169,8 +173,8 @@ def test_a_run_that_goes_on_keeps_its_grids(
 
 def test_the_recipe_of_an_output_makes_it_again(recipe: Recipe, model: Path, tmp_path: Path) -> None:
     first = quantize(asked_for(recipe, model, 0.2, format="gguf"), model, tmp_path / "one")
-    again = quantize(replace(Recipe.load(tmp_path / "one" / "swquant.yaml"), size=None), model, tmp_path / "two")
-    assert again.grids == first.grids
+    again = quantize(Recipe.load(tmp_path / "one" / "swquant.yaml"), model, tmp_path / "two")
+    assert again.key == first.key
     assert weight_files_bytes(tmp_path / "two") == weight_files_bytes(tmp_path / "one")
 
 

@@ -27,6 +27,7 @@ from swquant.plan import Plan, make_plan
 from swquant.quant.spec import QuantSpec
 from swquant.recipe import Recipe
 from swquant.sampling import Room
+from swquant.targets import choose_format, load_target
 from swquant.units import size
 
 SAMPLES, LENGTH = 16, 256
@@ -43,6 +44,8 @@ SAFE = QuantSpec(4, 32, symmetric=True)
 
 CHOSEN_KEYS = ("bits", "group_size", "symmetric", "grid", "grids", "embedding_bits", "head_bits", "format")
 """Keys of a recipe that an allocation settles."""
+SIZE_KEYS = ("size", "target_bits")
+"""Those that ask for one."""
 
 
 def asked_of(recipe: Recipe) -> str:
@@ -52,10 +55,14 @@ def asked_of(recipe: Recipe) -> str:
 
 
 def with_allocation(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
-    """``recipe`` with the grids of an :class:`Allocation`."""
-    own = {key: value for key, value in recipe.to_mapping().items() if key not in CHOSEN_KEYS}
-    kept = {"format": recipe.format} if recipe.format is not None else {}
-    return Recipe.from_mapping({**own, **settings, **kept})
+    """``recipe`` with the grids of an :class:`Allocation` in the place of a size.
+
+    Its format is that of the size, unless the recipe names one, or a runtime that does not read it.
+    """
+    own = {key: value for key, value in recipe.to_mapping().items() if key not in (*CHOSEN_KEYS, *SIZE_KEYS)}
+    read = recipe.runtime is None or settings["format"] in load_target(recipe.runtime).formats
+    form = settings["format"] if recipe.format is None and read else recipe.format
+    return Recipe.from_mapping({**own, **settings, "format": form})
 
 
 def allocate(
@@ -101,8 +108,13 @@ def allocate(
     costs = (measure or _measure)(plan, units, tokens, say)
     chosen = book.best(costs, limit)
     assert chosen is not None
+    kl, around = _sum(units, costs, chosen), tuple(_around(book, costs, round(limit * factor)) for factor in AROUND)
     settings, took = _settings(recipe, plan, chosen), time.monotonic() - started
-    say(f"Grids for {size(book.bytes_of(chosen))}: {_in_words(chosen)}; took {took:.0f} s")
+    beside = ", ".join(f"{other.kl:.3g} at {size(other.size)}" for other in around if other.kl is not None)
+    say(
+        f"Grids for {size(book.bytes_of(chosen))}: {_in_words(chosen)}; their costs add up to a KL of {kl:.3g}, to "
+        f"{beside}; took {took:.0f} s"
+    )
     return Allocation(
         asked_of(recipe),
         settings,
@@ -110,9 +122,9 @@ def allocate(
         book.bytes_of(chosen),
         book.smallest,
         book.largest,
-        _sum(units, costs, chosen),
+        kl,
         _allotted(plan, units, costs, chosen),
-        tuple(_around(book, costs, round(limit * factor)) for factor in AROUND),
+        around,
         tuple(_checked(units, check) for check in costs.checks),
         tokens.numel(),
         round(took, 1),
@@ -120,7 +132,11 @@ def allocate(
 
 
 def _planned(recipe: Recipe, source: str | Path, options: SourceOptions | None, room: Room) -> Plan:
-    """A plan on some grid that format and model allow for what is open."""
+    """A plan on some grid that format and model allow for what is open, in a format for several."""
+    recipe = replace(recipe, **dict.fromkeys(SIZE_KEYS))
+    if recipe.format is None and recipe.runtime is not None:
+        two = (QuantSpec(bits, 64, recipe.symmetric) for bits in (2, 4))
+        recipe = replace(recipe, format=choose_format(load_target(recipe.runtime), *two))
     try:
         return make_plan(recipe, source, options, room=room)
     except SwquantError:
@@ -226,6 +242,7 @@ def _settings(recipe: Recipe, plan: Plan, chosen: Mapping[Unit, Choice]) -> dict
         **grid_settings(most),
         format=plan.recipe.format,
         **{**own, "grids": {**recipe.grids, **grids}},
+        **dict.fromkeys(SIZE_KEYS),
     ).to_mapping()
     return {key: made[key] for key in CHOSEN_KEYS if key in made}
 

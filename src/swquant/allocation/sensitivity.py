@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -232,12 +233,14 @@ class Sensitivity:
     ) -> None:
         """Add a block's part to the costs of the units that have matrices in it."""
         own = {site.name for site in self.plan.layout.blocks[index]}
+        alike = Counter(_shared(site) for site in self.plan.layout.blocks[index])
         known: dict[str, tuple[Tensor, Tensor]] = {}
         for number, unit in enumerate(self.units):
             for site in (site for site in unit.sites if site.name in own and _shared(site) in moments):
                 moment, shared = moments[_shared(site)], _shared(site)
                 if shared not in known:
-                    known[shared] = _inputs(moment.second / self.tokens.numel(), self.tokens.numel())
+                    each = self.tokens.numel() * alike[shared]  # of what all experts saw, each has its part
+                    known[shared] = _inputs(moment.second / each, self.tokens.numel())
                 weight = solid(params[f"{site.inner}.weight"])
                 self.energies[site.name] = known[shared][0].diagonal().clone()
                 for place, choice in enumerate(unit.choices):

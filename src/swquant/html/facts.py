@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from swquant.quant.spec import UNIFORM
-from swquant.recipe import SELF, bits_of, shown_text
+from swquant.recipe import SELF, bits_of, shown_patterns, shown_text
 from swquant.report import BlockReport, CodeUse, Output, Quality, Report
 from swquant.units import size, span
 
@@ -58,7 +58,9 @@ def title_of(report: Report) -> str:
 
 def grid_of(recipe: Mapping[str, Any]) -> str:
     """The grid in a few words."""
-    others = f"; other grids: {', '.join(map(_pattern, recipe['grids'].items()))}" if recipe.get("grids") else ""
+    others = (
+        f"; other grids: {shown_patterns([*map(_pattern, recipe['grids'].items())])}" if recipe.get("grids") else ""
+    )
     groups = "per channel" if recipe["group_size"] == "channel" else f"groups of {recipe['group_size']}"
     if "grid" in recipe:
         return f"grid {recipe['grid']}, {groups}{others}"
