@@ -95,6 +95,7 @@ def test_usual_arguments_are_followed(outputs: Path) -> None:
     ("options", "said"),
     [
         ({"device_map": {"model": "cpu", "lm_head": "cpu"}}, "one device"),
+        ({"device_map": 99}, "is not available"),
         ({"max_memory": {0: "1GB"}}, "max_memory of from_pretrained cannot be followed"),
         ({"output_loading_info": True}, "output_loading_info of from_pretrained cannot be followed"),
         ({"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}, "quantized already"),

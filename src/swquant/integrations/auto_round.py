@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -11,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from swquant.errors import SwquantError
-from swquant.losses import LossContext, parse_loss
+from swquant.integrations.versions import require_version
+from swquant.losses import Loss, LossContext, parse_loss
 from swquant.quant.through import clamped
 from swquant.seeds import generator
 
 SUPPORTED = ("0.16.1", "0.17")
-"""auto-round's versions, from the first to before the second, whose methods are the ones that are replaced."""
+"""auto-round's versions, from the first to before the second, whose methods are those that are replaced."""
 
 _CLAMPS = (torch.clamp, torch.clip, Tensor.clamp, Tensor.clip)
 
@@ -46,7 +45,20 @@ def auto_round_loss(expression: str, *, seed: int = 0) -> Iterator[None]:
     Raises:
         SwquantError: auto-round is missing or of a version that this was not written for, or the loss cannot be read.
     """
-    loss, rng = parse_loss(expression), generator(seed, "auto-round")
+    block_loss = _block_loss(parse_loss(expression), generator(seed, "auto-round"))
+    theirs = {kind: vars(kind)["_get_loss"] for kind in _quantizers()}
+    try:
+        for kind in theirs:
+            kind._get_loss = block_loss
+        with _ClosedClamp() if _clamp_opens_at_its_ends() else nullcontext():
+            yield
+    finally:
+        for kind, method in theirs.items():
+            kind._get_loss = method
+
+
+def _block_loss(loss: Loss, rng: torch.Generator) -> Callable[..., Tensor]:
+    """What stands in the place of auto-round's method."""
 
     def block_loss(
         self: Any,
@@ -66,43 +78,20 @@ def auto_round_loss(expression: str, *, seed: int = 0) -> Iterator[None]:
             weight = weight * valid.float().mean()
         return loss(pred, target, LossContext(rng)) * weight
 
-    theirs = {kind: vars(kind)["_get_loss"] for kind in _quantizers()}
-    try:
-        for kind in theirs:
-            kind._get_loss = block_loss
-        with _ClosedClamp() if _clamp_opens_at_its_ends() else nullcontext():
-            yield
-    finally:
-        for kind, method in theirs.items():
-            kind._get_loss = method
+    return block_loss
 
 
-def _quantizers() -> tuple[type, ...]:
+def _quantizers() -> tuple[Any, ...]:
     """auto-round's classes that train blocks."""
-    first, after = SUPPORTED
-    try:
-        found = importlib.metadata.version("auto-round")
-        from auto_round.algorithms.quantization.sign_round.quantizer import (  # pyright: ignore[reportMissingImports]
-            SignRoundQuantizer,
-        )
-        from auto_round.algorithms.quantization.sign_roundv2 import (  # pyright: ignore[reportMissingImports]
-            SignRoundV2Quantizer,
-        )
-    except importlib.metadata.PackageNotFoundError as error:
-        raise SwquantError("auto-round is not installed: pip install 'swquant[auto-round]'") from error
-    except ImportError as error:
-        raise SwquantError(f"auto-round {first} is expected, and this one is built differently ({error})") from error
-    if not _number(first) <= _number(found) < _number(after):
-        raise SwquantError(
-            f"auto-round {found} is installed, and its loss is known from {first} to before {after}: "
-            f"pip install 'auto-round>={first},<{after}'"
-        )
+    require_version("auto-round", *SUPPORTED)
+    from auto_round.algorithms.quantization.sign_round.quantizer import (  # pyright: ignore[reportMissingImports]
+        SignRoundQuantizer,
+    )
+    from auto_round.algorithms.quantization.sign_roundv2 import (  # pyright: ignore[reportMissingImports]
+        SignRoundV2Quantizer,
+    )
+
     return SignRoundQuantizer, SignRoundV2Quantizer
-
-
-def _number(version: str) -> tuple[int, ...]:
-    """The release of a version, without what follows it."""
-    return tuple(int(part) for part in version.split("+")[0].split(".") if part.isdigit())
 
 
 def _clamp_opens_at_its_ends() -> bool:

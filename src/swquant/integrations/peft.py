@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import warnings
 from typing import Any
 
@@ -10,7 +9,11 @@ import torch
 from torch import nn
 
 from swquant.errors import SwquantError
+from swquant.integrations.versions import require_version
 from swquant.runtime.linear import PackedLinear
+
+SUPPORTED = ("0.21.2", "0.22")
+"""peft's versions, from the first to before the second."""
 
 
 def packed_lora(model: Any, config: Any) -> Any:
@@ -32,10 +35,10 @@ def packed_lora(model: Any, config: Any) -> Any:
         config: A ``LoraConfig``, of plain LoRA, whose ``target_modules`` name the layers; it is changed and returned.
 
     Raises:
-        SwquantError: peft is missing, or the configuration asks for what needs a plain weight.
+        SwquantError: peft is missing or of a version that nobody has tried, or the configuration asks for what needs a
+            plain weight.
     """
-    if importlib.util.find_spec("peft") is None:
-        raise SwquantError("LoRA on packed layers needs peft: pip install 'swquant[peft]'")
+    require_version("peft", *SUPPORTED)
     if config.target_modules == "all-linear":
         raise SwquantError(
             "target_modules='all-linear' finds no packed layer, which is no nn.Linear: name them, such as "

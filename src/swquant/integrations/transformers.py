@@ -78,7 +78,7 @@ def _directory(source: Any, options: Mapping[str, Any]) -> Path | None:
 
 
 def _load(cls: type, directory: Path, kernel: str, options: Mapping[str, Any]) -> Any:
-    given = {key: value for key, value in options.items() if key not in _IGNORED and value not in (None, False, "")}
+    given = {key: value for key, value in options.items() if key not in _IGNORED and not _unset(value)}
     given.pop("subfolder", None)
     dtype = _dtype(given.pop("dtype", None) or given.pop("torch_dtype", None))
     given.pop("torch_dtype", None)
@@ -105,6 +105,11 @@ def _load(cls: type, directory: Path, kernel: str, options: Mapping[str, Any]) -
     if generation is not None:
         model.generation_config = generation
     return model
+
+
+def _unset(value: Any) -> bool:
+    """Whether an argument says nothing; the device 0 does."""
+    return value is None or value is False or (isinstance(value, str) and not value)
 
 
 def _dtype(value: Any) -> torch.dtype | None:

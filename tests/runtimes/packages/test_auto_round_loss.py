@@ -87,4 +87,4 @@ def test_the_mean_squared_error_gives_the_same_codes_and_another_loss_others(
 def test_it_is_undone_by_leaving_and_refuses_another_version(python: Path) -> None:
     finished = subprocess.run([str(python), "-c", LEAVES], capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
-    assert "auto-round 0.17.0 is installed, and its loss is known from 0.16.1 to before 0.17" in finished.stdout
+    assert "auto-round 0.17.0 is installed, and swquant knows it from 0.16.1 to before 0.17" in finished.stdout
