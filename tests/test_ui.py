@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 from rich.progress import Progress
 
-from swquant.cli import main
+from swquant.cli import app, main
 from swquant.engine.observer import Observer
 from swquant.ui import Bar, observer
 
@@ -25,6 +26,24 @@ def test_without_a_terminal_it_prints_a_line_for_each_block(
     facts = ("perplexity", "KL to the original", "bits per quantized weight", "CompressedTensorsConfig")
     for said in (*facts, str(tmp_path / "out" / "report.html")):
         assert said in captured.out
+    first, *_, last = captured.out.splitlines()
+    assert first.startswith("Quantized model to ")
+    assert "perplexity" in first
+    name, *arguments = shlex.split(last)[1:]
+    assert app.commands[name].make_context(name, arguments).params["models"] == (str(tmp_path / "out"),)
+
+
+def test_a_plan_ends_with_the_command_that_does_it(llama: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = [str(llama), "--method", "rtn", "--keep", "*.down_proj", "--samples", "2", "--calibration", str(text)]
+    main(["plan", *given, "--no-time"])
+    first, *_, last = capsys.readouterr().out.splitlines()
+    assert first.startswith("Fits: ")
+    assert shlex.split(last) == ["swquant", "quantize", *given, "--out", "DIRECTORY"]
+    with pytest.raises(SystemExit):
+        main(["plan", *given, "--no-time", "--host-memory", "1MB", "--out", "o"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("Does not fit: ")
+    assert not any("swquant quantize" in line for line in lines)
 
 
 def test_names_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
