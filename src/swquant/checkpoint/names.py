@@ -245,7 +245,8 @@ def read_by(model: Any, keys: Iterable[str]) -> dict[str, str]:
 def _rules(model: Any) -> tuple[list[Any], list[Any]]:
     """transformers' rules for a model: those that rename, and those that convert."""
     rules = get_model_conversion_mapping(model)
-    return tuple([rule for rule in rules if isinstance(rule, kind)] for kind in (WeightRenaming, WeightConverter))
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    return renamings, [rule for rule in rules if isinstance(rule, WeightConverter)]
 
 
 def _renamed(key: str, renamings: list[Any], converters: list[Any], prefix: str, state: Any) -> tuple[str, str | None]:

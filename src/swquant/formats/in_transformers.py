@@ -62,7 +62,7 @@ def _obstacles(
 
 def _pack(linear: nn.Module) -> None:
     """Give a linear the names that compressed-tensors gives it instead of ``weight``."""
-    del linear._parameters["weight"]
+    delattr(linear, "weight")
     for name in _PACKED:
         linear.register_parameter(name, nn.Parameter(torch.empty(0, device="meta"), requires_grad=False))
 
