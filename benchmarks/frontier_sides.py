@@ -82,6 +82,8 @@ from gptqmodel.quantization.config import FOEMConfig, GPTAQConfig
 for name, kind in (("gptaq", GPTAQConfig), ("foem", FOEMConfig)):
     if name in settings:
         settings[name] = kind(**settings[name])
+if grid["group_size"] is None:
+    settings.setdefault("act_group_aware", False)  # it orders columns within groups
 asked = QuantizeConfig(bits=grid["bits"], group_size=grid["group_size"] or -1, sym=grid["symmetric"],
                        format="gptq_v2", offload_to_disk=False, **settings)
 rows = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in tokens]
