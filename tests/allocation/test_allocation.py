@@ -79,7 +79,8 @@ def test_the_file_has_the_size(form: str, runtime: str | None, recipe: Recipe, m
     assert asked.size is not None
     assert report.allocation is not None
     sizes = written, report.allocation.bytes, asked.size
-    assert 0.99 * asked.size < written <= asked.size, sizes
+    least = 0.97 if form == "gguf" else 0.99  # whose steps from type to type are large for a model as small as this
+    assert least * asked.size < written <= asked.size, sizes
     assert 0.99 * report.allocation.bytes < written <= report.allocation.bytes
     _, back = read_quantized(tmp_path / "out")
     held = dict(back.outline.grids)

@@ -36,7 +36,7 @@ SAMPLES, LENGTH = 16, 256
 AROUND = (0.95, 1.05)
 """Of the size: what a little less or more would buy."""
 
-ROUNDS = 8
+ROUNDS = 32
 """In which what a file holds beside its tensors, which depends on the grids, is taken into account."""
 
 SAFE = QuantSpec(4, 32, symmetric=True)
@@ -186,7 +186,7 @@ class _Book:
             above = self.bytes_of(chosen) - limit
             if above <= 0:
                 return chosen
-            room -= above
+            room = sum(choice.bytes for choice in chosen.values()) - above
         return {unit: unit.choices[0] for unit in self.units} if self.smallest <= limit else None
 
 
