@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -22,7 +22,7 @@ _CLAMPS = (torch.clamp, torch.clip, Tensor.clamp, Tensor.clip)
 
 
 @contextmanager
-def auto_round_loss(expression: str, *, seed: int = 0) -> Iterator[None]:
+def auto_round_loss(expression: str, *, seed: int = 0) -> Generator[None, None, None]:
     """Have auto-round compare blocks by a loss of ours while the context lasts, in its Python interface and its CLI.
 
     ::
@@ -109,8 +109,8 @@ class _ClosedClamp(TorchFunctionMode):
     ) -> Any:
         given = dict(kwargs or {})
         if func in _CLAMPS and torch.is_grad_enabled() and isinstance(args[0], Tensor) and args[0].requires_grad:
-            values, least, most = (*args, None, None)[:3]
+            least, most = (*args[1:], None, None)[:2]
             least, most = given.get("min", least), given.get("max", most)
             if not isinstance(least, Tensor) and not isinstance(most, Tensor):
-                return clamped(values, least, most)
+                return clamped(args[0], least, most)
         return func(*args, **given)

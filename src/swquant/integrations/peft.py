@@ -75,14 +75,14 @@ def _layer(model: Any) -> type[nn.Module]:
     """peft's linear layer on a packed one of ``model``; peft is imported where it is asked for."""
     from peft.tuners.lora.layer import Linear  # pyright: ignore[reportMissingImports]
 
-    class PackedLora(Linear):
+    class PackedLora(Linear):  # pyright: ignore[reportUntypedBaseClass]
         """What peft calls ``lora.Linear``, with a packed base layer while nothing is merged."""
 
         def __init__(self, base_layer: nn.Module, adapter_name: str, **options: Any) -> None:
             with warnings.catch_warnings():  # of a layer whose type it does not know
                 warnings.filterwarnings("ignore", message="Unsupported layer type")
                 super().__init__(base_layer, adapter_name, **options)
-            self._packed = [base_layer]  # in a list, so that it is no second child
+            self._packed: list[Any] = [base_layer]  # in a list, so that it is no second child
 
         @property
         def lora_variants(self) -> dict[tuple[str, ...], None]:
@@ -98,7 +98,8 @@ def _layer(model: Any) -> type[nn.Module]:
         def unmerge(self) -> None:
             """See peft; the base layer is the packed one again, with no rounding in between."""
             super().unmerge()
-            self.base_layer = self._packed[0].to(self.base_layer.weight.device)
+            plain: Any = self.base_layer
+            self.base_layer = self._packed[0].to(plain.weight.device)
 
         def unload_and_optionally_merge_module(self, merge: bool, **options: Any) -> nn.Module:
             """What peft puts in the place of this layer when adapters go."""
@@ -108,7 +109,7 @@ def _layer(model: Any) -> type[nn.Module]:
                 _unpack_in_config(model, next(name for name, module in model.named_modules() if module is self))
             return self.base_layer
 
-        def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
+        def _get_base_layer_device_and_dtype(self, base_layer: Any) -> tuple[torch.device, torch.dtype]:
             scale = base_layer.weight_scale if isinstance(base_layer, PackedLinear) else base_layer.weight
             return scale.device, scale.dtype
 

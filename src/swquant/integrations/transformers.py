@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ _OF_THE_FILES = frozenset({"quantization_config", "quantization", "dtype", "tran
 
 
 @contextmanager
-def packed_transformers(kernel: str = "auto") -> Iterator[None]:
+def packed_transformers(kernel: str = "auto") -> Generator[None, None, None]:
     """Have ``from_pretrained`` load directories that swquant reads as :func:`swquant.load` does, packed.
 
     Within the context ``AutoModelForCausalLM.from_pretrained(directory)``, and any model class's own, gives for a
@@ -52,7 +52,8 @@ def packed_transformers(kernel: str = "auto") -> Iterator[None]:
     Raises:
         SwquantError: By ``from_pretrained``: the model is damaged, or an argument cannot be followed.
     """
-    original = vars(PreTrainedModel)["from_pretrained"]
+    base: Any = PreTrainedModel
+    original = vars(base)["from_pretrained"]
 
     def from_pretrained(cls: type, source: Any = None, *args: Any, **options: Any) -> Any:
         directory = _directory(source, options)
@@ -62,11 +63,11 @@ def packed_transformers(kernel: str = "auto") -> Iterator[None]:
             raise SwquantError(f"{cls.__name__} is given {len(args)} arguments beside {directory}; give them by name")
         return _load(cls, directory, kernel, options)
 
-    PreTrainedModel.from_pretrained = classmethod(from_pretrained)
+    base.from_pretrained = classmethod(from_pretrained)
     try:
         yield
     finally:
-        PreTrainedModel.from_pretrained = original
+        base.from_pretrained = original
 
 
 def _directory(source: Any, options: Mapping[str, Any]) -> Path | None:
