@@ -16,8 +16,12 @@ os.environ["HF_HUB_OFFLINE"] = (
 import pytest
 import torch
 from filelock import FileLock
+from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+settings.register_profile("swquant", deadline=None)  # a machine with other work fails no test
+settings.load_profile("swquant")
 
 TEXT = "the model reads a long text and writes short codes for each weight of every block in turn"
 WORDS = TEXT.split(" ")

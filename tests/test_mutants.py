@@ -62,3 +62,14 @@ def test_what_no_test_sees_survives(tool: ModuleType) -> None:
     }
     assert came == {"a < low": "survived", "1": "killed"}
     assert (source / "project" / "quant" / "clip.py").read_text() == CODE
+
+
+def test_tests_that_fail_anyway_are_refused(tool: ModuleType) -> None:
+    source = tool.ROOT / "src"
+    tool.require_sound(source, {"quant"}, 120)
+    (tool.ROOT / "tests" / "quant" / "test_clip.py").write_text("def test_it():\n    assert False\n")
+    with pytest.raises(SystemExit, match="tests/quant fails as it is"):
+        tool.require_sound(source, {"quant"}, 120)
+    (tool.ROOT / "tests" / "quant" / "test_clip.py").unlink()
+    with pytest.raises(RuntimeError):  # pytest finds nothing to run, which kills no mutant
+        tool.require_sound(source, {"quant"}, 120)

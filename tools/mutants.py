@@ -138,7 +138,16 @@ def _fails(tests: list[Path], source: Path, seconds: int) -> bool:
         timeout=seconds,
         check=False,
     )
-    return ended.returncode != 0
+    if ended.returncode not in (0, 1):  # neither passed nor failed: pytest itself could not run them
+        raise RuntimeError((ended.stdout + ended.stderr).decode(errors="replace")[-2000:])
+    return ended.returncode == 1
+
+
+def require_sound(source: Path, packages: set[str], seconds: int) -> None:
+    """Refuse to begin where tests fail without any mutant, which would count as killing it."""
+    for name in sorted(packages):
+        if _fails([ROOT / "tests" / name], source, seconds):
+            sys.exit(f"tests/{name} fails as it is; mend that first")
 
 
 def show(file: Path) -> None:
@@ -173,9 +182,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="swquant-mutants-") as place:
         source = Path(place) / "src"
         shutil.copytree(ROOT / "src", source, ignore=shutil.ignore_patterns("__pycache__"))
-        for mutant in chosen:
-            if (mutant.file, mutant.place, mutant.before) in done:
-                continue
+        left = [one for one in chosen if (one.file, one.place, one.before) not in done]
+        require_sound(source, {Path(one.file).parts[1] for one in left}, given.seconds)
+        for mutant in left:
             row = {**asdict(mutant), "outcome": outcome(mutant, source, given.seconds)}
             with given.out.open("a", encoding="utf-8") as out:
                 out.write(json.dumps(row) + "\n")
