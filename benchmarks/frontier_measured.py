@@ -104,8 +104,11 @@ def opened(directory: Path) -> Any:
     """A result in float32, read as a source where its layout is none that swquant writes (act-order)."""
     try:
         return load_model(directory, CPU)
-    except SwquantError:
-        return load_model(directory, CPU, dequantize=True)
+    except SwquantError as first:
+        try:
+            return load_model(directory, CPU, dequantize=True)
+        except SwquantError as second:
+            raise SwquantError(f"{first}; as a source: {second}") from second
 
 
 def check_weights(reference: Any, model: Any, spec: QuantSpec) -> None:
