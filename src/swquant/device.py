@@ -30,6 +30,12 @@ def resolve_device(text: str) -> torch.device:
     return device
 
 
+def numbered(index: int) -> str:
+    """The name of accelerator number ``index``; CUDA's, which is not there, where there is none."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return f"{accelerator.type if accelerator is not None else 'cuda'}:{index}"
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes that are free on a device; of the host on a CPU."""
     if device.type != "cpu":

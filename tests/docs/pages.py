@@ -26,4 +26,4 @@ def commands(page: str) -> Iterator[list[str]]:
     indented = [re.sub(r"^    ", "", block, flags=re.MULTILINE) for block in INDENTED.findall(PAGES[page])]
     for line in re.sub(r"\\\n\s*", "", "\n".join(fenced + indented)).splitlines():
         if found := OURS.fullmatch(line.strip()):
-            yield shlex.split(found[1])
+            yield shlex.split(found[1], comments=True)

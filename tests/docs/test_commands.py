@@ -16,7 +16,7 @@ from swquant.validation import read_yaml
 FOREIGN = {
     *("--no-build-isolation", "--quantization", "--nproc-per-node", "--layers", "--peer-python", "--tensor-type"),
     *("--data-free", "--large", "--worker", "--balance", "--loss-schedule", "--loss-depth", "--editable"),
-    *("--nnodes", "--node-rank", "--rdzv-endpoint", "--over", "--blocks"),
+    *("--nnodes", "--node-rank", "--rdzv-endpoint", "--over", "--blocks", "--no-deps", "--model", "--enable"),
 }
 """Options of other programs, of our benchmarks, and those that left swquant."""
 

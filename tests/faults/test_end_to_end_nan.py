@@ -11,20 +11,24 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from swquant import quantize
+from swquant.engine import end_to_end
 from swquant.engine.end_to_end import TrainedModel
+from swquant.engine.head import Heads
+from swquant.estimate.budget import Budget
 
 
 @pytest.mark.parametrize("when", ["once", "always"])
 def test_in_gradients(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
-    backward, calls = TrainedModel.backward, list[int]()
+    pull, calls = end_to_end._Stage._pull, list[int]()
 
-    def spoiled(model: TrainedModel, *arguments: Any) -> None:
-        backward(model, *arguments)
+    def spoiled(stage: Any, samples: Tensor) -> Tensor:
+        loss = pull(stage, samples)
         calls.append(1)
         if when == "always" or len(calls) == 1:
-            next(iter(model.thetas[0].values())).grad[0, 0] = torch.nan
+            next(iter(stage.model.thetas[0].values())).grad[0, 0] = torch.nan
+        return loss
 
-    monkeypatch.setattr(TrainedModel, "backward", spoiled)
+    monkeypatch.setattr(end_to_end._Stage, "_pull", spoiled)
     report = quantize(run.recipe, run.source, tmp_path / "out")
     assert report.finish is not None
     assert any("the loss was not finite" in event for event in report.finish["events"])
@@ -38,15 +42,17 @@ def test_in_gradients(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when
     assert report.quality.kl < 1
 
 
-def test_in_a_steps_activations(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    forward, calls = TrainedModel.forward, list[int]()
+@pytest.mark.parametrize("roomy", [True, False])
+def test_in_a_steps_activations(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, roomy: bool) -> None:
+    gradient, calls = Heads.gradient, list[int]()
 
-    def spoiled(model: TrainedModel, hidden: Tensor, samples: Tensor, keep: bool = True) -> list[Tensor]:
-        states = forward(model, hidden, samples, keep)
+    def spoiled(heads: Heads, reference: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         calls.append(1)
-        return [*states[:-1], states[-1] * torch.nan] if keep and len(calls) == 2 else states
+        return gradient(heads, reference, hidden * torch.nan if len(calls) == 2 else hidden)
 
-    monkeypatch.setattr(TrainedModel, "forward", spoiled)
+    monkeypatch.setattr(Heads, "gradient", spoiled)
+    if not roomy:
+        monkeypatch.setattr(Budget, "spare", lambda self, device, ranks: 0)
     report = quantize(run.recipe, run.source, tmp_path / "out")
     assert report.finish is not None
     assert list(report.finish["events"]) == [

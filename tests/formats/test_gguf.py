@@ -159,7 +159,7 @@ def test_what_llama_cpp_does_not_compute_is_refused(quantized: Callable[..., Qua
     (note,) = check("mistral", sliding_window=32)
     assert "its last 32 tokens" in note
     for family, config, message in [
-        ("opt", {}, "no architecture for the family opt"),
+        ("opt", {}, "does not cover the architecture 'OPTForCausalLM'"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act to 'gelu'"),
         ("llama", rope("dynamic"), "rope_type to 'dynamic'"),
         ("llama", rope("yarn", original_max_position_embeddings=32, beta_fast=16), "beta_fast to 16.*expected 32"),

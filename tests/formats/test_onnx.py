@@ -154,7 +154,10 @@ def test_what_has_no_kernel_is_refused_with_what_has() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architectures": ["OPTForCausalLM"], "model_type": "opt"}, "family opt, only for llama, mistral"),
+        (
+            {"architectures": ["OPTForCausalLM"], "model_type": "opt"},
+            "architecture 'OPTForCausalLM' yet, only LlamaForCausalLM, Mistral",
+        ),
         ({"hidden_act": "gelu"}, "activation 'gelu', expected 'silu'"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "type 'dynamic'"),
         ({"head_dim": 24}, "heads of 24 channels, expected a multiple of 16"),

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from swquant.device import numbered
 from swquant.errors import SwquantError
 from swquant.formats import find_quantized
 from swquant.runtime.loading import load
@@ -130,8 +131,7 @@ def _device(value: Any) -> str:
     if value is None:
         return "cpu"
     if type(value) is int:
-        accelerator = torch.accelerator.current_accelerator()
-        return f"{accelerator.type if accelerator is not None else 'cuda'}:{value}"
+        return numbered(value)
     if not isinstance(value, str | torch.device):
         raise SwquantError(f"a packed model lies on one device, got device_map={value!r:.200}; give 'auto' or a device")
     return str(value)

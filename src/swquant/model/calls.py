@@ -331,11 +331,13 @@ def _require_plain(front: Front, tokens: int) -> None:
             f"{name} predicts from more than its last block's output, which swquant does not support yet"
         )
     extras = {id(extra) for recorder in recorders for extra in recorder.extras}
+    # What nobody looks up again, such as keys and values kept for a model that drafts, is of no account.
+    read = any(recorder.flow is not None and recorder.flow.reads for recorder in recorders)
     for recorder, before in zip(recorders, plain, strict=True):
         given, call = drawn.get(recorder.index - 1), recorder.calls[0]
         same = given is None or (isinstance(recorder.hidden, Tensor) and torch.equal(recorder.hidden, given))
         used = any(id(leaf) in extras for leaf in _leaves(call)) or _differ(before, call)
-        if not same or used or (recorder.flow is not None and recorder.flow.writes):
+        if not same or used or (read and recorder.flow is not None and recorder.flow.writes):
             what = "other hidden states than the block before it puts out" if not same else "more than hidden states"
             raise SwquantError(
                 f"block {recorder.index} of {name} takes or hands on {what}, which swquant does not support yet"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping, MutableMapping, MutableSequence
+from collections.abc import Callable, Mapping, MutableMapping, MutableSequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,6 +19,20 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from swquant.errors import reason_of
+
+LOOKUPS = (
+    "__getitem__",
+    "__contains__",
+    "__iter__",
+    "__reversed__",
+    "get",
+    "items",
+    "keys",
+    "values",
+    "pop",
+    "popitem",
+)
+"""Methods of lists and mappings that tell what is in them."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +45,7 @@ class Flow:
         norms: A module without linears whose output such a set reads, by the first linear of the set.
         outputs: Number of values that the block returns as a tuple; ``None`` if it returns the hidden states alone.
         writes: It puts something into a list or mapping that it was given, which other blocks may read.
+        reads: It looks something up in such a one, or may have.
         failed: Why the block could not be run without values; the rest is then a guess from its code.
         once: The linears that are called once, or not at all where no token is sent to them; none where it failed.
     """
@@ -40,6 +55,7 @@ class Flow:
     norms: Mapping[str, str]
     outputs: int | None
     writes: bool = False
+    reads: bool = False
     failed: str | None = None
     once: frozenset[str] = frozenset()
 
@@ -54,8 +70,10 @@ def trace(block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
         if name and (isinstance(module, nn.Linear) or _is_small(module))
     ]
     state = {name: value.to("meta") for name, value in (*block.named_parameters(), *block.named_buffers())}
+    looked_up: list[str] = []
     given, named = pytree.tree_map(_without_values, (args, dict(kwargs)))
-    named = {key: copy.copy(value) if _is_container(value) else value for key, value in named.items()}
+    given = tuple(_watched(value, looked_up) if is_container(value) else value for value in given)
+    named = {key: _watched(value, looked_up) if is_container(value) else value for key, value in named.items()}
     held = _containers(given, named)
     before = [len(one) for one in held]
     failed = None
@@ -68,19 +86,41 @@ def trace(block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
             hook.remove()
     if failed is not None:
         linears = tuple(name for name, module in block.named_modules() if isinstance(module, nn.Linear))
-        return Flow(linears, tuple((name,) for name in linears), {}, len(out) if out else None, failed=failed)
+        known = len(out) if out else None
+        return Flow(linears, tuple((name,) for name in linears), {}, known, reads=True, failed=failed)
     writes = before != [len(one) for one in held]
     outputs = len(out) if isinstance(out, tuple | list) else None
-    return Flow(*seen.sets(), outputs, writes, once=frozenset(seen.order) - seen.again)
+    return Flow(*seen.sets(), outputs, writes, bool(looked_up), once=frozenset(seen.order) - seen.again)
 
 
 def _containers(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
     """Lists and mappings among the arguments; they are copies, so that nothing of the model's is written to."""
-    return [value for value in (*args, *kwargs.values()) if _is_container(value)]
+    return [value for value in (*args, *kwargs.values()) if is_container(value)]
 
 
-def _is_container(value: Any) -> bool:
+def is_container(value: Any) -> bool:
+    """Whether it is a list or mapping that a block can put something into."""
     return isinstance(value, MutableMapping | MutableSequence)
+
+
+def _watched(value: Any, looked_up: list[str]) -> Any:
+    """A copy of a list or mapping that notes when something is looked up in it."""
+    kind = type(value)
+
+    def noting(name: str) -> Callable[..., Any]:
+        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+            looked_up.append(name)
+            return getattr(kind, name)(self, *args, **kwargs)
+
+        return method
+
+    watched = type(kind.__name__, (kind,), {name: noting(name) for name in LOOKUPS if hasattr(kind, name)})
+    out = copy.copy(value)
+    try:
+        out.__class__ = watched
+    except TypeError:  # instances of Python's own classes take no other, and those can be made of one another
+        return watched(value)
+    return out
 
 
 class _Seen:

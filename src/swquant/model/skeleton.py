@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from swquant.checkpoint.names import Mixed, Names, Piece, analyse
 from swquant.errors import SwquantError
 from swquant.model.empty import as_described, build_empty
-from swquant.model.flow import Flow, trace
+from swquant.model.flow import Flow, is_container, trace
 from swquant.model.unfused import FusedExperts, fused_experts, linear_of, unfused
 from swquant.quant.spec import QuantSpec
 
@@ -59,7 +60,10 @@ class Block:
 
     def forward(self, params: Mapping[str, Tensor], hidden: Tensor, call: Call) -> Tensor:
         """The block's output for ``hidden [samples, tokens, dim]``; a pure function of its arguments."""
-        out = functional_call(self.module, dict(params), *call.with_hidden(hidden))
+        args, kwargs = call.with_hidden(hidden)
+        # What a block puts into a list or mapping, such as its keys and values, is not kept from call to call.
+        kwargs = {name: copy.copy(value) if is_container(value) else value for name, value in kwargs.items()}
+        out = functional_call(self.module, dict(params), args, kwargs)
         out = out[0] if isinstance(out, tuple | list) else out
         return out.flatten(2) if out.dim() > 3 else out
 
