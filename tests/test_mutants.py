@@ -54,6 +54,7 @@ def test_it_changes_what_computes_and_nothing_else(tool: ModuleType) -> None:
     assert len(texts) == len(found)
 
 
+@pytest.mark.slow
 def test_what_no_test_sees_survives(tool: ModuleType) -> None:
     source = tool.ROOT / "src"
     found = list(tool.mutants(source / "project" / "quant" / "clip.py"))
@@ -64,6 +65,7 @@ def test_what_no_test_sees_survives(tool: ModuleType) -> None:
     assert (source / "project" / "quant" / "clip.py").read_text() == CODE
 
 
+@pytest.mark.slow
 def test_tests_that_fail_anyway_are_refused(tool: ModuleType) -> None:
     source = tool.ROOT / "src"
     tool.require_sound(source, {"quant"}, 120)

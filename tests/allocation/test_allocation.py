@@ -64,10 +64,10 @@ def asked_for(recipe: Recipe, model: Path, share: float, **values: Any) -> Recip
     [
         ("compressed_tensors", "transformers"),
         ("gguf", "llama.cpp"),
-        ("mlx", None),
-        ("gptq", None),
-        ("auto_round", None),
-        ("onnx", "onnxruntime"),
+        pytest.param("mlx", None, marks=pytest.mark.slow),
+        pytest.param("gptq", None, marks=pytest.mark.slow),
+        pytest.param("auto_round", None, marks=pytest.mark.slow),
+        pytest.param("onnx", "onnxruntime", marks=pytest.mark.slow),
     ],
 )
 def test_the_file_has_the_size(form: str, runtime: str | None, recipe: Recipe, model: Path, tmp_path: Path) -> None:

@@ -239,7 +239,7 @@ def _epochs(manifest: Path) -> int:
     return 0 if training is None else int(training["epoch"])
 
 
-@pytest.mark.parametrize("weights", [False, True])
+@pytest.mark.parametrize("weights", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("moment", ["save_training", "finish_training", "advance"])
 def test_stopped_at_a_commit_it_goes_on_to_the_same_bits(
     llama: Path, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, weights: bool

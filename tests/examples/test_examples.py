@@ -35,6 +35,7 @@ def perplexities() -> Callable[[str], dict[str, float]]:
     return found
 
 
+@pytest.mark.slow
 def test_block_reconstruction(perplexities: Callable[[str], dict[str, float]]) -> None:
     found = perplexities("block_reconstruction.py")
     assert list(found) == ["original", "rounded", "mse", OURS]
@@ -43,6 +44,7 @@ def test_block_reconstruction(perplexities: Callable[[str], dict[str, float]]) -
     assert found["mse"] != found[OURS]
 
 
+@pytest.mark.slow
 def test_distillation_of_hidden_states(perplexities: Callable[[str], dict[str, float]]) -> None:
     found = perplexities("distillation.py")
     assert list(found) == ["teacher", "halved", "mse", OURS]

@@ -17,7 +17,7 @@ from swquant.engine.head import Heads
 from swquant.estimate.budget import Budget
 
 
-@pytest.mark.parametrize("when", ["once", "always"])
+@pytest.mark.parametrize("when", ["once", pytest.param("always", marks=pytest.mark.slow)])
 def test_in_gradients(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
     pull, calls = end_to_end._Stage._pull, list[int]()
 
@@ -42,7 +42,7 @@ def test_in_gradients(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when
     assert report.quality.kl < 1
 
 
-@pytest.mark.parametrize("roomy", [True, False])
+@pytest.mark.parametrize("roomy", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_in_a_steps_activations(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, roomy: bool) -> None:
     gradient, calls = Heads.gradient, list[int]()
 

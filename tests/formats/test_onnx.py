@@ -156,7 +156,7 @@ def test_what_has_no_kernel_is_refused_with_what_has() -> None:
     [
         (
             {"architectures": ["OPTForCausalLM"], "model_type": "opt"},
-            "architecture 'OPTForCausalLM' yet, only LlamaForCausalLM, Mistral",
+            "'OPTForCausalLM' yet, only LlamaForCausalLM, Mis",
         ),
         ({"hidden_act": "gelu"}, "activation 'gelu', expected 'silu'"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "type 'dynamic'"),
