@@ -61,8 +61,8 @@ def test_the_front_page_names_the_command_to_begin_with_and_cuts_no_summary(caps
     ("typed", "offered"),
     [
         (("quantize", "--method", "gp"), {"gptq"}),
-        (("convert", "model", "--format", "g"), {"gguf", "gptq"}),
-        (("quantize", "--recipe", "w4g128-f"), {"w4g128-fast"}),
+        pytest.param(("convert", "model", "--format", "g"), {"gguf", "gptq"}, marks=pytest.mark.slow),
+        pytest.param(("quantize", "--recipe", "w4g128-f"), {"w4g128-fast"}, marks=pytest.mark.slow),
         (("list", "m"), {"methods"}),
         (("com",), {"compare", "completion"}),
     ],

@@ -63,7 +63,7 @@ def test_a_drawing_that_takes_too_long_is_left(llama: Path, monkeypatch: pytest.
     assert "would take 0 s" in plan.chosen
 
 
-@pytest.mark.parametrize("chosen", ["self", "bundled"])
+@pytest.mark.parametrize("chosen", ["self", pytest.param("bundled", marks=pytest.mark.slow)])
 def test_a_resumed_run_keeps_what_it_began_with(
     make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen: str
 ) -> None:
@@ -117,6 +117,7 @@ def test_a_budget_is_what_a_device_has(llama: Path, monkeypatch: pytest.MonkeyPa
     assert Budget().room(torch.device("cpu")) < 100
 
 
+@pytest.mark.slow
 def test_the_bundled_text_has_four_kinds_of_equal_tokens_and_suffices_for_the_largest_preset(llama: Path) -> None:
     corpus = read_corpus("bundled")
     assert list(corpus.parts) == ["prose", "code", "documentation", "problems"]

@@ -36,6 +36,7 @@ def needed(plan: Plan, micro_batch: int) -> int:
     return memory_of(plan, shape_of(plan), micro_batch).peak
 
 
+@pytest.mark.slow
 def test_the_largest_micro_batch_that_fits_is_taken(plan: Plan) -> None:
     whole, half, least = (needed(plan, micro_batch) for micro_batch in (6, 3, 1))
     assert whole > half > least
@@ -48,6 +49,7 @@ def test_ranks_share_the_batch_before_it_is_cut(plan: Plan) -> None:
     assert micro_batch_within(plan, Budget(host=needed(plan, 3)), 2) == 3
 
 
+@pytest.mark.slow
 def test_a_budget_that_no_micro_batch_keeps_is_refused_with_flags_that_help(plan: Plan) -> None:
     with pytest.raises(SwquantError, match=r"one sample at a time.*--samples 3, --seq-len 16"):
         micro_batch_within(plan, Budget(host=needed(plan, 1) - 1), 1)
@@ -72,6 +74,7 @@ def test_weights_end_to_end_that_do_not_fit_are_to_be_left_out(
         micro_batch_within(large, Budget(host=needed(large, 1) - 1), 1)
 
 
+@pytest.mark.slow
 def test_drawing_samples_needs_room_for_the_whole_model(plan: Plan, llama: Path) -> None:
     tight = Budget(host=1000)
     drawing = make_plan(replace(RECIPE, calibration="self"), llama, room=tight.room)

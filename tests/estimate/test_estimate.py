@@ -60,6 +60,7 @@ def wide(make_model: MakeModel) -> Path:
     return make_model("llama", 3, torch.bfloat16, hidden_size=512, intermediate_size=1024, head_dim=128)
 
 
+@pytest.mark.slow
 def test_the_disk_is_known_within_2_percent(
     wide: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,6 +165,7 @@ def test_no_weight_is_read(llama: Path, tmp_path: Path, monkeypatch: pytest.Monk
     assert found.problems == ()
 
 
+@pytest.mark.slow
 def test_a_larger_batch_takes_more_memory_and_a_micro_batch_less(llama: Path) -> None:
     plans = [make_plan(replace(RECIPE, method=f"block_ap(epochs=1, batch_size={size})"), llama) for size in (1, 3)]
     one, three = (memory_of(plan, shape_of(plan)).blocks["Train"] for plan in plans)
