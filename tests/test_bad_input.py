@@ -432,6 +432,7 @@ def test_weights_are_looked_at_once_for_a_run_however_often_it_stops(
     assert looked == [1]
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own_says_the_same(llama: Path, tmp_path: Path) -> None:
     command = [
         sys.executable,

@@ -139,7 +139,7 @@ def test_searches_and_training_lose_less_than_rounding(model: Path, recipe: Reci
     assert finish["after"] < finish["before"]
 
 
-@pytest.mark.parametrize("stop", ["block", "epoch"])
+@pytest.mark.parametrize("stop", ["block", pytest.param("epoch", marks=pytest.mark.slow)])
 def test_a_run_that_is_stopped_goes_on_to_the_same_bits(
     model: Path, recipe: Recipe, stop: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

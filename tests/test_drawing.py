@@ -119,7 +119,9 @@ class Counted(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize(("family", "dtype"), [("llama", torch.float32), ("qwen3", torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("family", "dtype"), [("llama", torch.float32), pytest.param("qwen3", torch.bfloat16, marks=pytest.mark.slow)]
+)
 def test_the_memory_that_is_asked_for_is_the_memory_that_is_taken(
     make_model: MakeModel, family: str, dtype: torch.dtype
 ) -> None:

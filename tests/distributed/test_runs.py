@@ -289,6 +289,7 @@ def arguments_of(llama: Path, text: Path, out: Path, method: str, *more: str) ->
     return ["-m", "swquant", "quantize", *where, f"--method={method}", "--bits=2", *sizes, *more]
 
 
+@pytest.mark.slow
 def test_two_processes_of_torchrun_equal_one(launch: Launch, llama: Path, text: Path, tmp_path: Path) -> None:
     method = "omniquant(epochs=2, batch_size=4)"
     quantize(recipe_of(text, method, loss=f"0.9*mse + 0.1*{SW}"), llama, tmp_path / "one")

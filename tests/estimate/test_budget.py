@@ -111,12 +111,14 @@ def test_the_command_refuses_a_budget_before_the_run(llama: Path, text: Path, tm
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_the_plan_cuts_batches_as_the_run_does(plan: Plan, llama: Path, text: Path, tmp_path: Path) -> None:
     recipe, half = replace(RECIPE, calibration=str(text)), needed(plan, 3)
     found = estimate(recipe, llama, tmp_path, Budget(host=half), measure=False)
     assert (found.micro_batch, found.device, found.problems) == (3, half, ())
 
 
+@pytest.mark.slow
 def test_without_a_budget_the_plan_names_the_flag_that_cuts(
     plan: Plan, llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

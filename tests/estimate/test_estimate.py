@@ -140,6 +140,7 @@ def test_gptq_takes_what_is_said(make_model: MakeModel, options: str, monkeypatc
     assert memory_of(plan, shape).blocks["Gptq"] == pytest.approx(live.peak - before, rel=0.15)
 
 
+@pytest.mark.slow
 def test_every_loss_is_counted_on_few_threads_too(llama: Path) -> None:
     every = " + ".join(f"0.1*{name}" for name in registry.names("swquant.losses"))
     recipe = replace(RECIPE, calibration="bundled", loss="mse")

@@ -90,6 +90,7 @@ def test_a_signal_to_a_process(run, tmp_path: Path, number: int) -> None:
     run.finish(out)
 
 
+@pytest.mark.slow
 def test_two_processes_on_one_output(run, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     out, log = tmp_path / "out", tmp_path / "log.txt"
     first = start(run, out, log)

@@ -245,6 +245,7 @@ def test_hard_decisions_never_change_and_leave_no_nan() -> None:
             assert bool(value[~mask].isfinite().all())
 
 
+@pytest.mark.slow
 def test_no_copy_of_the_logits_is_made() -> None:
     """Of float32 tensors as large as a weight, a step holds what it needs and no more."""
     p = parameters(torch.float32)
