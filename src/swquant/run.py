@@ -130,9 +130,10 @@ def quantize_together(
         On rank 0 the report; the others are done before it is written.
     """
     out, watching = Path(out), observer if ranks.rank == 0 else Silent()
-    if budget is not None and budget.given:
+    budget = budget or Budget()
+    if budget.given:
         keep_little()
-    room = (budget or Budget()).room
+    room = budget.room
     allocation: Mapping[str, Any] | None = None
     if recipe.is_sized:
         recipe = replace(recipe, grids=on_top(recipe.grids, grids or {}))
@@ -163,9 +164,8 @@ def quantize_together(
             return before[0] if before else None
         held.enter_context(tensor_float32(plan.device, PRECISIONS[plan.recipe.precision]))
         micro_batch = ranks.lead(partial(_make_ready, plan, allocation, budget, ranks.size, key, out, held, watching))
-        taken = budget or Budget()
-        spare = partial(taken.spare, plan.device, ranks.size)
-        job = replace(plan.job(), ranks=ranks, micro_batch=micro_batch, trims=taken.given, spare=spare)
+        spare = partial(budget.spare, plan.device, ranks.size)
+        job = replace(plan.job(), ranks=ranks, micro_batch=micro_batch, trims=budget.given, spare=spare)
         run_state = _train(plan, job, work, key, watching)
         ranks.leave()
         if ranks.rank > 0:
@@ -271,7 +271,7 @@ def _written_otherwise(out: Path, held: Mapping[str, Any], wanted: Mapping[str, 
 def _make_ready(
     plan: Plan,
     allocation: Mapping[str, Any] | None,
-    budget: Budget | None,
+    budget: Budget,
     ranks: int,
     key: Mapping[str, Any],
     out: Path,
@@ -285,9 +285,7 @@ def _make_ready(
     run_state = open_run_state(work, key)
     begun = run_state.shape is not None
     with nullcontext() if begun else _leaving_nothing(run_state):
-        micro_batch = (
-            micro_batch_within(plan, budget, ranks, begun=begun) if budget is not None and budget.given else None
-        )
+        micro_batch = micro_batch_within(plan, budget, ranks, begun=begun) if budget.given else None
         if micro_batch is not None:
             watching.stage(
                 f"Samples of a batch go through a block {micro_batch} at a time, to keep to the budget of memory"
