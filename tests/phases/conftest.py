@@ -64,6 +64,7 @@ class TinyBlock:
             originals: Mapping[str, Tensor],
             linears: list[str],
             visit: Callable[[str, Tensor, Tensor], None],
+            settled: list[str],
         ) -> None:
             for batch, original in zip(self.inputs.split(4), self.reference.split(4), strict=True):
                 seen, before = self.run(params, batch)[1], self.run(originals, original)[1]

@@ -197,7 +197,7 @@ def test_inputs_that_are_not_known_token_by_token_have_no_target(tiny_block: Cal
     block, spec = tiny_block(9), QuantSpec(3, 32, False)
     known = block.problem()
 
-    def unpaired(params, originals, linears, visit) -> None:
+    def unpaired(params, originals, linears, visit, settled) -> None:
         known.watch(params, linears, lambda name, x: visit(name, x, None))
 
     final, report = Gptq(target=0.5).run(opened(block.params, spec), replace(known, watch_both=unpaired))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from swquant.checkpoint.source import Source
 from swquant.distributed.ranks import Alone, Ranks, on_any, require_same
+from swquant.engine.activations import Room
 from swquant.engine.bound import BoundBlock, Drift
 from swquant.engine.drift import measure_block, measured_samples
 from swquant.engine.hidden_states import create_hidden, open_hidden
@@ -27,7 +28,7 @@ from swquant.losses import Loss
 from swquant.model.calls import Calls
 from swquant.model.layout import Layout
 from swquant.model.skeleton import Skeleton
-from swquant.phases.base import Phase, PhaseReport, Problem
+from swquant.phases.base import Need, Phase, PhaseReport, Problem
 from swquant.phases.micro_batch import MicroBatch, named
 from swquant.phases.rounds import snapshot
 from swquant.quant.draft import Committed, Draft, commit, open_draft
@@ -96,11 +97,15 @@ def quantize_block(job: Job, run_state: RunState, calls: Calls, observer: Observ
     """
     started = time.monotonic()
     index, ranks, cached = run_state.done, job.ranks, _open_hidden_states(job, run_state)
-    bound = BoundBlock(index, job.skeleton.block(index), calls, job.layout, job.device, ranks)
+    needs = needs_of(job.phases)
+    keeps = "originals" in needs
+    # What a budget allows was counted without what is kept.
+    room = Room(job.spare() if keeps and not job.trims else 0)
+    bound = BoundBlock(index, job.skeleton.block(index), calls, job.layout, job.device, ranks, room)
     params = load_block(job, index)
     forward = time.monotonic()
     with named(f"in the original model's block {index}"):
-        finite = bound.advance(params, cached.reference, cached.next_reference)
+        finite = bound.advance(params, cached.reference, cached.next_reference, keeps=keeps)
     forward = (time.monotonic() - forward) / len(cached.reference)
     require_finite(finite, ranks, f"the original model's block {index} puts out")
     if cached.augmented is not None:
@@ -128,7 +133,8 @@ def quantize_block(job: Job, run_state: RunState, calls: Calls, observer: Observ
     require_same(ranks, _tensors(committed), f"block {index}")
     with named(f"in the quantized block {index}"):
         drift = Drift(cached.next_reference)
-        finite = bound.advance(committed.floats(), cached.quantized, cached.next_quantized, drift=drift)
+        finite = bound.advance(committed.floats(), cached.quantized, cached.next_quantized, drift=drift, replays=keeps)
+    bound.forget()
     require_finite(finite, ranks, f"block {index} puts out, quantized by this recipe,")
     drifted = drift.relative(ranks)
     job.trim()
@@ -153,6 +159,11 @@ def quantize_block(job: Job, run_state: RunState, calls: Calls, observer: Observ
         ranks.lead(finish)
     job.trim()
     return problem.micro_batch.samples
+
+
+def needs_of(phases: Sequence[Phase]) -> frozenset[Need]:
+    """What any of the phases needs."""
+    return frozenset[Need]().union(*(phase.needs for phase in phases))
 
 
 def load_block(job: Job, index: int) -> dict[str, Tensor]:
@@ -189,7 +200,7 @@ class Cached:
 def _open_hidden_states(job: Job, run_state: RunState) -> Cached:
     before = run_state.open_hidden_states()
     paths = [run_state.hidden_path(name, run_state.done + 1) for name in HIDDEN_STATES]
-    if any(phase.augmented for phase in job.phases):
+    if "augmented" in needs_of(job.phases):
         paths.append(run_state.root / AUGMENTED)
     samples, tokens, dim = before[0].shape
     next_reference, next_quantized, *others = create_together(job.ranks, paths, (samples, tokens, dim))

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
 
 from swquant.distributed.ranks import Alone, Ranks, own_rows
+from swquant.engine.activations import Activations, Replay, Room, same_values
 from swquant.engine.hidden_states import batches, on_device
 from swquant.families.base import Equivalence, QueryKey
 from swquant.learnables.base import BlockFacts, ChannelRange
@@ -62,6 +63,23 @@ class Drift:
 
 
 @dataclass(frozen=True)
+class _Stream:
+    """One model's way through the block.
+
+    Attributes:
+        source: Hidden states, ``[samples, tokens, dim]``.
+        params: The block's parameters.
+        visit: Called with a linear's name, its input ``[tokens, in]``, and how many tokens the batch has.
+        known: Whether a batch need not go through the block.
+    """
+
+    source: Tensor
+    params: Mapping[str, Tensor]
+    visit: Callable[[str, Tensor, int], None]
+    known: Callable[[slice], bool] = lambda batch: False
+
+
+@dataclass(frozen=True)
 class BoundBlock:
     """A block bound to its place in the model.
 
@@ -72,6 +90,7 @@ class BoundBlock:
         layout: What is quantized in it.
         device: Where to compute.
         ranks: The processes; each runs samples of its own.
+        room: Bytes that may be taken on the device for what only saves time.
     """
 
     index: int
@@ -80,6 +99,17 @@ class BoundBlock:
     layout: Layout
     device: torch.device
     ranks: Ranks
+    room: Room = field(default_factory=Room)
+
+    @cached_property
+    def originals(self) -> Activations:
+        """What linears read in the original model: kept by its pass, let go by :meth:`watch_both`."""
+        return Activations(self.room)
+
+    @cached_property
+    def outputs(self) -> Activations:
+        """What linears put out that are quantized for good: kept by :meth:`watch_both`."""
+        return Activations(self.room)
 
     def forward(self, params: Mapping[str, Tensor], hidden: Tensor, samples: Tensor) -> Tensor:
         """The block's output ``[samples, tokens, dim]``."""
@@ -93,6 +123,9 @@ class BoundBlock:
         destination: Tensor,
         samples: Tensor | None = None,
         drift: Drift | None = None,
+        *,
+        keeps: bool = False,
+        replays: bool = False,
     ) -> bool:
         """Write what the block makes of this rank's part of ``source`` to ``destination``.
 
@@ -102,19 +135,58 @@ class BoundBlock:
             destination: Of the same shape.
             samples: Which samples they are; ``None`` is all from the first on.
             drift: Adds up how far the block's outputs are from the original's.
+            keeps: What linears read is kept for :meth:`watch_both`; the parameters are the original model's.
+            replays: ``source`` begins with what :meth:`watch_both` was given, and what linears put out there is taken
+                where they have the same weights.
 
         Returns:
             Whether all is finite.
         """
         floats, finite = in_float(params), True
         known = torch.arange(len(source)) if samples is None else samples
-        for batch, hidden in on_device(source, own_batches(self.ranks, source), self.device):
-            out = self.forward(floats, hidden, known[batch]).cpu()
-            finite = finite and is_finite(out)
-            destination[batch] = out
-            if drift is not None:
-                drift.add(batch, out)
+        batch = slice(0, 0)
+
+        def keep(linear: str, _: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            self.originals.put(linear, batch, arguments[0].flatten(0, -2))
+
+        if keeps:
+            self.originals.start(params)
+        sets = self.layout.inputs(self.index) if keeps else ()
+        kept = [linears[0] for linears in sets if self._once(linears[:1])]
+        same = self._as_they_were(params) if replays else ()
+        with self._hooked(kept, keep), Replay(self.outputs, self.block.module, same) as replay:
+            for batch, hidden in on_device(source, own_batches(self.ranks, source), self.device):
+                replay.batch = batch
+                out = self.forward(floats, hidden, known[batch]).cpu()
+                finite = finite and is_finite(out)
+                destination[batch] = out
+                if drift is not None:
+                    drift.add(batch, out)
         return finite
+
+    def forget(self) -> None:
+        """Let go of what was kept."""
+        self.originals.start({})
+        self.outputs.start({})
+
+    def _as_they_were(self, params: Mapping[str, Tensor]) -> tuple[str, ...]:
+        """The linears whose outputs are kept, if they and what is not quantized have the same values in ``params``."""
+        linears = tuple(self.outputs.linears)
+        others = self.layout.grids(self.index).keys() - {f"{linear}.weight" for linear in linears}
+        return linears if same_values(self.outputs.params, params, [*(params.keys() - others)]) else ()
+
+    def _once(self, linears: Sequence[str]) -> bool:
+        """Whether each batch is given to the linears once."""
+        return set(linears) <= self.layout.flows[self.index].once
+
+    @contextmanager
+    def _hooked(self, linears: Sequence[str], hook: Callable[..., None]) -> Generator[None]:
+        """Call ``hook(linear, module, arguments)`` before each of the named linears."""
+        with ExitStack() as hooks:
+            for linear in linears:
+                module = self.block.module.get_submodule(linear)
+                hooks.callback(module.register_forward_pre_hook(partial(hook, linear)).remove)
+            yield
 
     @torch.no_grad()
     def watch(
@@ -128,7 +200,7 @@ class BoundBlock:
 
         A batch goes no further through the block than to the last of them, before it multiplies.
         """
-        self._show([(source, params, lambda linear, x, _: visit(linear, x))], linears)
+        self._show([_Stream(source, params, lambda linear, x, _: visit(linear, x))], linears)
 
     @torch.no_grad()
     def watch_both(
@@ -139,35 +211,42 @@ class BoundBlock:
         originals: Mapping[str, Tensor],
         linears: Sequence[str],
         visit: Callable[[str, Tensor, Tensor | None], None],
+        settled: Sequence[str] = (),
     ) -> None:
         """As :meth:`watch`, with the same tokens' inputs in the original model beside each batch's.
 
         Those are what the block with ``originals`` makes of ``reference``. They are ``None`` for a linear that is not
         given every token once, such as an expert: which tokens reach it is another matter in each model.
+
+        What :meth:`advance` kept of the original model is taken, and what the ``settled`` linears put out is kept from
+        call to call: they, and whatever they depend on, are as they were. None settled is a new beginning.
         """
         held: dict[str, Tensor] = {}
+        if not settled:
+            self.outputs.start(params)
+        self.outputs.params = params
 
         def hold(linear: str, x: Tensor, tokens: int) -> None:
-            if linear in self.layout.flows[self.index].once and len(x) == tokens:
+            if self._once([linear]) and len(x) == tokens:
                 held[linear] = x
 
         def show(linear: str, x: Tensor, tokens: int) -> None:
             visit(linear, x, held.pop(linear, None) if len(x) == tokens else None)
 
-        self._show([(reference[: len(source)], originals, hold), (source, params, show)], linears)
+        def known(batch: slice) -> bool:
+            found = self.originals.pop(linears, batch) if same else None
+            held.update(found or {})
+            return found is not None
 
-    def _show(
-        self,
-        streams: Sequence[tuple[Tensor, Mapping[str, Tensor], Callable[[str, Tensor, int], None]]],
-        linears: Sequence[str],
-    ) -> None:
-        """Run batch after batch through the block, of each of some streams in turn with parameters of its own.
+        same = all(originals.get(name) is value for name, value in self.originals.params.items())
+        before = _Stream(reference[: len(source)], originals, hold, known)
+        self._show([before, _Stream(source, params, show)], linears, [name for name in settled if self._once([name])])
 
-        A visitor is called with a linear's name, its input and how many tokens the batch has.
-        """
+    def _show(self, streams: Sequence[_Stream], linears: Sequence[str], settled: Sequence[str] = ()) -> None:
+        """Run batch after batch through the block, of each of some streams in turn; ``settled`` are the last one's."""
         left, tokens = set[str](), 0
-        visit = streams[0][2]
-        ends = set(linears) <= self.layout.flows[self.index].once
+        visit = streams[0].visit
+        ends = self._once(linears)
 
         def seen(linear: str, _: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             visit(linear, arguments[0].flatten(0, -2), tokens)
@@ -175,17 +254,18 @@ class BoundBlock:
             if ends and not left:
                 raise _AllSeen
 
-        floats = [in_float(params) for _, params, _ in streams]
-        with ExitStack() as hooks:
-            for linear in linears:
-                module = self.block.module.get_submodule(linear)
-                hooks.callback(module.register_forward_pre_hook(partial(seen, linear)).remove)
-            parts = [on_device(source, own_batches(self.ranks, source), self.device) for source, _, _ in streams]
+        floats = [in_float(stream.params) for stream in streams]
+        parts = [on_device(stream.source, own_batches(self.ranks, stream.source), self.device) for stream in streams]
+        replays = [Replay(self.outputs, self.block.module, ()) for _ in streams]
+        replays[-1] = Replay(self.outputs, self.block.module, settled)
+        with self._hooked(linears, seen):
             for together in zip(*parts, strict=True):
-                for (batch, hidden), own, stream in zip(together, floats, streams, strict=True):
+                for (batch, hidden), own, stream, replay in zip(together, floats, streams, replays, strict=True):
+                    if stream.known(batch):
+                        continue
                     left.update(linears)
-                    visit, tokens = stream[2], hidden.shape[0] * hidden.shape[1]
-                    with suppress(_AllSeen):
+                    visit, tokens, replay.batch = stream.visit, hidden.shape[0] * hidden.shape[1], batch
+                    with suppress(_AllSeen), replay:
                         self.forward(own, hidden, torch.arange(batch.start, batch.stop))
 
     def input_ranges(

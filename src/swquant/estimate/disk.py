@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from swquant.engine.block import needs_of
 from swquant.engine.hidden_states import hidden_bytes
 from swquant.formats.base import Format, packed_bytes
 from swquant.model.layout import Site
@@ -52,7 +53,7 @@ def disk_of(plan: Plan, shape: tuple[int, int, int], ranks: int = 1) -> Disk:
         ranks: Processes that share it, each of which keeps a best state of its own.
     """
     one = hidden_bytes(shape)
-    augmented = any(phase.augmented for phase in plan.pipeline.phases)
+    augmented = "augmented" in needs_of(plan.pipeline.phases)
     block = (CACHES_IN_A_BLOCK + augmented) * one + ranks * kept_bytes(plan)
     run_state = run_state_bytes(plan) + 8 * shape[0] * shape[1]
     outputs = {form.name: output_bytes(form, plan) for form in plan.formats}

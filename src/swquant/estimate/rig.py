@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from swquant.device import free_memory
 from swquant.distributed.ranks import Alone
 from swquant.engine.block import Cached, Job, pose, stored_dtypes
 from swquant.engine.bound import BoundBlock
@@ -47,6 +48,12 @@ class Rig:
         self.bound.advance(params, some, torch.empty_like(some))
         return len(some)
 
+    def keep_originals(self) -> None:
+        """Have room for what a run without a budget keeps, and in it what the first sample's pass would leave there."""
+        self.bound.room.left = free_memory(self.bound.device) // 2
+        first = self.cached.reference[:1]
+        self.bound.advance(self.params, first, torch.empty_like(first), keeps=True)
+
     def draft(self) -> Draft:
         """The block, rounded to the nearest."""
         grids = self.plan.layout.grids(self.bound.index)
@@ -69,7 +76,7 @@ class Rig:
             step: Hears of the steps.
             micro_batch: Samples that go through the block at once.
         """
-        cached = self.cached if phase.augmented else replace(self.cached, augmented=None)
+        cached = self.cached if "augmented" in phase.needs else replace(self.cached, augmented=None)
         job = replace(self.job, micro_batch=micro_batch)
         posed = pose(job, self.bound, self.params, cached, step, (train, validation), proven=False)
         first = cached.quantized[:1]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from swquant.drawing import seconds_of
-from swquant.engine.block import Cached, split_validation, stored_dtypes
+from swquant.engine.block import Cached, needs_of, split_validation, stored_dtypes
 from swquant.estimate.rig import Rig, bind
 from swquant.phases.base import Phase
 from swquant.phases.train import Train
@@ -122,7 +122,7 @@ def count_up(plan: Plan, shape: tuple[int, int, int], found: Sequence[Measured],
         longer: Tokens of a sample over those that were measured; what a sample takes grows as they do.
     """
     calibration = plan.recipe.samples or 1
-    augmented = any(phase.augmented for phase in plan.pipeline.phases)
+    augmented = "augmented" in needs_of(plan.pipeline.phases)
     totals: dict[str, float] = {}
     steps: dict[str, float] = {}
     passes = 0.0
@@ -192,6 +192,8 @@ def _phase(rig: Rig, phase: Phase, draft: Draft) -> tuple[Draft, Cost]:
         after, _ = short.run(draft, problem)
         return after, Cost(step=statistics.median(later - earlier for earlier, later in itertools.pairwise(ticks)))
     watched: list[float] = []
+    if "originals" in phase.needs:
+        rig.keep_originals()
     problem = rig.problem(phase, [0], [last])
 
     def timed(watch: Callable[..., None], *given: Any) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from swquant.distributed.ranks import Ranks
-from swquant.phases.base import PhaseReport, Problem
+from swquant.phases.base import Need, PhaseReport, Problem
 from swquant.phases.hessian import (
     ErrorTally,
     best_range,
@@ -46,9 +46,9 @@ class AwqClip:
     factors: tuple[float, ...] = FACTORS
 
     @property
-    def augmented(self) -> bool:
-        """The augmented target is not needed."""
-        return False
+    def needs(self) -> frozenset[Need]:
+        """Nothing that not every phase does."""
+        return frozenset()
 
     @torch.no_grad()
     def run(self, draft: Draft, problem: Problem) -> tuple[Draft, PhaseReport]:

@@ -12,7 +12,7 @@ from swquant.distributed.ranks import own_turns
 from swquant.families.base import Equivalence, QueryKey, ValueOutput
 from swquant.learnables.base import BlockFacts
 from swquant.learnables.moves import fed_by, move, per_key_head, per_query_head, source_of
-from swquant.phases.base import PhaseReport, Problem
+from swquant.phases.base import Need, PhaseReport, Problem
 from swquant.phases.hessian import ErrorTally, Moments, input_moments, output_error
 from swquant.quant.draft import Draft, open_draft, snap
 from swquant.quant.spec import QuantSpec
@@ -46,9 +46,9 @@ class AwqScale:
     ratios: tuple[float, ...] = RATIOS
 
     @property
-    def augmented(self) -> bool:
-        """The augmented target is not needed."""
-        return False
+    def needs(self) -> frozenset[Need]:
+        """Nothing that not every phase does."""
+        return frozenset()
 
     @torch.no_grad()
     def run(self, draft: Draft, problem: Problem) -> tuple[Draft, PhaseReport]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -17,8 +17,18 @@ from swquant.phases.rounds import snapshot
 from swquant.quant.draft import Draft
 
 WatchBoth = Callable[
-    [Mapping[str, Tensor], Mapping[str, Tensor], Sequence[str], Callable[[str, Tensor, Tensor | None], None]], None
+    [
+        Mapping[str, Tensor],
+        Mapping[str, Tensor],
+        Sequence[str],
+        Callable[[str, Tensor, Tensor | None], None],
+        Sequence[str],
+    ],
+    None,
 ]
+
+Need = Literal["augmented", "originals"]
+"""What a block need not pose to every phase: :attr:`Problem.augmented`, the inputs of :attr:`Problem.watch_both`."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +46,10 @@ class Problem:
         watch: ``watch(parameters, linears, visit)`` runs the block with full-precision ``parameters`` over the inputs
             of this rank's calibration samples and calls ``visit(linear, x)`` with each batch's input
             ``[tokens, in_features]`` of each of the named linears.
-        watch_both: ``watch_both(parameters, originals, linears, visit)`` does that and runs the original model's hidden
-            states through the block with ``originals`` beside it; it calls ``visit(linear, x, y)`` with the inputs
-            ``y`` that the same tokens have there, ``None`` for an expert.
+        watch_both: ``watch_both(parameters, originals, linears, visit, settled)`` does that and runs the original
+            model's hidden states through the block with ``originals`` beside it; it calls ``visit(linear, x, y)`` with
+            the inputs ``y`` that the same tokens have there, ``None`` for an expert. ``settled`` are the linears whose
+            weights stay as they are until it is called with none.
         train: Samples to train on.
         validation: Samples on which states are compared, disjoint from ``train`` where there is more than one sample.
         rng: Generator for a place in the block, e.g. ``rng("slices", 17)``.
@@ -97,8 +108,8 @@ class Phase(Protocol):
     """A step that turns a draft into a better one."""
 
     @property
-    def augmented(self) -> bool:
-        """Whether it needs :attr:`Problem.augmented`."""
+    def needs(self) -> frozenset[Need]:
+        """What it uses of what not every phase does."""
         ...
 
     def run(self, draft: Draft, problem: Problem) -> tuple[Draft, PhaseReport]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from swquant.distributed.ranks import Ranks
-from swquant.phases.base import PhaseReport, Problem
+from swquant.phases.base import Need, PhaseReport, Problem
 from swquant.phases.column_grids import open_groups
 from swquant.phases.columns import round_columns
 from swquant.phases.hessian import EXPERT, ErrorTally, Moments, by_rows, input_moments, stages
@@ -65,9 +65,9 @@ class Gptq:
     target: float = 0.25
 
     @property
-    def augmented(self) -> bool:
-        """The augmented target is not needed."""
-        return False
+    def needs(self) -> frozenset[Need]:
+        """The original model's inputs, for a target."""
+        return frozenset({"originals"} if self.target else ())
 
     @torch.no_grad()
     def run(self, draft: Draft, problem: Problem) -> tuple[Draft, PhaseReport]:
@@ -81,7 +81,8 @@ class Gptq:
             so_far = realize(replace(draft, params=params, slots=slots))
             aimed = bool(self.target) and not EXPERT.search(sets[0][0])
             originals = draft.params if aimed else None
-            found = input_moments(problem, {**params, **so_far}, [linears[0] for linears in sets], originals)
+            settled = [name.removesuffix(".weight") for name in slots]
+            found = input_moments(problem, {**params, **so_far}, [linears[0] for linears in sets], originals, settled)
             for linears in sets:
                 problem.step(len(slots), total)
                 moments = found.pop(0)

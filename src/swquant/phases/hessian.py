@@ -120,13 +120,14 @@ def input_moments(
     params: Mapping[str, Tensor],
     linears: Sequence[str],
     originals: Mapping[str, Tensor] | None = None,
+    settled: Sequence[str] = (),
 ) -> list[Moments]:
     """Moments of the inputs that ``linears`` have in the block with ``params``, over all calibration samples.
 
     Sums are kept in float32 (float64 for float64 inputs), on each rank those over its own samples. Of second moments,
     which are symmetric, the upper half is summed up and mirrored. An expert has those of the tokens that are sent to
     it; where there are none, all moments are zero. With ``originals``, the block's parameters in the original model,
-    deviations from that are summed up too.
+    deviations from that are summed up too; ``settled`` are then as in :attr:`Problem.watch_both`.
     """
     sums: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
     deviations: dict[str, tuple[Tensor, Tensor]] = {}
@@ -152,7 +153,7 @@ def input_moments(
         problem.watch(params, tuple(linears), visit)
     else:
         assert problem.watch_both is not None
-        problem.watch_both(params, originals, tuple(linears), visit)
+        problem.watch_both(params, originals, tuple(linears), visit, settled)
     found: list[Moments] = []
     for linear in linears:
         second, magnitude, tokens = sums.pop(linear)

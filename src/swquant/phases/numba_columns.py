@@ -16,7 +16,15 @@ ROWS = 256
 """Rows of a weight at a time: 128 columns of them in float32 take 128 KiB, what a core's second cache holds."""
 
 
-@numba.njit(nogil=True)
+def _compiled(function: Any) -> Any:
+    """What is compiled is kept on the disk, where numba finds a place for it: compiling takes seconds in each run."""
+    try:
+        return numba.njit(nogil=True, cache=True)(function)
+    except RuntimeError:
+        return numba.njit(nogil=True)(function)
+
+
+@_compiled
 def rounded(
     work: Any,
     errors: Any,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from swquant.distributed.ranks import Ranks
-from swquant.phases.base import PhaseReport, Problem
+from swquant.phases.base import Need, PhaseReport, Problem
 from swquant.phases.grid_search import search_grid
 from swquant.phases.hessian import by_rows
 from swquant.quant.draft import Draft, Slot, snap
@@ -32,9 +32,9 @@ class RtnSearch:
     """
 
     @property
-    def augmented(self) -> bool:
-        """The augmented target is not needed."""
-        return False
+    def needs(self) -> frozenset[Need]:
+        """Nothing that not every phase does."""
+        return frozenset()
 
     @torch.no_grad()
     def run(self, draft: Draft, problem: Problem) -> tuple[Draft, PhaseReport]:

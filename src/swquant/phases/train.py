@@ -14,7 +14,7 @@ from swquant.errors import SwquantError
 from swquant.learnables.base import Learnable, Theta
 from swquant.losses.base import Loss
 from swquant.losses.mse import Mse
-from swquant.phases.base import PhaseReport, Problem
+from swquant.phases.base import Need, PhaseReport, Problem
 from swquant.phases.micro_batch import together
 from swquant.phases.objective import Objective
 from swquant.phases.optimizers import Optimizer, trainable
@@ -61,6 +61,11 @@ class Train:
             if both := one.writes & other.writes:
                 names = f"{type(one).__name__} and {type(other).__name__}"
                 raise SwquantError(f"{names} both learn {', '.join(sorted(both))}; train them in separate phases")
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """The augmented target, where it is asked for."""
+        return frozenset({"augmented"} if self.augmented else ())
 
     def run(self, draft: Draft, problem: Problem) -> tuple[Draft, PhaseReport]:
         """Train, and return the draft of the state that is kept."""
