@@ -3,7 +3,7 @@
     swquant sweep benchmarks/sweeps/NAME.yaml --out NAME --workers 1
     python benchmarks/alignment.py NAME/results.csv ... [--over METHOD] [--blocks]
 
-For each model, grid, number and length of samples, and method a line per loss: nats lost (the logarithm of the
+For each model, grid, number and length of samples, and method a line per loss: ΔNLL (the logarithm of the
 perplexity over the original's), KL, and the share recovered of what the method's own loss lost, paired by seed: (own
 - with) / own. Means, with Student's 95 % interval where there are two seeds or more. A row's own loss is the one with
 an empty `loss` and the same options. With `--over` methods are compared with that one, in place of losses with a
@@ -63,7 +63,7 @@ BLOCKS = {"relative_error": "squared error", "sliced_wasserstein": "SW", "varian
 def table(rows: Sequence[Row], blocks: bool = False) -> Iterator[str]:
     """The lines of a Markdown table, best setting first within each group."""
     shown = list(BLOCKS) if blocks else []
-    quality = ("nats lost", "KL", "recovered of nats (%)", "of KL (%)", "seeds")
+    quality = ("ΔNLL", "KL", "ΔNLL recovered (%)", "of KL (%)", "seeds")
     heads = [*(f"{BLOCKS[name]} (%)" for name in shown), *quality]
     yield "| model | grid | method | loss | " + " | ".join(heads) + " |"
     yield "|---|---|---|---|" + "---:|" * len(heads)

@@ -94,7 +94,7 @@ def tables(rows: Sequence[Row]) -> Iterator[str]:
     for (model, grid), points in panels(rows).items():
         kinds = list(points[0].kl)
         yield f"\n**{model}, {grid}**\n"
-        yield f"| | KL, mean | {' | '.join(kinds)} | nats lost | generated | seconds | seeds |"
+        yield f"| | KL, mean | {' | '.join(kinds)} | ΔNLL | generated | seconds | seeds |"
         yield "|---|" + "---:|" * (len(kinds) + 5)
         for point in points:
             overall = interval([statistics.mean(row["kl"].values()) for row in point.rows], 3)

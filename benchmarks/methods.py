@@ -93,7 +93,7 @@ def table(rows: Iterable[dict[str, Any]]) -> Iterator[str]:
         own = {cell: found for cell, found in cells.items() if (cell.model, cell.label) == (model, label)}
         original = next(iter(own.values()))[0]["perplexity_original"]
         yield f"\n{model}, {label}; original {original:.2f}\n"
-        yield "| method | loss | perplexity | nats lost | seeds | seconds |"
+        yield "| method | loss | perplexity | ΔNLL | seeds | seconds |"
         yield "|---|---|---:|---:|---:|---:|"
         for cell, found in sorted(own.items(), key=lambda item: _mean(item[1], "perplexity")):
             lost = statistics.mean(math.log(row["perplexity"] / original) for row in found)

@@ -97,11 +97,8 @@ def quantize_block(job: Job, run_state: RunState, calls: Calls, observer: Observ
     """
     started = time.monotonic()
     index, ranks, cached = run_state.done, job.ranks, _open_hidden_states(job, run_state)
-    needs = needs_of(job.phases)
-    keeps = "originals" in needs
-    # What a budget allows was counted without what is kept.
-    room = Room(job.spare() if keeps and not job.trims else 0)
-    bound = BoundBlock(index, job.skeleton.block(index), calls, job.layout, job.device, ranks, room)
+    keeps = "originals" in needs_of(job.phases)
+    bound = _bind(job, index, calls, keeps)
     params = load_block(job, index)
     forward = time.monotonic()
     with named(f"in the original model's block {index}"):
@@ -159,6 +156,12 @@ def quantize_block(job: Job, run_state: RunState, calls: Calls, observer: Observ
         ranks.lead(finish)
     job.trim()
     return problem.micro_batch.samples
+
+
+def _bind(job: Job, index: int, calls: Calls, keeps: bool) -> BoundBlock:
+    # What a budget allows was counted without what is kept.
+    room = Room(job.spare() if keeps and not job.trims else 0)
+    return BoundBlock(index, job.skeleton.block(index), calls, job.layout, job.device, job.ranks, room)
 
 
 def needs_of(phases: Sequence[Phase]) -> frozenset[Need]:
