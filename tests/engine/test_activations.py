@@ -43,9 +43,9 @@ def products_and_files(
     ("family", "method", "saves"),
     [
         ("llama", "gptq", True),
-        ("llama", "gptq(act_order=True)", True),
+        pytest.param("llama", "gptq(act_order=True)", True, marks=pytest.mark.slow),
         ("llama", "awq + gptq + block_ap(epochs=1)", True),
-        ("gpt_neox", "gptq", True),
+        pytest.param("gpt_neox", "gptq", True, marks=pytest.mark.slow),
         ("qwen3_moe", "gptq", True),
         ("llama", "gptq(target=0)", False),
     ],
