@@ -70,6 +70,8 @@ POINTS: Mapping[str, Point] = {
     "fast": Point("swquant", {"preset": "fast"}),
     "auto-round, light": _auto_round(iters=50, lr=5e-3),
     "gptq + block_ap(epochs=1)": _ours(START.format(1)),
+    "gptq + end_to_end(epochs=2)": _ours("gptq + end_to_end(epochs=2)"),
+    "gptq + end_to_end(epochs=8)": _ours("gptq + end_to_end(epochs=8)"),
     "gptq + end_to_end(epochs=4, weights=True)": _ours("gptq + end_to_end(epochs=4, weights=True)"),
     "fast + end_to_end(epochs=4)": _ours(f"{START.format(4)} + end_to_end(epochs=4)"),
     "fast + end_to_end(epochs=4, weights=True)": _ours(f"{START.format(4)} + end_to_end(epochs=4, weights=True)"),
