@@ -125,8 +125,8 @@ class RayTasks:
             ray.init(address="local", include_dashboard=False, **own, **shared)
         except Exception as error:  # Ray raises that itself, of no class of its own
             raise SwquantError(
-                f"Ray does not start on this machine: {reason_of(error)} Where others keep it busy, Ray's own processes need "
-                "longer than the 15 seconds that it gives them: try again, or choose --executor local"
+                f"Ray does not start on this machine: {reason_of(error)} Where it is busy, Ray's processes take longer "
+                "than the 15 seconds that it gives them: try again, or choose --executor local"
             ) from error
 
 
