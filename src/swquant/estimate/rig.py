@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from swquant.distributed.ranks import Alone
-from swquant.engine.block import Cached, Job, pose, stored_dtypes
+from swquant.engine.block import Cached, Job, pose, show, shown_samples, stored_dtypes
 from swquant.engine.bound import BoundBlock
 from swquant.engine.hidden_states import batches
 from swquant.model.calls import Calls, Front
 from swquant.phases.base import Phase, Problem
 from swquant.plan import Plan
-from swquant.quant.draft import Draft, open_draft
+from swquant.quant.draft import Committed, Draft, open_draft
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,12 @@ class Rig:
         some = self.cached.quantized[next(batches(self.cached.quantized))]
         self.bound.advance(params, some, torch.empty_like(some))
         return len(some)
+
+    @torch.no_grad()
+    def show(self, committed: Committed) -> None:
+        """Run as many samples as a block is measured on through ``committed``, as a run does."""
+        inputs = self.cached.quantized
+        show(self.bound, committed, inputs, list(range(len(shown_samples(self.job.samples, inputs)))))
 
     def draft(self) -> Draft:
         """The block, rounded to the nearest."""
