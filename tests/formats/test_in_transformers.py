@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 import swquant
 from swquant import Recipe, SwquantError, quantize
@@ -60,6 +60,21 @@ def test_rules_that_expect_codes_are_refused_before_the_run(recipe: Recipe, tmp_
     assert torch.isfinite(logits(swquant.load(tmp_path / "out"))).all()
     with pytest.raises(RuntimeError, match="automatic conversion of the weights"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_experts_that_are_kept_beside_codes_are_refused_before_the_run(recipe: Recipe, tmp_path: Path) -> None:
+    """Of a layer, or of a vision tower, which transformers puts together by the rule for experts with codes."""
+    seeing = save_tiny(tmp_path / "seeing", "dots3_note", kind="image-text")
+    mixture = save_tiny(tmp_path / "mixture", "qwen3_moe")
+    for folder, grids, name in (
+        (seeing, {}, "vision_encoder.blocks.1.mlp.experts.0"),
+        (mixture, {"*.layers.1.mlp.experts.*": None}, "model.layers.1.mlp.experts.0"),
+    ):
+        with pytest.raises(SwquantError, match=rf"cannot load this model as compressed_tensors: it puts {name}\..* by"):
+            make_plan(recipe, folder, grids=grids)
+    quantize(recipe.override({"runtime": "vllm"}), seeing, tmp_path / "out")
+    with pytest.raises(RuntimeError, match="automatic conversion of the weights"):
+        AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen3_moe"])

@@ -45,6 +45,26 @@ def test_a_layer_keeps_codes_and_grid(spec: QuantSpec, out: int, width: int, see
 
 
 @settings(deadline=None, max_examples=60)
+@given(spec=SPECS, out=st.integers(1, 70), width=st.integers(1, 3), seed=st.integers(0, 2**31))
+def test_code_that_reads_its_weight_gets_the_dequantized_one(
+    spec: QuantSpec, out: int, width: int, seed: int, make_packed: Make
+) -> None:
+    q = make_packed(spec, out, 37 * width if spec.group_size is None else width * spec.group_size, seed)
+    for dtype in (torch.float32, torch.bfloat16):
+        layer = packed(q, dtype)
+        assert torch.equal(layer.weight, q.dequantize().to(dtype))
+        assert (layer.out_features, layer.in_features) == layer.weight.shape
+        assert layer.bias is None
+
+
+def test_what_it_lacks_is_refused_in_a_sentence(make_packed: Make) -> None:
+    layer = packed(make_packed(QuantSpec(4, 32, True), 8, 64, 0))
+    assert not hasattr(layer, "n_groups")
+    with pytest.raises(SwquantError, match=r"^a packed linear has no 'n_groups', for which the model's code asks; "):
+        _ = layer.n_groups
+
+
+@settings(deadline=None, max_examples=60)
 @given(spec=SPECS, out=st.integers(1, 70), width=st.integers(1, 3), rows=st.integers(1, 5), seed=st.integers(0, 2**31))
 def test_the_plain_kernel_is_the_product_with_the_dequantized_weight(
     spec: QuantSpec, out: int, width: int, rows: int, seed: int, make_packed: Make

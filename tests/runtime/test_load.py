@@ -17,6 +17,7 @@ from swquant import registry
 from swquant.errors import SwquantError
 from swquant.quant.spec import BITS, QuantSpec
 from swquant.runtime import PackedLinear
+from tiny_models import tiny_model, write
 
 MakeModel = Callable[..., Path]
 MakeQuantized = Callable[..., Path]
@@ -222,3 +223,37 @@ def test_a_config_that_is_no_model_is_refused(models: dict[str, Path], make_quan
         path.write_text(json.dumps(config | {key: value}))
         with pytest.raises(SwquantError, match=said):
             swquant.load(path.parent, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings", "whole"),
+    [
+        ("mamba", {}, ()),  # its mixer multiplies by the weight of dt_proj
+        ("falcon", {}, ()),  # a class of its own that computes what a linear computes
+        ("deepseek_v4", {"head_dim": 64, "o_groups": 2}, ("o_a_proj", "wo_a")),  # one that does not; wo_a on disk
+    ],
+)
+def test_a_model_that_uses_linears_in_its_own_way(
+    model_type: str, settings: dict[str, Any], whole: tuple[str, ...], text: Path, tmp_path: Path
+) -> None:
+    write(tmp_path / "model", tiny_model(model_type, **settings))
+    recipe = swquant.Recipe(
+        bits=4,
+        group_size=32,
+        symmetric=True,
+        method="rtn",
+        calibration=str(text),
+        samples=2,
+        seq_len=16,
+        evaluation_samples=0,
+        format="compressed_tensors,dequantized",
+        device="cpu",
+    )
+    swquant.quantize(recipe, tmp_path / "model", tmp_path / "out")
+    expected = dequantized(tmp_path / "out" / "dequantized")
+    model = swquant.load(tmp_path / "out" / "compressed_tensors", device="cpu")
+    assert torch.allclose(logits(model), logits(expected), atol=2e-5)
+    written = json.loads((tmp_path / "out" / "compressed_tensors" / "config.json").read_text())["quantization_config"]
+    plain = set(model.config.quantization_config["ignore"]) - set(written["ignore"])
+    assert {name.rpartition(".")[2] for name in plain} == set(whole)
+    assert layers(model)

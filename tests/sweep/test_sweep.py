@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -236,3 +237,16 @@ def test_numbers_out_of_range_are_refused(values: tuple[int, int | None, int], p
     workers, threads, retries = values
     with pytest.raises(SwquantError, match=part):
         choose_executor("local", workers, threads, None, retries)
+
+
+def test_a_ray_that_does_not_start_is_said_in_a_sentence(
+    grid: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def init(address: str, **_: object) -> None:
+        if address == "auto":
+            raise ConnectionError
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: False, init=init))
+    with pytest.raises(SwquantError, match=r"Ray does not start .*: The current node .* --executor local$"):
+        run_sweep(grid(), tmp_path / "out", RayTasks(1, None, 0, 1), 1)

@@ -208,6 +208,33 @@ def analyse(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str
     Raises:
         SwquantError: transformers' rule for a tensor fails on it.
     """
+    renamings, _ = _rules(model)
+    state = model.state_dict()
+    pieces, groups, carried = _grouped(model, shapes)
+    mixed: list[Mixed] = []
+    for name, (rule, sources) in groups.items():
+        found = _expert_pieces(name, rule, sources, state[name])
+        if found is None:
+            mixed.append(_mixed(name, rule, sources, shapes, model, renamings))
+        else:
+            pieces |= found
+    return pieces, mixed, carried
+
+
+def rules_on(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> list[Mixed]:
+    """As :func:`analyse`, every rule that puts tensors on disk together, those that only stack experts among them."""
+    renamings, _ = _rules(model)
+    groups = _grouped(model, shapes)[1]
+    return [_mixed(name, rule, sources, shapes, model, renamings) for name, (rule, sources) in groups.items()]
+
+
+def _grouped(
+    model: Any, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[dict[str, Piece], dict[str, tuple[WeightConverter, dict[str, list[str]]]], list[str]]:
+    """What is a tensor on disk as it is, what a rule makes of which tensors, by name in memory, and what no one reads.
+
+    A group's sources stand by the pattern of the rule that each matches.
+    """
     renamings, converters = _rules(model)
     by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
     state = model.state_dict()
@@ -224,14 +251,7 @@ def analyse(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str
             pieces[name] = Piece(key)
         else:
             groups.setdefault(name, (by_pattern[pattern], {}))[1].setdefault(pattern, []).append(key)
-    mixed: list[Mixed] = []
-    for name, (rule, sources) in groups.items():
-        found = _expert_pieces(name, rule, sources, state[name])
-        if found is None:
-            mixed.append(_mixed(name, rule, sources, shapes, model, renamings))
-        else:
-            pieces |= found
-    return pieces, mixed, carried
+    return pieces, groups, carried
 
 
 def read_by(model: Any, keys: Iterable[str]) -> dict[str, str]:

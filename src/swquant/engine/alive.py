@@ -14,6 +14,8 @@ from torch.utils._pytree import tree_leaves
 class Alive(TorchDispatchMode):
     """Counts the storage of every tensor that is made, from its making until it is let go of.
 
+    Tensors on ``meta``, such as those of a block's own module, say how many bytes they would take, and take none.
+
     Attributes:
         now: Bytes alive.
         peak: The most so far, since :meth:`mark`.
@@ -32,7 +34,7 @@ class Alive(TorchDispatchMode):
         """Run ``func`` and count what is new in its result."""
         out = func(*args, **(kwargs or {}))
         for value in tree_leaves(out):
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor) and value.device.type != "meta":
                 self._count(value.untyped_storage())
         return out
 

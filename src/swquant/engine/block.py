@@ -257,13 +257,23 @@ def pose(
 
 def _measured(job: Job, bound: BoundBlock, cached: Cached, rounded: Committed, committed: Committed) -> Measured:
     """What the block lost, on this rank alone."""
-    samples, tokens, _ = cached.quantized.shape
-    shown = measured_samples(split_validation(job.samples)[1], range(job.samples, samples), tokens)
-    inputs = cached.quantized[shown]
-    plain = torch.empty_like(inputs)
-    replace(bound, ranks=Alone()).advance(rounded.floats(), inputs, plain, torch.tensor(shown))
+    shown = shown_samples(job.samples, cached.quantized)
+    plain = show(bound, rounded, cached.quantized, shown)
     outputs = (cached.next_reference[shown], plain, cached.next_quantized[shown])
     return measure_block(outputs, (rounded.quantized, committed.quantized))
+
+
+def shown_samples(calibration: int, inputs: Tensor) -> list[int]:
+    """The samples of ``inputs`` that a block is measured on; the first ``calibration`` are those of the method."""
+    return measured_samples(split_validation(calibration)[1], range(calibration, len(inputs)), inputs.shape[1])
+
+
+def show(bound: BoundBlock, committed: Committed, inputs: Tensor, shown: list[int]) -> Tensor:
+    """What a committed block puts out for some of its inputs, on this rank alone."""
+    some = inputs[shown]
+    out = torch.empty_like(some)
+    replace(bound, ranks=Alone()).advance(committed.floats(), some, out, torch.tensor(shown))
+    return out
 
 
 def create_together(ranks: Ranks, paths: Sequence[Path], shape: tuple[int, int, int]) -> list[Tensor]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from swquant.checkpoint.rotation import RotatedCheckpoint
-from swquant.engine.block import Cached, split_validation, stored_dtypes
+from swquant.engine.block import Cached, shown_samples, split_validation, stored_dtypes
 from swquant.engine.head import LOGITS
 from swquant.engine.hidden_states import BYTES, FORWARD_BYTES, batches
 from swquant.engine.kept import is_large, is_mapped
@@ -101,7 +101,8 @@ def _sizes(plan: Plan, shape: tuple[int, int, int], micro_batch: int | None) -> 
     batches |= {work.batch_size for work in works}
     cut = {size for batch in batches for size in _cut(batch, micro_batch or batch)}
     forward = max(1, FORWARD_BYTES // (shape[1] * shape[2] * BYTES))
-    return sorted({1, *cut, *_cut(shape[0], forward)})
+    shown = shown_samples(plan.recipe.samples or 1, torch.empty(shape, device="meta"))
+    return sorted({1, *cut, *_cut(shape[0], forward), *_cut(len(shown), forward)})
 
 
 def _cut(count: int, size: int) -> set[int]:
@@ -123,9 +124,9 @@ def _block(rig: Rig, live: Live, before: int, micro_batch: int | None) -> dict[s
     for phase in rig.plan.pipeline.phases:
         draft = _step(rig, phase, draft, micro_batch)
         note(type(phase).__name__)
-    committed, rounded = commit(draft), commit(draft)
+    committed = commit(draft)
     rig.advance(committed.floats())
-    del rounded
+    rig.show(commit(draft))
     _hold([(len(one.codes), packed_words(one.codes.shape[1], one.spec.bits)) for one in committed.quantized.values()])
     note("commit")
     return found

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from swquant.device import free_memory
 from swquant.distributed.ranks import Alone
-from swquant.engine.block import Cached, Job, pose, stored_dtypes
+from swquant.engine.block import Cached, Job, pose, show, shown_samples, stored_dtypes
 from swquant.engine.bound import BoundBlock
 from swquant.engine.hidden_states import batches
 from swquant.model.calls import Calls, Front
 from swquant.phases.base import Phase, Problem
 from swquant.plan import Plan
-from swquant.quant.draft import Draft, open_draft
+from swquant.quant.draft import Committed, Draft, open_draft
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,12 @@ class Rig:
         self.bound.room.left = free_memory(self.bound.device) // 2
         first = self.cached.reference[:1]
         self.bound.advance(self.params, first, torch.empty_like(first), keeps=True)
+
+    @torch.no_grad()
+    def show(self, committed: Committed) -> None:
+        """Run as many samples as a block is measured on through ``committed``, as a run does."""
+        inputs = self.cached.quantized
+        show(self.bound, committed, inputs, list(range(len(shown_samples(self.job.samples, inputs)))))
 
     def draft(self) -> Draft:
         """The block, rounded to the nearest."""

@@ -22,7 +22,7 @@ from transformers import CompressedTensorsConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
-from swquant.checkpoint.names import Mixed, analyse
+from swquant.checkpoint.names import Mixed, analyse, rules_on
 from swquant.checkpoint.quantized import QUANTIZATION_CONFIG, Outline
 from swquant.formats.compressed_tensors import CompressedTensors
 from swquant.model.empty import as_described, build_empty
@@ -51,11 +51,12 @@ def _obstacles(
     values: dict[str, Any] = json.loads(config)
     with as_described(directory):
         model = build_empty(values, torch.float32, directory)
-        pieces, mixed, _ = analyse(model, dict(shapes))
+        pieces, _, _ = analyse(model, dict(shapes))
+        rules = rules_on(model, dict(shapes))
     for name, piece in pieces.items():
         if piece.whole and piece.key in packed and "[" not in name:
             _pack(model.get_submodule(name.removesuffix(".weight")))
-    plain = [rule for rule in mixed if packed.isdisjoint(rule.keys)]
+    plain = [rule for rule in rules if not packed.issuperset(rule.keys)]
     unread = _fails_to_convert(model, plain, dict(shapes), values[QUANTIZATION_CONFIG])
     return unread, None if unread is not None else _fails_to_initialize(model)
 

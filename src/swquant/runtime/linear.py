@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -9,11 +11,15 @@ from swquant.errors import SwquantError
 from swquant.quant.bits import pack, packed_words, unpack
 from swquant.quant.qtensor import QTensor, uniform
 from swquant.quant.spec import QuantSpec
-from swquant.runtime.kernels import AUTO
+from swquant.runtime.kernels import AUTO, PackedWeight
 from swquant.runtime.ops import packed_linear
 
 ROWS_AT_ONCE = 256
 """Rows that are packed together, which takes 16 bytes a code."""
+
+
+class NoSuchAttributeError(SwquantError, AttributeError):
+    """Code has asked a packed layer for what it does not have."""
 
 
 class PackedLinear(nn.Module):
@@ -88,6 +94,27 @@ class PackedLinear(nn.Module):
         self.weight_scale = scale.to(device)
         self.weight_zero_point = None if self.spec.symmetric else pack(q.zero.T, bits).T.contiguous().to(device)
         self.weight_shape = torch.tensor(q.codes.shape, device=device)
+
+    @property
+    def weight(self) -> Tensor:
+        """``W [out, in]`` in the dtype of the scales, for a model's code that does not call the layer but reads it.
+
+        It is dequantized anew each time, which costs an unpacking of all codes and, until the caller drops it, as much
+        memory as the plain weight. Nothing keeps it, so that changing it changes nothing.
+        """
+        zero, width = self.weight_zero_point, self.in_features
+        packed = PackedWeight(self.weight_packed, self.weight_scale, zero, self.spec.bits, width)
+        return packed.dequantize(self.weight_scale.dtype)
+
+    def __getattr__(self, name: str) -> Any:
+        """See ``torch.nn.Module``; what neither it nor the layer has is refused in a sentence."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            raise NoSuchAttributeError(
+                f"a packed linear has no {name!r}, for which the model's code asks; quantize the model with the format "
+                "dequantized and load that in transformers"
+            ) from None
 
     @property
     def qweight(self) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import GenerationConfig
 from transformers.core_model_loading import build_glob_alternation
 
@@ -43,7 +44,8 @@ def load(
     """Load what ``swquant quantize`` wrote, in any format that keeps codes, without dequantizing it.
 
     The result is the model of transformers, ready for ``generate``, ``torch.compile`` and ``save_pretrained`` (which
-    writes compressed-tensors); each quantized linear is a :class:`~swquant.runtime.linear.PackedLinear`. Memory
+    writes compressed-tensors); each quantized linear is a :class:`~swquant.runtime.linear.PackedLinear`, but for those
+    of a class that computes something else than ``x @ W.T + bias`` with its weight, which are dequantized. Memory
     holds the packed model and one tensor more.
 
     Args:
@@ -73,21 +75,20 @@ def load(
     if kernel != AUTO:
         require_kernel(kernel, target, stored)
     shapes = shapes_of(quantized)
-    model, names = _empty_model(quantized, shapes, stored, kernel)
+    model, names, packed = _empty_model(quantized, shapes, stored, kernel)
     wide = _kept_wide(model, stored)
-    keys = {f"{module}.weight" for module in outline.ends}
-    ends = {name for name, piece in names.pieces.items() if piece.key in keys}
     for name, value in to_memory(names, quantized.parts()):
-        if isinstance(value, QTensor) and name in ends:
-            _fill_plain(model, name, value.dequantize(), target, wide(name))
-        elif isinstance(value, QTensor):
-            _fill_packed(model, name.removesuffix(".weight"), value, target)
-        else:
+        if isinstance(value, Tensor):
             _fill_plain(model, name, value, target, wide(name))
+        elif isinstance(layer := model.get_submodule(module := name.removesuffix(".weight")), PackedLinear):
+            _fill_packed(layer, module, value, target)
+        else:
+            _fill_plain(model, name, value.dequantize(), target, wide(name))
     tie(model)
     _require_filled(model, place)
-    packed = {f"{module}.weight" for module in outline.linears}
-    known = replace(outline, ignored=plain_matrices(model.named_modules(), names, shapes, packed))
+    grids = {module: grid for module, grid in outline.grids.items() if module in packed}
+    keys = {f"{module}.weight" for module in grids}
+    known = replace(outline, grids=grids, ignored=plain_matrices(model.named_modules(), names, shapes, keys))
     setattr(model.config, QUANTIZATION_CONFIG, CompressedTensors().config(known))
     if (place / GENERATION).is_file():
         model.generation_config = GenerationConfig.from_pretrained(place, local_files_only=True)
@@ -96,8 +97,12 @@ def load(
 
 def _empty_model(
     quantized: QuantizedModel, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, kernel: str
-) -> tuple[Any, Names]:
-    """The model with packed layers, on ``meta`` but for the buffers that it computes, and where its tensors lie."""
+) -> tuple[Any, Names, set[str]]:
+    """The model with packed layers, on ``meta`` but for the buffers that it computes.
+
+    Returns:
+        The model, where its tensors lie, and the modules on disk that are packed layers in it.
+    """
     outline = quantized.outline
     model, names = build_model(outline.config, shapes, outline.directory, dtype)
     require_called_for(names, outline.linears, outline.directory)
@@ -106,22 +111,22 @@ def _empty_model(
         for name, piece in names.pieces.items()
         if piece.whole
     }
+    packed: set[str] = set()
+    products: dict[type[nn.Linear], bool] = {nn.Linear: True}
     for module, shape in outline.linears.items():
-        name = places.get(module, module)
-        model.set_submodule(name, _packed(model, name, shape, outline.grids[module], outline.directory, dtype, kernel))
-    return model, names
+        name, spec = places.get(module, module), outline.grids[module]
+        linear = _linear(model, name, shape, outline.directory)
+        spec.require_divides(name, shape[1])
+        if type(linear) not in products:
+            products[type(linear)] = _is_product(linear)
+        if products[type(linear)]:
+            model.set_submodule(name, _packed(linear, spec, dtype, kernel))
+            packed.add(module)
+    return model, names, packed
 
 
-def _packed(
-    model: nn.Module,
-    name: str,
-    shape: tuple[int, int],
-    spec: QuantSpec,
-    directory: Path,
-    dtype: torch.dtype,
-    kernel: str,
-) -> PackedLinear:
-    """The packed layer, on ``meta``, in the place of the linear ``name``."""
+def _linear(model: nn.Module, name: str, shape: tuple[int, int], directory: Path) -> nn.Linear:
+    """The linear ``name`` of the model as its code makes it, on ``meta``."""
     try:
         linear = model.get_submodule(name)
     except AttributeError:
@@ -131,11 +136,33 @@ def _packed(
             f"{directory} holds a quantized weight {name!r} of shape {list(shape)}, "
             "which its config.json does not call for"
         )
-    spec.require_divides(name, shape[1])
+    return linear
+
+
+@torch.no_grad()
+def _is_product(linear: nn.Linear) -> bool:
+    """Whether a linear of a class of its own computes ``x @ W.T + bias``, found on random values.
+
+    Falcon's does; DeepSeek-V4's, which multiplies groups of its inputs by groups of its rows, does not.
+    """
+    draw = torch.Generator().manual_seed(0)
+    values = {name: torch.randn(value.shape, generator=draw) for name, value in linear.named_parameters()}
+    x = torch.randn(2, 3, linear.in_features, generator=draw)
+    try:
+        found = functional_call(linear, values, (x,))
+    except Exception:  # a class's own code raises whatever such an input makes it run into
+        return False
+    expected = nn.functional.linear(x, values["weight"], values.get("bias"))
+    close = isinstance(found, Tensor) and found.shape == expected.shape
+    return close and torch.allclose(found, expected, rtol=1e-4, atol=1e-3)
+
+
+def _packed(linear: nn.Linear, spec: QuantSpec, dtype: torch.dtype, kernel: str) -> PackedLinear:
+    """The packed layer, on ``meta``, for the place of ``linear``."""
     return PackedLinear(
         spec,
-        shape[1],
-        shape[0],
+        linear.in_features,
+        linear.out_features,
         bias="bias" in dict(linear.named_parameters()),
         dtype=dtype,
         device=torch.device("meta"),
@@ -143,9 +170,7 @@ def _packed(
     )
 
 
-def _fill_packed(model: nn.Module, name: str, q: QTensor, device: torch.device) -> None:
-    layer = model.get_submodule(name)
-    assert isinstance(layer, PackedLinear)
+def _fill_packed(layer: PackedLinear, name: str, q: QTensor, device: torch.device) -> None:
     try:
         layer.fill(q, device)
     except SwquantError as error:

@@ -118,9 +118,16 @@ class RayTasks:
         shared = {"log_to_driver": False, "logging_level": "ERROR"}
         try:
             ray.init(address="auto", **shared)
+            return
         except ConnectionError:
             own = {} if self.workers is None else {"num_cpus": self.workers * self.threads}
+        try:
             ray.init(address="local", include_dashboard=False, **own, **shared)
+        except Exception as error:  # Ray raises that itself, of no class of its own
+            raise SwquantError(
+                f"Ray does not start on this machine: {reason_of(error)} Where it is busy, Ray's processes take longer "
+                "than the 15 seconds that it gives them: try again, or choose --executor local"
+            ) from error
 
 
 def choose_executor(
