@@ -149,11 +149,11 @@ def plan(
     files = files_of(flags)
     recipe_name, recipe = recipe_of(recipe_name, options, flags)
     budget = budget_of(device_memory, host_memory)
-    if recipe.is_sized:
-        from swquant.allocation import allocate, with_allocation
+    if recipe.is_sized or recipe.time is not None:
+        from swquant.choosing import choose
+        from swquant.engine.deadline import Timer
 
-        chosen = allocate(recipe, source, files, budget.room, partial(click.echo, err=True))
-        recipe = with_allocation(recipe, chosen.settings)
+        recipe = choose(recipe, source, files, budget.room, partial(click.echo, err=True), Timer(), {}).recipe
     found = estimate(recipe, source, out, budget, measure=not no_time, source_options=files)
     click.echo(found.to_json()) if as_json else print_estimate(found, recipe_name, _to_quantize())
     if found.problems:

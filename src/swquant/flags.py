@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -65,6 +65,11 @@ RECIPE_OPTIONS = (
     ),
     click.option(
         "--target-bits", type=float, metavar="BITS", help="The same as bits for each weight, embedding and head too."
+    ),
+    click.option(
+        "--time",
+        metavar="TIME",
+        help="Or how long it may take: 30m, 2h.",
     ),
     click.option(
         "--method",
@@ -173,6 +178,8 @@ def recipe_of(name: str | None, options: tuple[str, ...], flags: dict[str, Any])
                 raise SwquantError(
                     f"--size and --target-bits choose each matrix's grid: give {flag} with a pattern only"
                 )
+    if "time" in values:
+        _require_open(name, {**values, "option": options or None})
     if options:
         values["options"] = dict(_option(text) for text in options)
     if name:
@@ -181,7 +188,19 @@ def recipe_of(name: str | None, options: tuple[str, ...], flags: dict[str, Any])
         recipe = Recipe()
     else:
         name, recipe = Recipe.recommended(values)
-    return name, recipe.override(values)
+    return None if "time" in values else name, recipe.override(values)
+
+
+def _require_open(name: str | None, values: Mapping[str, Any]) -> None:
+    """Refuse a time beside what it chooses; a recipe has a method, and its file has a place for the time."""
+    if name is not None:
+        raise SwquantError(
+            f"--time chooses the method, and --recipe {name} has one: leave one out, or write a time in the place of "
+            "method, preset and epochs into a recipe's file"
+        )
+    for key in ("method", "preset", "epochs", "option"):
+        if values.get(key) is not None:
+            raise SwquantError(f"--time chooses method, samples and epochs: leave --{key} out")
 
 
 def _by_pattern(flags: dict[str, Any]) -> dict[str, Any]:

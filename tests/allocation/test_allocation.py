@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from swquant import Recipe, SwquantError, quantize, run
+from swquant import Recipe, SwquantError, choosing, quantize
 from swquant.allocation import allocate, with_allocation
 from swquant.allocation.choices import units_of
 from swquant.allocation.sensitivity import Sensitivity
@@ -162,7 +162,7 @@ def test_a_run_that_goes_on_keeps_its_grids(
     def never(*_: object) -> None:
         raise AssertionError("the grids were chosen again")
 
-    monkeypatch.setattr(run, "allocate", never)
+    monkeypatch.setattr(choosing, "allocate", never)
     report = quantize(asked, model, tmp_path / "out")
     assert report.key == whole.key
     assert report.recipe == whole.recipe

@@ -87,7 +87,7 @@ def allocate(
         SwquantError: The size is below the smallest, or the model is no larger as it is, or the format holds one grid.
     """
     started = time.monotonic()
-    plan = _planned(recipe, source, options, room)
+    plan = plan_for_size(recipe, source, options, room)
     form, *others = plan.formats
     if others:
         raise SwquantError(f"--size is of one file, and there would be {len(plan.formats)}: give one --format")
@@ -131,18 +131,28 @@ def allocate(
     )
 
 
-def _planned(recipe: Recipe, source: str | Path, options: SourceOptions | None, room: Room) -> Plan:
-    """A plan on some grid that format and model allow for what is open, in a format for several."""
+def plan_for_size(
+    recipe: Recipe, source: str | Path, options: SourceOptions | None, room: Room, patience: float | None = None
+) -> Plan:
+    """A plan on some grid that format and model allow for what is open, in a format for several.
+
+    Args:
+        recipe: Asks for a size.
+        source: The model.
+        options: As of the run.
+        room: As of the run.
+        patience: As of :func:`swquant.plan.make_plan`.
+    """
     recipe = replace(recipe, **dict.fromkeys(SIZE_KEYS))
     if recipe.format is None and recipe.runtime is not None:
         two = (QuantSpec(bits, 64, recipe.symmetric) for bits in (2, 4))
         recipe = replace(recipe, format=choose_format(load_target(recipe.runtime), *two))
     try:
-        return make_plan(recipe, source, options, room=room)
+        return make_plan(recipe, source, options, room=room, patience=patience)
     except SwquantError:
         if recipe.spec == SAFE:
             raise
-    return make_plan(replace(recipe, **grid_settings(SAFE)), source, options, room=room)
+    return make_plan(replace(recipe, **grid_settings(SAFE)), source, options, room=room, patience=patience)
 
 
 def grid_settings(spec: QuantSpec) -> dict[str, Any]:
