@@ -112,6 +112,26 @@ RECIPE_OPTIONS = (
 """What decides a recipe."""
 
 
+NEUTRAL = (
+    "runtime",
+    "formats",
+    "calibration",
+    "evaluation",
+    "evaluation_samples",
+    "seq_len",
+    "seed",
+    "precision",
+    "device",
+)
+"""Those that leave open what is made of a model."""
+
+
+def decides(recipe_name: str | None, options: tuple[str, ...], flags: Mapping[str, Any]) -> bool:
+    """Whether any option says what is to be made of a model."""
+    given = (value for name, value in flags.items() if name not in (*NEUTRAL, *SOURCE_OPTIONS))
+    return recipe_name is not None or any(value not in (None, ()) for value in (options, *given))
+
+
 def recipe_options(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command :data:`RECIPE_OPTIONS`."""
     for option in reversed(RECIPE_OPTIONS):

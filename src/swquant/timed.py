@@ -58,30 +58,30 @@ PATH = tuple(
         (64, None, 0, 0),
         (64, None, 0, 1),
         (64, None, 0, 2),
-        (64, None, 1, 2),
-        (64, None, 2, 2),
-        (64, None, 2, 3),
-        (64, None, 2, 4),
+        (128, None, 0, 2),
+        (128, None, 1, 2),
+        (128, None, 2, 2),
+        (128, None, 2, 3),
         (128, None, 2, 4),
-        (128, None, 3, 4),
-        (128, None, 4, 4),
-        (128, None, 4, 6),
-        (128, None, 6, 6),
-        (128, None, 6, 8),
-        (128, None, 8, 8),
-        (256, None, 8, 8),
-        (256, None, 12, 8),
+        (256, None, 2, 4),
+        (256, None, 3, 4),
+        (256, None, 4, 4),
+        (256, None, 4, 6),
+        (256, None, 6, 6),
+        (512, None, 6, 6),
+        (512, None, 6, 8),
+        (512, None, 8, 8),
+        (512, None, 12, 8),
         (512, None, 16, 8),
     )
 )
 """The points in the order in which they pay: samples, tokens of each, epochs on blocks, epochs end to end.
 
-The demo model at 2 bits in groups of 64, 64 samples of 128 tokens, one seed; KL on three other kinds of text, and seconds
-of the processor: GPTQ 0.246 in 19; an epoch on blocks 0.230 in 35; two epochs end to end 0.206 in 39, four 0.203 in 56;
-two on blocks and two end to end 0.201 in 66. So the end-to-end stage comes first, and blocks, which gain as much for
-their time from there on, after its second epoch. Of ``docs/experiments.md`` (the frontier, one seed): four epochs on
-blocks 0.211 in 80 after 0.248 in 25, four end to end after these 0.198 in 105. Samples: 16 for 64 cost GPTQ 0.018 of 0.145
-nats on text of the calibration's kind, and 192 for 40 halve what scales on predictions leave.
+The demo model at 2 bits in groups of 64, 64 samples of 128 tokens, one seed; KL on three other kinds of text, and
+seconds of the processor: GPTQ 0.246 in 19; an epoch on blocks 0.230 in 35; two epochs end to end 0.206 in 39, four
+0.203 in 56, two on 128 samples 0.194 in 70; two on blocks and two end to end 0.201 in 66. So the end-to-end stage comes
+first, then samples, then blocks. ``docs/experiments.md`` (the frontier, one seed): four epochs on blocks 0.211 in 80
+after 0.248 in 25, four end to end after these 0.198 in 105.
 """
 
 

@@ -97,7 +97,7 @@ def test_a_machine_that_keeps_to_the_plan_changes_nothing(state: RunState) -> No
 def test_a_slower_machine_does_less_and_ends_in_time(state: RunState) -> None:
     slow = Simulated(state, lambda index: 1.0 if index < 2 else 2.0)
     ended = slow.go()
-    assert [report["epochs"] for report in state.reports] == [4, 4, 4, 0, 0]
+    assert [report["epochs"] for report in state.reports] == [4, 4, 4, 2, 0]
     assert ended.changes[0].block == 3
     assert ended.changes[0].spent == 30 + 30 + 60
     assert ended.changes[0].pace == pytest.approx(4 / 3, abs=1e-3)
@@ -105,7 +105,7 @@ def test_a_slower_machine_does_less_and_ends_in_time(state: RunState) -> None:
     assert ended.taken is not None
     assert 0.85 * 240 < ended.taken <= 240
     assert slow.said[0].startswith(
-        "From block 4 on: 0 epochs on each block, 3 epochs end to end, as blocks took 1.33 times"
+        "From block 4 on: 2 epochs on each block, 2 epochs end to end, as blocks took 1.33 times"
     )
 
 
@@ -244,7 +244,7 @@ def slower(index: int) -> float:
         (2, 3),
         pytest.param((0, 2), marks=pytest.mark.slow),
         pytest.param((1, 2), marks=pytest.mark.slow),
-        pytest.param((3, 3), marks=pytest.mark.slow),
+        pytest.param((3, 1), marks=pytest.mark.slow),
     ],
 )
 def test_a_stopped_run_keeps_its_decisions_and_ends_in_the_same_bits(
