@@ -284,7 +284,7 @@ def test_what_was_chosen_is_a_recipe(recipe: Recipe, model: Path, tmp_path: Path
     recipe = replace(recipe, time=25.0)
     first = run(recipe, model, tmp_path / "out", Machine())
     assert first.time is not None
-    assert first.recipe["method"] == first.time.settings["method"] == "gptq + end_to_end(epochs=4)"
+    assert first.recipe["method"] == first.time.settings["method"] == "gptq + end_to_end(epochs=2)"
     assert first.recipe["loss"] is None
     told = Recipe.load(tmp_path / "out" / "swquant.yaml")
     assert told.time is None
