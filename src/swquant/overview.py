@@ -181,7 +181,8 @@ def _sizes(plan: Plan, units: Sequence[Unit], costs: Costs | None) -> Iterator[S
     if not any(unit.sites for unit in units):
         return
     book, parameters = Book(plan, units), _parameters(plan)
-    most = min([book.largest - 1, *([max(one.bytes for one in flat)] if flat else [])])
+    largest = max((one.bytes for one in flat), default=book.largest)
+    most = min(book.largest - 1, largest)
     limits = [int(bits * parameters / 8) for bits in BITS]
     limits = [limit for limit in limits if book.smallest <= limit <= most]
     if len(limits) < BETWEEN:

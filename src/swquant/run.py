@@ -41,7 +41,7 @@ from swquant.engine.run_state import (
     open_run_state,
 )
 from swquant.errors import DamagedRunError, SwquantError, reason_of
-from swquant.estimate.budget import Budget, drawing_problems, micro_batch_within, shape_of
+from swquant.estimate.budget import Budget, drawing_problems, micro_batch_here, shape_of
 from swquant.estimate.disk import disk_of
 from swquant.formats import PLAIN
 from swquant.model.calls import Calls, Front, capture
@@ -289,11 +289,10 @@ def _make_ready(
     run_state = open_run_state(work, key)
     begun = run_state.shape is not None
     with nullcontext() if begun else _leaving_nothing(run_state):
-        micro_batch = micro_batch_within(plan, budget, ranks, begun=begun) if budget.given else None
+        micro_batch = micro_batch_here(plan, budget, ranks, begun=begun)
         if micro_batch is not None:
-            watching.stage(
-                f"Samples of a batch go through a block {micro_batch} at a time, to keep to the budget of memory"
-            )
+            kept = "the budget of memory" if budget.given else "what memory is free"
+            watching.stage(f"Samples of a batch go through a block {micro_batch} at a time, to keep to {kept}")
         if begun:
             timer.before += run_state.spent
             run_state.verify()

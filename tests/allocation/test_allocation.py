@@ -208,3 +208,15 @@ def test_flags_that_cannot_be(
     with pytest.raises(SystemExit):
         main(["quantize", str(model), "--out", str(tmp_path / "out"), *flags])
     assert sentence in capsys.readouterr().err
+
+
+def test_hidden_states_that_the_disk_does_not_hold_are_refused(
+    recipe: Recipe, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = (2 + 1) * 4 * 32 * 64 * 4  # before and after two blocks, of 4 samples of 32 tokens
+    asked = asked_for(recipe, model, 0.3, format="mlx")
+    monkeypatch.setattr("swquant.allocation.sensitivity.free_disk", lambda _: states - 1)
+    with pytest.raises(SwquantError, match=r"cost takes 98.30 kB of disk at .* and 98.30 kB are free.*TMPDIR"):
+        allocate(asked, model)
+    monkeypatch.setattr("swquant.allocation.sensitivity.free_disk", lambda _: states)
+    assert allocate(asked, model).bytes
