@@ -6,7 +6,7 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.shell_completion import CompletionItem, get_completion_class
@@ -16,6 +16,7 @@ from swquant.errors import LeaderStoppedError, OutOfMemoryError, RankLostError, 
 from swquant.flags import (
     SOURCE_OPTIONS,
     budget_of,
+    decides,
     files_of,
     memory_options,
     recipe_of,
@@ -26,6 +27,9 @@ from swquant.flags import (
 from swquant.help import Group, known
 from swquant.observers.stopping import handled, interrupt
 from swquant.places import REPORT, require_unused
+
+if TYPE_CHECKING:
+    from swquant.estimate.budget import Budget
 
 KINDS = ("methods", "losses", "families", "formats", "grids", "targets", "recipes")
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
@@ -126,6 +130,7 @@ def quantize(
 @recipe_options
 @memory_options
 @click.option("--no-time", is_flag=True, help="Leave out the time, for which a block of random weights is run here.")
+@click.option("--measure", is_flag=True, help="In the table of sizes, the KL that grids cost; runs the model.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def plan(
     source: str,
@@ -135,29 +140,46 @@ def plan(
     device_memory: str | None,
     host_memory: str | None,
     no_time: bool,
+    measure: bool,
     as_json: bool,
     **flags: Any,
 ) -> None:
-    """Say what quantizing SOURCE takes: time, memory, disk.
+    """Say what can be made of SOURCE, or what quantizing it takes.
 
-    No weight is read, but with --size or --target-bits, where the model is run on a few samples to choose grids.
-    Options are those of quantize. The exit code is 1 if something does not fit.
+    SOURCE alone gives a table of sizes, and what a time buys. With options of quantize: time, memory, disk; the exit
+    code is 1 if something does not fit. No weight is read, but with --measure and --size, which run the model on a few
+    samples.
     """
+    if not decides(recipe_name, options, flags):
+        _overview(source, budget_of(device_memory, host_memory), flags, not no_time, measure, as_json)
+        return
+    if measure:
+        raise SwquantError("--measure is of the table of sizes, which plan prints of a model alone: leave one out")
     from swquant.estimate import estimate
     from swquant.estimate.shown import print_estimate
 
     files = files_of(flags)
     recipe_name, recipe = recipe_of(recipe_name, options, flags)
     budget = budget_of(device_memory, host_memory)
-    if recipe.is_sized:
-        from swquant.allocation import allocate, with_allocation
+    if recipe.is_sized or recipe.time is not None:
+        from swquant.choosing import choose
+        from swquant.engine.deadline import Timer
 
-        chosen = allocate(recipe, source, files, budget.room, partial(click.echo, err=True))
-        recipe = with_allocation(recipe, chosen.settings)
+        recipe = choose(recipe, source, files, budget.room, partial(click.echo, err=True), Timer(), {}).recipe
     found = estimate(recipe, source, out, budget, measure=not no_time, source_options=files)
     click.echo(found.to_json()) if as_json else print_estimate(found, recipe_name, _to_quantize())
     if found.problems:
         sys.exit(FAILURE)
+
+
+def _overview(source: str, budget: Budget, flags: dict[str, Any], times: bool, measure: bool, as_json: bool) -> None:
+    """What can be made of a model."""
+    from swquant.overview import overview, print_overview
+
+    files = files_of(flags)
+    _, recipe = recipe_of(None, (), flags)
+    found = overview(recipe, source, files, budget, partial(click.echo, err=True), times=times, costs=measure)
+    click.echo(found.to_json()) if as_json else print_overview(found, _to_quantize())
 
 
 @app.command()
@@ -401,7 +423,7 @@ def _to_quantize() -> str:
     from swquant.terminal import command_line
 
     given: list[str] = click.get_current_context().find_root().obj or sys.argv[1:]
-    kept = [word for word in given[1:] if word not in ("--no-time", "--json")]
+    kept = [word for word in given[1:] if word not in ("--no-time", "--json", "--measure")]
     out = [] if any(word.partition("=")[0] == "--out" for word in kept) else ["--out", "DIRECTORY"]
     return command_line("swquant", "quantize", *kept, *out)
 

@@ -129,6 +129,11 @@ def _drawing(
     return Drawing(dtype, most, weights, sample, room, device)
 
 
+def cache_bytes(skeleton: Skeleton, tokens: int) -> int:
+    """Bytes of keys and values of so many tokens in 16 bits, as runtimes keep them, at most."""
+    return 2 * tokens * _cache_width(skeleton.text_config) * len(skeleton.blocks)
+
+
 def _cache_width(config: Any, *, repeated: bool = False) -> int:
     """Values that a block's cache has for a token, at most: heads of keys and of values.
 

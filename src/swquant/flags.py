@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -67,6 +67,11 @@ RECIPE_OPTIONS = (
         "--target-bits", type=float, metavar="BITS", help="The same as bits for each weight, embedding and head too."
     ),
     click.option(
+        "--time",
+        metavar="TIME",
+        help="Or how long it may take: 30m, 2h.",
+    ),
+    click.option(
         "--method",
         shell_complete=known("methods"),
         help="One of swquant list methods, or several: 'awq + tesseraq'.  [by recipe]",
@@ -105,6 +110,26 @@ RECIPE_OPTIONS = (
     ),
 )
 """What decides a recipe."""
+
+
+NEUTRAL = (
+    "runtime",
+    "formats",
+    "calibration",
+    "evaluation",
+    "evaluation_samples",
+    "seq_len",
+    "seed",
+    "precision",
+    "device",
+)
+"""Those that leave open what is made of a model."""
+
+
+def decides(recipe_name: str | None, options: tuple[str, ...], flags: Mapping[str, Any]) -> bool:
+    """Whether any option says what is to be made of a model."""
+    given = (value for name, value in flags.items() if name not in (*NEUTRAL, *SOURCE_OPTIONS))
+    return recipe_name is not None or any(value not in (None, ()) for value in (options, *given))
 
 
 def recipe_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -173,6 +198,8 @@ def recipe_of(name: str | None, options: tuple[str, ...], flags: dict[str, Any])
                 raise SwquantError(
                     f"--size and --target-bits choose each matrix's grid: give {flag} with a pattern only"
                 )
+    if "time" in values:
+        _require_open(name, {**values, "option": options or None})
     if options:
         values["options"] = dict(_option(text) for text in options)
     if name:
@@ -181,7 +208,19 @@ def recipe_of(name: str | None, options: tuple[str, ...], flags: dict[str, Any])
         recipe = Recipe()
     else:
         name, recipe = Recipe.recommended(values)
-    return name, recipe.override(values)
+    return None if "time" in values else name, recipe.override(values)
+
+
+def _require_open(name: str | None, values: Mapping[str, Any]) -> None:
+    """Refuse a time beside what it chooses; a recipe has a method, and its file has a place for the time."""
+    if name is not None:
+        raise SwquantError(
+            f"--time chooses the method, and --recipe {name} has one: leave one out, or write a time in the place of "
+            "method, preset and epochs into a recipe's file"
+        )
+    for key in ("method", "preset", "epochs", "option"):
+        if values.get(key) is not None:
+            raise SwquantError(f"--time chooses method, samples and epochs: leave --{key} out")
 
 
 def _by_pattern(flags: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,18 @@ from click.shell_completion import CompletionItem
 SECTIONS: dict[str, tuple[str, ...]] = {
     "What": ("out", "bits", "size", "group_size", "symmetric", "keep", "runtime", "formats"),
     "How well": (
-        *("preset", "recipe_name", "method", "loss", "calibration", "samples", "seq_len", "epochs", "evaluation"),
+        *(
+            "preset",
+            "time",
+            "recipe_name",
+            "method",
+            "loss",
+            "calibration",
+            "samples",
+            "seq_len",
+            "epochs",
+            "evaluation",
+        ),
     ),
     "Where": ("device", "device_memory", "host_memory", "push_to_hub"),
 }

@@ -33,6 +33,7 @@ from swquant.quant.kind import row_bits
 from swquant.quant.qtensor import QTensor
 from swquant.report import Output, Quality, Report
 from swquant.targets.base import Target
+from swquant.timed import Timed
 from swquant.verification import Verification, verify
 
 PLACE = "PATH"
@@ -75,12 +76,20 @@ def write_output(
         reading=tuple(run_state.notes["reading"]),
         grids=plan.layout.counts,
         allocation=None if chosen is None else Allocation.from_mapping(chosen),
+        time=_timed(run_state),
         parameters=sum(math.prod(tensor.shape) for tensor in plan.disk.tensors.values()),
     )
     report = replace(report, advice=advise(report))
     for name, text in described(report, licence_of(plan.checkpoint.directory)).items():
         (staging / name).write_text(text, encoding="utf-8", errors="backslashreplace")
     return report
+
+
+def _timed(run_state: RunState) -> Timed | None:
+    """What was chosen and changed for a time, and how long all of it has taken."""
+    if run_state.timer is None:
+        return None
+    return replace(Timed.from_mapping(run_state.notes["time"]), taken=round(run_state.timer(), 1))
 
 
 def load_report(path: Path) -> Report:

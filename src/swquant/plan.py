@@ -185,6 +185,7 @@ def make_plan(
     options: SourceOptions | None = None,
     grids: Mapping[str, QuantSpec | None] | None = None,
     room: Room = free_memory,
+    patience: float | None = None,
 ) -> Plan:
     """Check a recipe against a model, and fill in its defaults.
 
@@ -194,12 +195,16 @@ def make_plan(
         options: Which of its files, and whether it may be quantized already.
         grids: As the recipe's, on top of these.
         room: Bytes that it may take on its device.
+        patience: Most seconds that samples may be drawn for where that is left open, see
+            :func:`swquant.sampling.material_of`.
 
     Raises:
         SwquantError: If any part is unknown, out of range, or does not fit another.
     """
     if recipe.is_sized:
         raise SwquantError("the recipe asks for a size, and this is of grids: choose them by swquant.allocation first")
+    if recipe.time is not None:
+        raise SwquantError("the recipe asks for a time, and this is of a method: choose it by swquant.choosing first")
     recipe = replace(recipe, grids=on_top(recipe.grids, grids or {}))
     others = tuple(filter(None, recipe.grids.values()))
     spec, device = recipe.spec, resolve_device(recipe.device)
@@ -224,7 +229,7 @@ def make_plan(
     notes = _notes(formats, target, outline)
     seq_len = _sample_length(recipe.seq_len, skeleton.longest, loss, hidden_size)
     recipe = replace(recipe, samples=recipe.samples or preset.samples, seq_len=seq_len)
-    material = material_of(recipe, disk, model.skeleton, layout, device, room)
+    material = material_of(recipe, disk, model.skeleton, layout, device, room, patience)
     recipe = replace(recipe, method=" + ".join(map(str, steps)), loss=loss and str(loss), format=",".join(names))
     return Plan(
         replace(recipe, options={}, epochs=None, calibration=material.calibration, device=str(device)),

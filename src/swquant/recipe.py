@@ -17,20 +17,23 @@ from pydantic import Field
 
 from swquant.errors import SwquantError, did_you_mean
 from swquant.quant.spec import GRID_KEYS, UNIFORM, QuantSpec, fixed_by
-from swquant.units import parse_size, size
+from swquant.units import parse_size, parse_span, size, span
 from swquant.validation import build, read_yaml
 
 CHANNEL = "channel"
 SHOWN = 8
 """So many patterns are shown, more of them counted."""
 
-LATER_KEYS = ("grid", "grids", "allow_split", "embedding_bits", "head_bits", "precision", "size", "target_bits")
+LATER_KEYS = ("grid", "grids", "allow_split", "embedding_bits", "head_bits", "precision", "size", "target_bits", "time")
 """Keys younger than the first recipes, whose hashes stay."""
 
 AUTO, SELF, BUNDLED = "auto", "self", "bundled"
 """Of calibration: one of the other two, chosen when a run starts; samples from the model; the text of swquant's own."""
 SETTLED = ("precision", "device", "calibration")
 """Keys whose ``auto`` is decided when a run starts, and stays."""
+
+USUAL = "omniquant"
+"""The method of a recipe that names none, and no time."""
 
 PresetName = Literal["fast", "default", "best"]
 
@@ -62,7 +65,8 @@ class Recipe:
             ``q3_k``, ``q4_k``. Of the three fields above those that follow from it, and are left at their defaults,
             are set.
         method: Name of a method (``swquant list methods``), or several with ``+`` between them and their options in
-            parentheses: ``gptq + block_ap(epochs=4) + tesseraq``.
+            parentheses: ``gptq + block_ap(epochs=4) + tesseraq``; ``auto`` is ``omniquant``, and with ``time`` what
+            that buys.
         options: Options of the method, where there is only one.
         loss: Loss expression, e.g. ``0.9*mse + 0.1*sliced_wasserstein(slices=256)``; ``None`` is each method's own.
         calibration: A text or jsonl file; a datasets name; a mixture of them, ``mix`` or some kinds of it,
@@ -96,6 +100,8 @@ class Recipe:
         size: Bytes that the output's weights may take on the disk, everything in their files counted; the grids of what
             ``grids`` says nothing of are chosen when a run starts. In files also a text such as ``2.6GB``.
         target_bits: The same as bits for each of the model's weights, embedding and head too.
+        time: Seconds that a run may take; method, samples and epochs are then chosen when it starts. In files also a
+            text such as ``30m``.
 
     Raises:
         SwquantError: From :meth:`from_mapping` and :meth:`load`, if a value has the wrong type or is out of range.
@@ -105,7 +111,7 @@ class Recipe:
     group_size: int | None = 64
     symmetric: bool = True
     grid: str = UNIFORM
-    method: str = "omniquant"
+    method: str = AUTO
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])
     loss: str | None = None
     calibration: str = AUTO
@@ -126,8 +132,13 @@ class Recipe:
     head_bits: Literal[4, 8] | None = None
     size: Annotated[int, Field(ge=1)] | None = None
     target_bits: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    time: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 
     def __post_init__(self) -> None:
+        if self.time is None and self.method == AUTO:
+            object.__setattr__(self, "method", USUAL)
+        elif self.time is not None:
+            self._require_open()
         if self.group_size == CHANNEL:  # pyright: ignore[reportUnnecessaryComparison]  as files have it
             object.__setattr__(self, "group_size", None)
         for key, value in fixed_by(self.grid).items():
@@ -135,6 +146,16 @@ class Recipe:
                 object.__setattr__(self, key, value)
         if self.size is not None and self.target_bits is not None:
             raise SwquantError("both size and target_bits are given, which say the same: give one")
+
+    def _require_open(self) -> None:
+        """Refuse a time beside what it is to choose."""
+        given = {"method": self.method != AUTO, "options": bool(self.options), "epochs": self.epochs is not None}
+        for key, there in {**given, "preset": self.preset != "default"}.items():
+            if there:
+                raise SwquantError(
+                    f"time chooses the method and how long it trains, and {key} {vars(self)[key]!r} is given: leave "
+                    "one of the two out"
+                )
 
     @staticmethod
     def load(name: str | Path) -> Recipe:
@@ -200,9 +221,12 @@ class Recipe:
         """This recipe with ``values`` in place of its own.
 
         Options are merged one by one, and so are grids, where a pattern that is given comes after those of this recipe;
-        another method starts without this one's options, epochs and loss.
+        another method starts without this one's options, epochs and loss. A time takes the place of the method, its
+        options and epochs, and of the preset.
         """
         base = self.to_mapping()
+        if values.get("time") is not None:
+            base |= {"method": AUTO, "options": {}, "epochs": None, "preset": "default"}
         if values.get("grid", self.grid) != self.grid:
             base = {key: value for key, value in base.items() if key not in GRID_KEYS}
         if values.get("method", self.method) != self.method:
@@ -266,15 +290,16 @@ class Recipe:
         loss = f"loss {self.loss}, " if self.loss else ""
         for name, bits in (("head", self.head_bits), ("embedding", self.embedding_bits)):
             loss = loss if bits is None else f"{name} at {bits} bits, {loss}"
+        method = self.method if self.time is None else f"what {span(self.time)} buy"
         loss = f"other grids for {shown_patterns(list(self.grids))}, {loss}" if self.grids else loss
         if self.grid != UNIFORM:
-            return f"grid {self.spec.label}, {self.method}, {loss}preset {self.preset}"
+            return f"grid {self.spec.label}, {method}, {loss}preset {self.preset}"
         groups = "per channel" if self.group_size is None else f"groups of {self.group_size}"
         if self.is_sized:
             asked = f"{self.target_bits:g} bits per weight" if self.size is None else size(self.size)
-            return f"grids that fit {asked}, {self.method}, {loss}preset {self.preset}"
+            return f"grids that fit {asked}, {method}, {loss}preset {self.preset}"
         symmetry = "symmetric" if self.symmetric else "asymmetric"
-        return f"{self.bits} bits, {groups}, {symmetry}, {self.method}, {loss}preset {self.preset}"
+        return f"{self.bits} bits, {groups}, {symmetry}, {method}, {loss}preset {self.preset}"
 
     def digest(self) -> str:
         """Hash of the canonical form, the same for equal recipes."""
@@ -303,8 +328,9 @@ def bits_of(recipe: Mapping[str, Any]) -> str:
 
 
 def _from_file(values: Mapping[str, Any]) -> dict[str, Any]:
-    if isinstance(values.get("size"), str):
-        values = {**values, "size": parse_size(values["size"])}
+    for key, parse in (("size", parse_size), ("time", parse_span)):
+        if isinstance(values.get(key), str):
+            values = {**values, key: parse(values[key])}
     return {key: None if key == "group_size" and value == CHANNEL else value for key, value in values.items()}
 
 
@@ -365,8 +391,12 @@ def _named() -> Mapping[str, Recipe]:
 def _usual(bits: int, group_size: int | None, symmetric: bool, preset: PresetName) -> Recipe:
     """What ``--bits`` alone picks: GPTQ's start, then Block-AP, then, unless it is to be fast, scales end to end."""
     method = "gptq + block_ap" if preset == "fast" else "gptq + block_ap + end_to_end"
-    loss = "huber(delta=1)" if bits < 4 else None
-    return Recipe(bits, group_size, symmetric, method=method, loss=loss, preset=preset)
+    return Recipe(bits, group_size, symmetric, method=method, loss=usual_loss(bits), preset=preset)
+
+
+def usual_loss(bits: int) -> str | None:
+    """The loss that blocks are trained with where nobody says; ``None`` is the method's own."""
+    return "huber(delta=1)" if bits < 4 else None
 
 
 def _name(recipe: Recipe, start: str = "") -> str:

@@ -13,6 +13,7 @@ from pydantic import Field, StrictBool, StrictInt, TypeAdapter
 
 from swquant.allocated import Allocation
 from swquant.phases.base import PhaseReport
+from swquant.timed import Timed
 
 _FLAT_LIST = re.compile(r"\[\n([^\[\]{}\"]*?)\n *\]")
 """A list of numbers in indented JSON; no line ends within a JSON text, so none is touched."""
@@ -164,6 +165,7 @@ class BlockReport:
         peak_bytes: Most memory that the process had held until then; ``None`` in reports of older versions.
         device_peak_bytes: Likewise of tensors on the device; ``None`` on a CPU too.
         forward_seconds: What a sample took to go through the original's block; ``None`` in reports of older versions.
+        ended: Seconds of the run when it was finished; ``None`` in a run without a time.
     """
 
     phases: tuple[PhaseReport, ...]
@@ -173,6 +175,7 @@ class BlockReport:
     peak_bytes: int | None = None
     device_peak_bytes: int | None = None
     forward_seconds: float | None = None
+    ended: float | None = None
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain values as JSON gives them back."""
@@ -249,6 +252,7 @@ class Report:
         parameters: Of the original, tied ones once; 0 in older reports.
         reading: What to know of how the model reads text: what windows begin with, and where other readers differ.
         allocation: How grids were chosen for a size, ``None`` where they were given.
+        time: How much was trained for a time, and what was changed on the way; ``None`` in a run without one.
     """
 
     source: str
@@ -268,6 +272,7 @@ class Report:
     grids: Mapping[str, int] = field(default_factory=dict[str, int])
     parameters: int = 0
     allocation: Allocation | None = None
+    time: Timed | None = None
 
     def whole_bits(self, output: Output) -> float | None:
         """Bits per weight over a whole output, embeddings, norms and head too; ``None`` in older reports."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Generator, Mapping
+import time
+from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
@@ -14,16 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swquant.allocation import allocate, asked_of, with_allocation
 from swquant.calibration import calibration_tokens, eval_windows, sample_windows
 from swquant.checkpoint.opening import SourceOptions, note_of
 from swquant.checkpoint.writer import publish
+from swquant.choosing import ALLOCATION, TIME, choose
 from swquant.corpus import tokens_of
 from swquant.device import resolve_device
 from swquant.distributed.ranks import Alone, Ranks
 from swquant.drawing import draw_from_model
 from swquant.engine.block import Job, load_block, quantize_block
 from swquant.engine.bound import BoundBlock
+from swquant.engine.deadline import Deadline, Timer, with_epochs
 from swquant.engine.end_to_end import train_scales
 from swquant.engine.head import measure
 from swquant.engine.hidden_states import create_hidden
@@ -40,7 +41,7 @@ from swquant.engine.run_state import (
     open_run_state,
 )
 from swquant.errors import DamagedRunError, SwquantError, reason_of
-from swquant.estimate.budget import Budget, drawing_problems, micro_batch_within, shape_of
+from swquant.estimate.budget import Budget, drawing_problems, micro_batch_here, shape_of
 from swquant.estimate.disk import disk_of
 from swquant.formats import PLAIN
 from swquant.model.calls import Calls, Front, capture
@@ -55,9 +56,6 @@ from swquant.recipe import SETTLED, Recipe
 from swquant.report import Quality, Report
 from swquant.sampling import Room
 from swquant.tokenizer import Reading
-
-ALLOCATION = "allocation"
-"""Of what a run state notes: the grids that were chosen for a size."""
 
 OUTPUT = "output"
 """What of a report's key tells how the output is written; a run state's key has no such part."""
@@ -113,6 +111,7 @@ def quantize_together(
     budget: Budget | None = None,
     source_options: SourceOptions | None = None,
     grids: Mapping[str, QuantSpec | None] | None = None,
+    now: Callable[[], float] = time.monotonic,
 ) -> Report | None:
     """:func:`quantize` by several processes that share the directories of ``source`` and ``out``.
 
@@ -125,6 +124,7 @@ def quantize_together(
         budget: Memory that each process may take.
         source_options: As there.
         grids: As there.
+        now: A clock, by which a recipe's time is kept.
 
     Returns:
         On rank 0 the report; the others are done before it is written.
@@ -133,23 +133,23 @@ def quantize_together(
     budget = budget or Budget()
     if budget.given:
         keep_little()
-    room = budget.room
-    allocation: Mapping[str, Any] | None = None
-    if recipe.is_sized:
-        recipe = replace(recipe, grids=on_top(recipe.grids, grids or {}))
-        allocation = ranks.lead(partial(_allocation, recipe, source, source_options, room, out, watching))
-        recipe, grids = with_allocation(recipe, allocation["settings"]), None
+    room, timer, asked = budget.room, Timer(now=now), recipe
+    if ranks.size > 1 and recipe.time is not None:
+        raise SwquantError(f"a time is kept by one process, and there are {ranks.size}: leave --time out")
+    recipe = replace(recipe, grids=on_top(recipe.grids, grids or {}))
+    chosen = ranks.lead(partial(_choices, recipe, source, source_options, room, out, watching, timer))
+    recipe, notes = Recipe.from_mapping(chosen["recipe"]), chosen["notes"]
     recipe = recipe.settled(ranks.lead(partial(_settled, recipe, out)))
     plans: list[Plan] = []
 
     def first() -> str:
-        plans.append(make_plan(recipe, source, source_options, grids, room))
+        plans.append(make_plan(recipe, source, source_options, room=room))
         return plans[0].recipe.calibration
 
     recipe = recipe.settled({"calibration": ranks.lead(first)})
-    plan = plans[0] if plans else make_plan(recipe, source, source_options, grids, room)
+    plan = plans[0] if plans else make_plan(recipe, source, source_options, room=room)
     _announce(plan, watching)
-    key, work = ranks.lead(plan.key), _work_of(out)
+    key, work = ranks.lead(plan.key) | ({} if asked.time is None else {TIME: asked.time}), _work_of(out)
     whole_key = {**key, OUTPUT: plan.output_key()}
     with ExitStack() as held:
         before: list[Report] = []
@@ -163,10 +163,10 @@ def quantize_together(
                 watching.done(report)
             return before[0] if before else None
         held.enter_context(tensor_float32(plan.device, PRECISIONS[plan.recipe.precision]))
-        micro_batch = ranks.lead(partial(_make_ready, plan, allocation, budget, ranks.size, key, out, held, watching))
+        micro_batch = ranks.lead(partial(_make_ready, plan, notes, budget, ranks.size, key, out, held, watching, timer))
         spare = partial(budget.spare, plan.device, ranks.size)
         job = replace(plan.job(), ranks=ranks, micro_batch=micro_batch, trims=budget.given, spare=spare)
-        run_state = _train(plan, job, work, key, watching)
+        run_state = _train(plan, job, work, key, watching, timer)
         ranks.leave()
         if ranks.rank > 0:
             return None
@@ -181,24 +181,27 @@ def quantize_together(
     return report
 
 
-def _allocation(
+def _choices(
     recipe: Recipe,
     source: str | Path,
     options: SourceOptions | None,
     room: Room,
     out: Path,
     watching: Observer,
+    timer: Timer,
 ) -> Mapping[str, Any]:
-    """The grids for the size that is asked for: those with which this run began, or new ones."""
-    finished = _report_in(out)
-    known = noted(_work_of(out)).get(ALLOCATION)
+    """The recipe with what this run began with, or new choices, in the place of a size and a time."""
+
+    def before() -> None:
+        if not (out / REPORT).is_file():
+            require_unused(out)
+
+    finished, known = _report_in(out), noted(_work_of(out))
     if finished is not None:
-        known = None if finished.allocation is None else asdict(finished.allocation)
-    if known is not None and known["asked"] == asked_of(recipe):
-        return known
-    if not (out / REPORT).is_file():
-        require_unused(out)
-    return json.loads(json.dumps(asdict(allocate(recipe, source, options, room, watching.stage))))
+        found = {ALLOCATION: finished.allocation, TIME: finished.time}
+        known = {name: asdict(value) for name, value in found.items() if value is not None}
+    chosen = choose(recipe, source, options, room, watching.stage, timer, known, before)
+    return {"recipe": chosen.recipe.to_mapping(), "notes": dict(chosen.notes)}
 
 
 def _settled(recipe: Recipe, out: Path) -> Mapping[str, Any]:
@@ -270,13 +273,14 @@ def _written_otherwise(out: Path, held: Mapping[str, Any], wanted: Mapping[str, 
 
 def _make_ready(
     plan: Plan,
-    allocation: Mapping[str, Any] | None,
+    notes: Mapping[str, Any],
     budget: Budget,
     ranks: int,
     key: Mapping[str, Any],
     out: Path,
     held: ExitStack,
     watching: Observer,
+    timer: Timer,
 ) -> int | None:
     """Lock the working directory and make it ready for the next block; returns the micro-batch of the budget."""
     work = _work_of(out)
@@ -285,18 +289,19 @@ def _make_ready(
     run_state = open_run_state(work, key)
     begun = run_state.shape is not None
     with nullcontext() if begun else _leaving_nothing(run_state):
-        micro_batch = micro_batch_within(plan, budget, ranks, begun=begun) if budget.given else None
+        micro_batch = micro_batch_here(plan, budget, ranks, begun=begun)
         if micro_batch is not None:
-            watching.stage(
-                f"Samples of a batch go through a block {micro_batch} at a time, to keep to the budget of memory"
-            )
+            kept = "the budget of memory" if budget.given else "what memory is free"
+            watching.stage(f"Samples of a batch go through a block {micro_batch} at a time, to keep to {kept}")
         if begun:
+            timer.before += run_state.spent
             run_state.verify()
             shutil.rmtree(work / "output", ignore_errors=True)  # of an attempt that failed, perhaps in another format
             require_disk(out, sum(disk_of(plan, shape_of(plan), ranks).outputs.values()))
         else:
             with named("in making the samples and their way to the first block"):
-                _start(plan, allocation, run_state, out, watching, ranks)
+                run_state.timer = timer if TIME in notes else None
+                _start(plan, notes, run_state, out, watching, ranks)
     return micro_batch
 
 
@@ -310,21 +315,29 @@ def _leaving_nothing(run_state: RunState) -> Generator[None]:
         raise
 
 
-def _train(plan: Plan, job: Job, work: Path, key: Mapping[str, Any], watching: Observer) -> RunState:
+def _train(plan: Plan, job: Job, work: Path, key: Mapping[str, Any], watching: Observer, timer: Timer) -> RunState:
     """All that is left of the blocks and of the end-to-end stage; rank 0 writes the run state that is returned."""
     run_state, ranks = open_run_state(work, key), job.ranks
     _say_who_rests(job, watching)
+    deadline = None
+    if TIME in run_state.notes:
+        run_state.timer = timer
+        deadline = Deadline(run_state, timer, watching.stage)
     watching.begin(len(plan.skeleton.blocks), run_state.done, plan.tail())
     front = Front.load(plan.skeleton, plan.checkpoint, plan.device)
     calls = Calls.prepare(front, plan.checkpoint, run_state.tokens()["tokens"])
-    for _ in range(run_state.done, len(plan.skeleton.blocks)):
+    for index in range(run_state.done, len(plan.skeleton.blocks)):
+        if deadline is not None:
+            job = replace(job, phases=with_epochs(job.phases, deadline.before_block(index)))
         left = quantize_block(job, run_state, calls, watching)
         job = replace(job, micro_batch=left)
         run_state = run_state if ranks.rank == 0 else open_run_state(work, key)
     finish = plan.pipeline.finish
-    if finish is not None and run_state.final is None:
+    if finish is not None and deadline is not None and run_state.final is None:
+        finish = replace(finish, epochs=deadline.before_whole())
+    if finish is not None and run_state.final is None and (finish.epochs or deadline is None):
         with named("in the end-to-end training"):
-            train_scales(job, finish, run_state, calls, watching)
+            train_scales(job, finish, run_state, calls, watching, None if deadline is None else deadline.after_epoch)
     return run_state
 
 
@@ -371,7 +384,7 @@ def _nothing_is_lost(work: Path) -> Generator[None]:
 
 def _start(
     plan: Plan,
-    allocation: Mapping[str, Any] | None,
+    notes: Mapping[str, Any],
     run_state: RunState,
     out: Path,
     watching: Observer,
@@ -398,7 +411,7 @@ def _start(
     told = {
         "evaluation_samples": evaluation.shape[0],
         "reading": [] if reading is None else list(reading.notes),
-        ALLOCATION: allocation,
+        **notes,
     }
     run_state.begin({"tokens": tokens}, shape, told)
 

@@ -42,7 +42,13 @@ class Material:
 
 
 def material_of(
-    recipe: Recipe, source: Source, skeleton: Skeleton, layout: Layout, device: torch.device, room: Room
+    recipe: Recipe,
+    source: Source,
+    skeleton: Skeleton,
+    layout: Layout,
+    device: torch.device,
+    room: Room,
+    patience: float | None = None,
 ) -> Material:
     """Read a recipe's texts, or see how samples would be drawn from the model; no weight is read.
 
@@ -53,6 +59,7 @@ def material_of(
         layout: Tells the kinds of blocks.
         device: Where the run computes.
         room: What it may take there.
+        patience: Most seconds of drawing that ``auto`` takes; :data:`LONGEST_DRAWING` by default.
 
     Raises:
         SwquantError: A text cannot be read.
@@ -64,7 +71,7 @@ def material_of(
     if calibration in (AUTO, SELF):
         drawing = drawing_of(source, skeleton, device, room(device), shape)
     if calibration == AUTO and drawing is not None:
-        calibration, chosen = _choose(drawing, skeleton, layout, shape)
+        calibration, chosen = _choose(drawing, skeleton, layout, shape, patience or LONGEST_DRAWING)
     if calibration != SELF:
         drawing = None
     wanted = (samples + held) * tokens
@@ -74,14 +81,16 @@ def material_of(
     return Material(calibration, text, evaluation, drawing, chosen)
 
 
-def _choose(drawing: Drawing, skeleton: Skeleton, layout: Layout, shape: tuple[int, int]) -> tuple[str, str]:
+def _choose(
+    drawing: Drawing, skeleton: Skeleton, layout: Layout, shape: tuple[int, int], patience: float
+) -> tuple[str, str]:
     """The calibration that ``auto`` takes, and why."""
     spent, why = 0.0, ""
     if drawing.needed > drawing.room:
         why = f"needs {size(drawing.needed)} on {drawing.device}, where {size(max(drawing.room, 0))} are free"
     else:
         spent = seconds_of(drawing, skeleton, layout, shape)
-    if spent > LONGEST_DRAWING:
+    if spent > patience:
         why = f"would take {span(spent)}"
     if why:
         other = "a --calibration of your own, or mix from the hub, suits a model better"

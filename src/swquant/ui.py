@@ -335,6 +335,8 @@ def _facts(report: Report, out: Path, recipe: str | None) -> Iterator[tuple[str,
         kept = f"epoch {finish['kept_epoch']} of {len(finish['curve'])}, {span(finish['seconds'])}"
         yield "end to end, validation KL", f"{finish['before']:.4g} -> {finish['after']:.4g} ({kept})"
     yield "time of blocks and training", span(report.seconds)
+    for told in () if report.time is None else report.time.told:
+        yield "time", told
     named = f"{recipe}: " if recipe else ""
     yield "recipe", f"{named}{report.recipe['method']}; all of it in swquant.yaml ({report.recipe_hash})"
     for text in (*notes_of(report), *report.events):

@@ -22,6 +22,24 @@ def parse_size(text: str) -> int:
     return int(float(found[1]) * (_BINARY if found[3] else _UNITS)[found[2]])
 
 
+_SPAN = re.compile(r"(\d+(?:\.\d*)?)\s*(d|h|min|m|s)[a-z]*\s*")
+_SECONDS = {"d": 86400, "h": 3600, "min": 60, "m": 60, "s": 1}
+
+
+def parse_span(text: str) -> float:
+    """Seconds of a time such as ``30m``, ``2h``, ``1h 30min`` or ``90 s``.
+
+    Raises:
+        SwquantError: It is no time above zero.
+    """
+    words = text.strip().lower()
+    found = _SPAN.findall(words)
+    seconds = sum(float(count) * _SECONDS[unit] for count, unit in found)
+    if _SPAN.sub("", words) or not seconds:
+        raise SwquantError(f"{text!r} is no time, expected something like 30m or 2h")
+    return seconds
+
+
 def span(seconds: float) -> str:
     """A time, e.g. ``12 s``, ``7 min`` or ``2.5 h``."""
     if seconds < 90:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from swquant import Recipe, SwquantError, quantize, run
+from swquant import Recipe, SwquantError, choosing, quantize
 from swquant.allocation import allocate, with_allocation
 from swquant.allocation.choices import units_of
 from swquant.allocation.sensitivity import Sensitivity
@@ -162,7 +162,7 @@ def test_a_run_that_goes_on_keeps_its_grids(
     def never(*_: object) -> None:
         raise AssertionError("the grids were chosen again")
 
-    monkeypatch.setattr(run, "allocate", never)
+    monkeypatch.setattr(choosing, "allocate", never)
     report = quantize(asked, model, tmp_path / "out")
     assert report.key == whole.key
     assert report.recipe == whole.recipe
@@ -208,3 +208,15 @@ def test_flags_that_cannot_be(
     with pytest.raises(SystemExit):
         main(["quantize", str(model), "--out", str(tmp_path / "out"), *flags])
     assert sentence in capsys.readouterr().err
+
+
+def test_hidden_states_that_the_disk_does_not_hold_are_refused(
+    recipe: Recipe, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = (2 + 1) * 4 * 32 * 64 * 4  # before and after two blocks, of 4 samples of 32 tokens
+    asked = asked_for(recipe, model, 0.3, format="mlx")
+    monkeypatch.setattr("swquant.allocation.sensitivity.free_disk", lambda _: states - 1)
+    with pytest.raises(SwquantError, match=r"cost takes 98.30 kB of disk at .* and 98.30 kB are free.*TMPDIR"):
+        allocate(asked, model)
+    monkeypatch.setattr("swquant.allocation.sensitivity.free_disk", lambda _: states)
+    assert allocate(asked, model).bytes

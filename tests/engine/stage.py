@@ -28,7 +28,7 @@ def behind_the_last_block(
     root.mkdir()
     plan = make_plan(recipe, source)
     run_state, job = open_run_state(root, plan.key()), plan.job()
-    _start(plan, None, run_state, root, Silent(), 1)
+    _start(plan, {}, run_state, root, Silent(), 1)
     calls = calls_of(job, run_state)
     for _ in plan.skeleton.blocks:
         quantize_block(job, run_state, calls, Silent())

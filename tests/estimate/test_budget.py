@@ -12,13 +12,17 @@ from click.testing import CliRunner
 
 from swquant.cli import app
 from swquant.engine import kept
+from swquant.engine.head import LOGITS
 from swquant.errors import SwquantError
 from swquant.estimate import estimate
-from swquant.estimate.budget import Budget, micro_batch_within, shape_of
-from swquant.estimate.memory import memory_of
+from swquant.estimate.budget import PROCESS, Budget, ample, micro_batch_here, micro_batch_within, shape_of
+from swquant.estimate.memory import HEAD_COPIES, memory_of
 from swquant.plan import Plan, make_plan
 from swquant.recipe import Recipe
 from swquant.run import quantize
+
+LOGITS_BYTES = 4 * HEAD_COPIES * LOGITS
+"""Of a chunk, whatever the model, which is in :data:`PROCESS`."""
 
 RECIPE = Recipe(method="block_ap(epochs=1, batch_size=6)", samples=7, seq_len=32, evaluation_samples=1, device="cpu")
 
@@ -93,7 +97,7 @@ def test_a_run_within_a_budget_has_the_result_of_one_without(
         assert budget == Budget(host=1 << 40)
         return 2
 
-    monkeypatch.setattr("swquant.run.micro_batch_within", two)
+    monkeypatch.setattr("swquant.run.micro_batch_here", two)
     kept = quantize(recipe, llama, tmp_path / "kept", budget=Budget(host=1 << 40))
     assert kept.key == free.key
     for ours, theirs in zip(kept.blocks, free.blocks, strict=True):
@@ -118,15 +122,32 @@ def test_the_plan_cuts_batches_as_the_run_does(plan: Plan, llama: Path, text: Pa
     assert (found.micro_batch, found.device, found.problems) == (3, half, ())
 
 
-@pytest.mark.slow
-def test_without_a_budget_the_plan_names_the_flag_that_cuts(
+def test_without_a_budget_what_is_free_counts(
     plan: Plan, llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    there = SimpleNamespace(available=needed(plan, 3))
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: there)
+    alone = Budget()
+    half, least = needed(plan, 3), needed(plan, 1)
+    free = {"bytes": half}
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free["bytes"]))
     found = estimate(replace(RECIPE, calibration=str(text)), llama, tmp_path, measure=False)
-    assert found.micro_batch == 6
-    assert any("--host-memory" in problem for problem in found.problems)
+    assert (found.micro_batch, found.problems) == (3, ())
+    assert micro_batch_here(plan, alone, 1) == 3
+    assert micro_batch_here(plan, alone, 2) is None  # several processes share what is free, and none knows how
+    free["bytes"] = least - 1
+    with pytest.raises(SwquantError, match=r"one sample at a time.*with --host-memory a run may take more"):
+        micro_batch_here(plan, alone, 1)
+    assert micro_batch_here(plan, alone, 1, begun=True) == 1
+    assert micro_batch_here(plan, Budget(host=half), 1) == 3
+    free["bytes"] = ample(plan)
+    monkeypatch.setattr("swquant.estimate.budget.fit", None)  # nothing is looked at where there is plenty
+    assert micro_batch_here(plan, alone, 1) is None
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq", "block_ap(epochs=1)", "omniquant(epochs=1)", "gptq + end_to_end"])
+def test_plenty_is_more_than_any_method_takes(method: str, llama: Path, text: Path) -> None:
+    recipe = replace(RECIPE, method=method, calibration=str(text), seq_len=64)
+    plan = make_plan(recipe, llama)
+    assert ample(plan) - PROCESS > 1.2 * (memory_of(plan, shape_of(plan)).peak - LOGITS_BYTES)
 
 
 def test_what_was_finished_or_begun_needs_no_room_for_its_start(

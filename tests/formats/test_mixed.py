@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from outlines import tensors_of
+from outlines import outline_of, tensors_of
 from swquant import Recipe, SwquantError, quantize
 from swquant import load as load_packed
 from swquant.checkpoint.quantized import Outline
@@ -22,7 +22,8 @@ from swquant.convert import convert
 from swquant.evaluation.models import load_model
 from swquant.formats import read_quantized
 from swquant.formats.auto_round import AutoRound
-from swquant.formats.gptq import Gptq
+from swquant.formats.base import split_of
+from swquant.formats.gptq import Gptq, _patterns
 from swquant.formats.mlx import Mlx
 from swquant.plan import make_plan
 from swquant.quant.qtensor import QTensor
@@ -297,3 +298,24 @@ def test_the_grid_of_most_weights_is_told_once() -> None:
     outline = Outline(Path(), {}, torch.float32, shapes, grids, ())
     assert outline.most == TWO
     assert outline.others == {"layers.0.a": FOUR, "layers.0.b": FOUR}
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "fused"),
+    [
+        ("in_proj_qkv", "in_proj_z", "in_proj_qkvz"),
+        ("in_proj_b", "in_proj_a", "in_proj_ba"),
+        ("q_a_proj", "kv_a_proj_with_mqa", "fused_qkv_a_proj"),
+        ("in_proj_qkv", "in_proj_a", None),
+    ],
+)
+def test_linear_attention_and_latents_are_fused_by_name(one: str, other: str, fused: str | None) -> None:
+    names = [f"model.layers.0.linear_attn.{name}" for name in (one, other)]
+    outline = outline_of(Path(), {}, QuantSpec(4, 32, True), torch.float32, dict.fromkeys(names, (32, 32)), ())
+    assert split_of(outline) is None
+    mixed = replace(outline, grids={names[0]: QuantSpec(4, 32, True), names[1]: QuantSpec(8, 32, True)})
+    kept = replace(outline, grids={names[0]: QuantSpec(4, 32, True)}, ignored=(names[1],))
+    assert split_of(mixed) == split_of(kept) == (None if fused is None else tuple(names))
+    if fused is not None:
+        (_, wide) = _patterns(names[0])
+        assert re.fullmatch(wide.removesuffix("$"), f"x.model.layers.0.linear_attn.{fused}")

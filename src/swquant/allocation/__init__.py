@@ -87,7 +87,7 @@ def allocate(
         SwquantError: The size is below the smallest, or the model is no larger as it is, or the format holds one grid.
     """
     started = time.monotonic()
-    plan = _planned(recipe, source, options, room)
+    plan = plan_for_size(recipe, source, options, room)
     form, *others = plan.formats
     if others:
         raise SwquantError(f"--size is of one file, and there would be {len(plan.formats)}: give one --format")
@@ -97,18 +97,18 @@ def allocate(
             f"{form.name} holds these matrices in one size only, or patterns decide for all of them, so "
             "there is nothing to choose: leave --size out, or choose another format"
         )
-    book = _Book(plan, units)
+    book = Book(plan, units)
     limit = recipe.size if recipe.size is not None else _bytes_of(recipe, plan)
     _require_between(limit, book, recipe)
-    tokens = _tokens(plan, say)
+    tokens = tokens_for(plan, SAMPLES, say)
     say(
         f"Choosing grids of {len(units)} units for {size(limit)} (from {size(book.smallest)} on, "
         f"{size(book.largest)} as it is): costs are measured on {tokens.numel()} tokens"
     )
-    costs = (measure or _measure)(plan, units, tokens, say)
+    costs = (measure or measure_costs)(plan, units, tokens, say)
     chosen = book.best(costs, limit)
     assert chosen is not None
-    kl, around = _sum(units, costs, chosen), tuple(_around(book, costs, round(limit * factor)) for factor in AROUND)
+    kl, around = total_of(units, costs, chosen), tuple(_around(book, costs, round(limit * factor)) for factor in AROUND)
     settings, took = _settings(recipe, plan, chosen), time.monotonic() - started
     beside = ", ".join(f"{other.kl:.3g} at {size(other.size)}" for other in around if other.kl is not None)
     say(
@@ -131,18 +131,28 @@ def allocate(
     )
 
 
-def _planned(recipe: Recipe, source: str | Path, options: SourceOptions | None, room: Room) -> Plan:
-    """A plan on some grid that format and model allow for what is open, in a format for several."""
+def plan_for_size(
+    recipe: Recipe, source: str | Path, options: SourceOptions | None, room: Room, patience: float | None = None
+) -> Plan:
+    """A plan on some grid that format and model allow for what is open, in a format for several.
+
+    Args:
+        recipe: Asks for a size.
+        source: The model.
+        options: As of the run.
+        room: As of the run.
+        patience: As of :func:`swquant.plan.make_plan`.
+    """
     recipe = replace(recipe, **dict.fromkeys(SIZE_KEYS))
     if recipe.format is None and recipe.runtime is not None:
         two = (QuantSpec(bits, 64, recipe.symmetric) for bits in (2, 4))
         recipe = replace(recipe, format=choose_format(load_target(recipe.runtime), *two))
     try:
-        return make_plan(recipe, source, options, room=room)
+        return make_plan(recipe, source, options, room=room, patience=patience)
     except SwquantError:
         if recipe.spec == SAFE:
             raise
-    return make_plan(replace(recipe, **grid_settings(SAFE)), source, options, room=room)
+    return make_plan(replace(recipe, **grid_settings(SAFE)), source, options, room=room, patience=patience)
 
 
 def grid_settings(spec: QuantSpec) -> dict[str, Any]:
@@ -150,12 +160,13 @@ def grid_settings(spec: QuantSpec) -> dict[str, Any]:
     return {"bits": spec.bits, "group_size": spec.group_size, "symmetric": spec.symmetric, "grid": spec.grid}
 
 
-def _measure(plan: Plan, units: Sequence[Unit], tokens: Tensor, say: Callable[[str], None]) -> Costs:
+def measure_costs(plan: Plan, units: Sequence[Unit], tokens: Tensor, say: Callable[[str], None]) -> Costs:
+    """What each choice costs in KL, see :mod:`swquant.allocation.sensitivity`."""
     return Sensitivity(plan, units, tokens, say).measure()
 
 
 @dataclass
-class _Book:
+class Book:
     """Files' sizes by what is chosen."""
 
     plan: Plan
@@ -196,7 +207,7 @@ def _bytes_of(recipe: Recipe, plan: Plan) -> int:
     return int(recipe.target_bits * parameters / 8)
 
 
-def _require_between(limit: int, book: _Book, recipe: Recipe) -> None:
+def _require_between(limit: int, book: Book, recipe: Recipe) -> None:
     asked = f"--size {size(limit)}" if recipe.size is not None else f"--target-bits {recipe.target_bits:g}"
     form = book.plan.formats[0].name
     if limit < book.smallest:
@@ -215,12 +226,12 @@ def _require_between(limit: int, book: _Book, recipe: Recipe) -> None:
         )
 
 
-def _tokens(plan: Plan, say: Callable[[str], None]) -> Tensor:
-    """Samples of the run's calibration, as :func:`swquant.run.quantize` takes them, fewer and shorter."""
+def tokens_for(plan: Plan, most: int, say: Callable[[str], None]) -> Tensor:
+    """Samples of the run's calibration, as :func:`swquant.run.quantize` takes them, ``most`` of them and shorter."""
     recipe = plan.recipe
     assert recipe.seq_len is not None
     assert recipe.samples is not None
-    samples, length = min(SAMPLES, recipe.samples), min(LENGTH, recipe.seq_len)
+    samples, length = min(most, recipe.samples), min(LENGTH, recipe.seq_len)
     if plan.drawing is not None:
         return draw_from_model(plan.disk, plan.drawing, samples, length, recipe.seed, say)
     assert plan.text is not None
@@ -255,13 +266,14 @@ def _in_words(chosen: Mapping[Unit, Choice]) -> str:
     return ", ".join(f"{count} on {name}" if not name.startswith("the ") else name for name, count in counts.items())
 
 
-def _sum(units: Sequence[Unit], costs: Costs, chosen: Mapping[Unit, Choice]) -> float:
+def total_of(units: Sequence[Unit], costs: Costs, chosen: Mapping[Unit, Choice]) -> float:
+    """The sum of the costs of what is chosen."""
     return sum(row[unit.choices.index(chosen[unit])] for unit, row in zip(units, costs.table, strict=True))
 
 
-def _around(book: _Book, costs: Costs, limit: int) -> Other:
+def _around(book: Book, costs: Costs, limit: int) -> Other:
     chosen = book.best(costs, limit)
-    return Other(limit, None if chosen is None else _sum(book.units, costs, chosen))
+    return Other(limit, None if chosen is None else total_of(book.units, costs, chosen))
 
 
 def _allotted(plan: Plan, units: Sequence[Unit], costs: Costs, chosen: Mapping[Unit, Choice]) -> tuple[Allotted, ...]:

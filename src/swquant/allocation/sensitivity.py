@@ -34,17 +34,20 @@ from swquant.distributed.ranks import Alone
 from swquant.engine.block import load_block
 from swquant.engine.bound import BoundBlock
 from swquant.engine.head import LOGITS, Heads
-from swquant.engine.hidden_states import batches, create_hidden
+from swquant.engine.hidden_states import batches, create_hidden, hidden_bytes
+from swquant.errors import SwquantError
 from swquant.model.calls import Calls, Front, Tail, capture
 from swquant.model.layout import EXPERTS, Site
 from swquant.phases.grid_search import search_grid
 from swquant.phases.rtn_search import FACTORS
+from swquant.places import free_disk
 from swquant.plan import Plan
 from swquant.quant.deferred import in_float, solid
 from swquant.quant.draft import Slot, snap
 from swquant.quant.grid import extent_of
 from swquant.quant.spec import QuantSpec
 from swquant.seeds import generator
+from swquant.units import size
 
 ROWS = 64
 """Of a matrix, whose errors stand for those of all."""
@@ -136,6 +139,7 @@ class Sensitivity:
     def measure(self) -> Costs:
         """The costs of all choices."""
         with tempfile.TemporaryDirectory() as place:
+            self.require_room(Path(place))
             hidden = self.forward(Path(place))
             self.say("Estimating what each grid costs, from one pass backward")
             nearest, made_up = self.estimates(hidden, self.slope(hidden[-1]))
@@ -147,6 +151,21 @@ class Sensitivity:
         )
         used = made_up if _makes_up(self.plan) else nearest
         return Costs(scaled(self.units, used, checks), checks)
+
+    def require_room(self, place: Path) -> None:
+        """Refuse a directory whose disk does not hold the hidden states of :meth:`forward`.
+
+        Raises:
+            SwquantError: With what they take, and what is free.
+        """
+        samples, length = self.tokens.shape
+        states = 1 + len(self.plan.skeleton.blocks)
+        needed, free = states * hidden_bytes((samples, length, self.plan.hidden_size)), free_disk(place)
+        if needed > free:
+            raise SwquantError(
+                f"measuring what grids cost takes {size(needed)} of disk at {place.parent} and {size(free)} are free: "
+                "free some, set TMPDIR to another place, or give --bits in the place of a size"
+            )
 
     def bound(self, index: int) -> tuple[BoundBlock, dict[str, Tensor]]:
         """A block and its parameters in float32."""

@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import groupby
@@ -62,7 +62,14 @@ COSINE = Optimizer(schedule="cosine")
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
-def train_scales(job: Job, work: ScaleTraining, run_state: RunState, calls: Calls, observer: Observer) -> None:
+def train_scales(
+    job: Job,
+    work: ScaleTraining,
+    run_state: RunState,
+    calls: Calls,
+    observer: Observer,
+    in_all: Callable[[int], int] | None = None,
+) -> None:
     """Train all finished blocks together, run the evaluation samples through the result, and commit both.
 
     Args:
@@ -71,6 +78,8 @@ def train_scales(job: Job, work: ScaleTraining, run_state: RunState, calls: Call
         run_state: Where the run stands; all blocks are finished. Every epoch is saved to it.
         calls: What each block is called with.
         observer: Hears of the steps.
+        in_all: Told on rank 0 how many epochs are done, says how many there are to be in all, before that is saved;
+            ``None`` leaves it at ``work``'s.
     """
     learned = "scales and weights" if work.weights else "scales"
     observer.stage(f"Training the {learned} of all blocks end to end")
@@ -82,7 +91,9 @@ def train_scales(job: Job, work: ScaleTraining, run_state: RunState, calls: Call
             cache[index] = hidden
 
     job.ranks.lead(begin)
-    stage = _Stage(job, work, TrainedModel(job, run_state, calls, work), run_state, cache, observer, calls.front)
+    stage = _Stage(
+        job, work, TrainedModel(job, run_state, calls, work), run_state, cache, observer, calls.front, in_all
+    )
     report = stage.run()
     require_finite(
         stage.model.advance(cache[job.samples :], job.samples), job.ranks, "the model trained end to end puts out"
@@ -111,6 +122,7 @@ class _Stage:
     inputs: Tensor
     observer: Observer
     front: Front
+    in_all: Callable[[int], int] | None = None
 
     def __post_init__(self) -> None:
         self.thetas = self.model.thetas
@@ -136,9 +148,9 @@ class _Stage:
             before, spent = self.run_state.training["before"], self.run_state.training["seconds"]
             trail, optimizer = self._resume(self.run_state.training)
 
-        def after(optimizer: torch.optim.Optimizer) -> None:
+        def after(optimizer: torch.optim.Optimizer) -> int | None:
             facts = {"before": before, "seconds": spent + time.monotonic() - began}
-            self._save(trail, optimizer, facts)
+            return self._save(trail, optimizer, facts)
 
         keep_best(self, trail, optimizer, COSINE, self.work.epochs, before, self.observer.step, after)
         if trail.curve and trail.best_epoch == 0 and not trail.ended:
@@ -237,10 +249,11 @@ class _Stage:
             total += float(self.heads.divergence(reference, hidden)) * len(part)
         return total
 
-    def _save(self, trail: Trail, optimizer: torch.optim.Optimizer, facts: Mapping[str, Any]) -> None:
-        self.job.ranks.lead(partial(self._write, trail, optimizer, facts))
+    def _save(self, trail: Trail, optimizer: torch.optim.Optimizer, facts: Mapping[str, Any]) -> int | None:
+        return self.job.ranks.lead(partial(self._write, trail, optimizer, facts))
 
-    def _write(self, trail: Trail, optimizer: torch.optim.Optimizer, facts: Mapping[str, Any]) -> None:
+    def _write(self, trail: Trail, optimizer: torch.optim.Optimizer, facts: Mapping[str, Any]) -> int | None:
+        in_all = None if self.in_all is None else self.in_all(len(trail.curve))
         tensors: dict[str, Tensor] = {}
         moments = optimizer.state_dict()["state"]
         for index, (key, value, best) in enumerate(self._named(trail.best or self.thetas)):
@@ -252,7 +265,8 @@ class _Stage:
         self.run_state.save_training(len(trail.curve), tensors, {**stand, **best, **facts})
         validation = trail.curve[-1]
         shown = "a loss that was not finite" if validation is None else f"validation KL {validation:.4g}"
-        self.observer.stage(f"End to end, epoch {len(trail.curve)}/{self.work.epochs}: {shown}")
+        self.observer.stage(f"End to end, epoch {len(trail.curve)}/{in_all or self.work.epochs}: {shown}")
+        return in_all
 
     @torch.no_grad()
     def _resume(self, stand: Mapping[str, Any]) -> tuple[Trail, torch.optim.Optimizer]:

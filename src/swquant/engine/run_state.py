@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -33,6 +33,8 @@ HIDDEN_STATES = ("reference", "quantized")
 TRAINED = "trained"
 """The hidden states that take the place of the quantized model's when the whole model has been trained."""
 FINAL = "final.safetensors"
+BEGAN = "began"
+"""Of what is noted: seconds at which the first block began, where a timer tells them."""
 _OURS = re.compile(
     r"(?:manifest|tokens|final|block-\d+|training-\d+)\.(?:safetensors|part)"
     rf"|kept-\d+\.state|augmented\.stream|(?:{'|'.join((*HIDDEN_STATES, TRAINED))})-\d+\.stream|output"
@@ -57,6 +59,7 @@ class RunState:
         notes: What else the start has noted.
         training: Where the training after the last block stands; ``None`` before its first epoch.
         final: What came out of it; ``None`` until then.
+        timer: Tells the seconds that the run has been at work, which then stand beside each block and epoch.
     """
 
     root: Path
@@ -67,6 +70,7 @@ class RunState:
     notes: dict[str, Any] = field(default_factory=dict[str, Any])
     training: Mapping[str, Any] | None = None
     final: Mapping[str, Any] | None = None
+    timer: Callable[[], float] | None = field(default=None, repr=False)
     _final_is_intact: bool = field(default=False, init=False, repr=False)
     _early: dict[str, Future[int]] = field(default_factory=dict[str, "Future[int]"], init=False, repr=False)
 
@@ -74,6 +78,16 @@ class RunState:
     def done(self) -> int:
         """Blocks finished."""
         return len(self.reports)
+
+    @property
+    def spent(self) -> float:
+        """Seconds that the run had been at work when what it finished last was committed; 0 where none are told."""
+        ends = [self.notes.get(BEGAN), *(report.get("ended") for report in self.reports[-1:])]
+        ends += [part.get("ended") for part in (self.training, self.final) if part is not None]
+        return max((float(end) for end in ends if end is not None), default=0.0)
+
+    def _ended(self) -> dict[str, float]:
+        return {} if self.timer is None else {"ended": round(self.timer(), 3)}
 
     def hidden_path(self, name: str, block: int) -> Path:
         """File of the hidden states of the model ``name`` before block number ``block``."""
@@ -93,7 +107,11 @@ class RunState:
         for name in HIDDEN_STATES:
             self._keep_hidden(self.hidden_path(name, 0))
         self.shape = shape
-        self.notes = dict(notes)
+        self.notes = dict(notes) | ({} if self.timer is None else {BEGAN: self.timer()})
+        self._commit()
+
+    def commit(self) -> None:
+        """Commit what has been noted."""
         self._commit()
 
     def tokens(self) -> dict[str, Tensor]:
@@ -143,7 +161,7 @@ class RunState:
         self._keep(self.block_path(index), _to_tensors(committed))
         for name in HIDDEN_STATES:
             self._keep_hidden(self.hidden_path(name, index + 1))
-        self.reports.append(report)
+        self.reports.append({**report, **self._ended()})
         self._commit(*(self.hidden_path(name, index).name for name in HIDDEN_STATES))
 
     def block(self, index: int, grids: Mapping[str, QuantSpec]) -> Committed:
@@ -177,7 +195,7 @@ class RunState:
         """Commit the state of the training after the last block after another epoch."""
         before, path = self.training, self.root / f"training-{epoch:05d}.safetensors"
         self._keep(path, tensors)
-        self.training = {**facts, "epoch": epoch, "file": path.name}
+        self.training = {**facts, **self._ended(), "epoch": epoch, "file": path.name}
         self._commit(*([] if before is None else [before["file"]]))
 
     def training_state(self) -> dict[str, Tensor]:
@@ -195,7 +213,7 @@ class RunState:
         before = self.training
         self._keep(self.root / FINAL, tensors)
         self._keep_hidden(self.hidden_path(TRAINED, self.done))
-        self.final, self.training = {"report": report}, None
+        self.final, self.training = {"report": report, **self._ended()}, None
         self._commit(self.hidden_path(HIDDEN_STATES[1], self.done).name, *([] if before is None else [before["file"]]))
 
     def clear(self) -> None:

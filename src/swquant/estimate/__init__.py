@@ -21,12 +21,11 @@ from swquant.estimate.budget import (
     shape_of,
 )
 from swquant.estimate.disk import VALUES, disk_of, learned_bytes
-from swquant.estimate.memory import memory_of
 from swquant.estimate.shorter import LONG, faster
 from swquant.estimate.timing import Time, count_up
 from swquant.estimate.timing import measure as measured
 from swquant.places import free_disk
-from swquant.plan import Plan, make_plan
+from swquant.plan import make_plan
 from swquant.quant.kind import row_bits
 from swquant.recipe import Recipe
 from swquant.units import size
@@ -102,7 +101,7 @@ def estimate(
     shape = shape_of(plan)
     disk, whole = disk_of(plan, shape), batch_of(plan, 1)
     limit = kept.tensor_limit(plan.device, interpreter)
-    micro_batch, memory = fit(plan, limit, whole) if kept.given else (whole, memory_of(plan, shape))
+    micro_batch, memory = fit(plan, limit, whole)
     on_host = plan.device.type == "cpu"
     host = interpreter + disk.hidden_states + (memory.peak if on_host else VALUES * learned_bytes(plan))
     free = free_disk(Path(out))
@@ -111,7 +110,6 @@ def estimate(
     problems = [
         *process_problems(interpreter, kept),
         *memory_problems(plan, memory, limit, micro_batch),
-        *_cut(plan, memory.peak, limit, whole if not kept.given else 1),
         *_disk_problems(disk.asked, free, out),
         *drawing_problems(plan),
     ]
@@ -151,14 +149,6 @@ def estimate(
 
 def _spent(time: Time) -> dict[str, Any]:
     return {**asdict(time), "total": time.total}
-
-
-def _cut(plan: Plan, needed: int, limit: int, whole: int) -> list[str]:
-    """That a budget would make a run fit that takes whole batches without one."""
-    if needed <= limit or whole == 1 or fit(plan, limit, whole // 2)[1].peak > limit:
-        return []
-    flag = "--host-memory" if plan.device.type == "cpu" else "--device-memory"
-    return [f"batches of {whole} at once are too large: with {flag} quantize takes them in micro-batches that fit"]
 
 
 def _disk_problems(needed: int, free: int, out: str | Path) -> list[str]:

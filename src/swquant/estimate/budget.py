@@ -11,13 +11,20 @@ import torch
 from swquant.device import free_memory
 from swquant.errors import SwquantError
 from swquant.estimate.memory import Memory, memory_of
-from swquant.phases.scale_training import ScaleTraining
+from swquant.phases.scale_training import LEARNED_BYTES, ScaleTraining
 from swquant.phases.train import Train
 from swquant.plan import Plan
 from swquant.units import size
 
 LATER = 80_000_000
 """For what comes in beside tensors once a process works: some 50 MB of libraries were measured, the rest is margin."""
+
+
+COPIES = 24
+"""More than any method holds of a block at once, in float32."""
+
+PROCESS = 2_000_000_000
+"""More than the interpreter and the logits of a chunk take."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +93,49 @@ def micro_batch_within(plan: Plan, budget: Budget, ranks: int, *, begun: bool = 
     if problems:
         raise SwquantError(problems[0])
     return None if micro_batch == whole and ranks == 1 else micro_batch
+
+
+def micro_batch_here(plan: Plan, budget: Budget, ranks: int, *, begun: bool = False) -> int | None:
+    """:func:`micro_batch_within`; where no budget is given, within what is free, for a process that is alone.
+
+    Args:
+        plan: The run.
+        budget: What each process may take.
+        ranks: Processes that share a batch.
+        begun: The samples are there, and the run was not refused; it goes on with as little as it can.
+
+    Raises:
+        SwquantError: As there.
+    """
+    if budget.given:
+        return micro_batch_within(plan, budget, ranks, begun=begun)
+    if ranks > 1 or ample(plan) <= free_memory(plan.device):
+        return None
+    try:
+        return micro_batch_within(plan, budget, ranks, begun=begun)
+    except SwquantError as error:
+        if begun:
+            return 1
+        flag = "--host-memory" if plan.device.type == "cpu" else "--device-memory"
+        raise SwquantError(f"{error}; with {flag} a run may take more than is free now") from error
+
+
+def ample(plan: Plan) -> int:
+    """Bytes that suffice for a run on its device whatever it does: far more than it takes, and soon counted.
+
+    Of every weight of the largest block :data:`COPIES`, of every sample of a batch as many of each linear's output and
+    of an attention map, the heads' logits, and a process.
+    """
+    blocks = [block.module for block in plan.skeleton.blocks]
+    weights = max(sum(value.numel() for value in module.state_dict().values()) for module in blocks)
+    wide = max(sum(site.shape[0] for site in block) for block in plan.layout.blocks)
+    heads = getattr(plan.skeleton.text_config, "num_attention_heads", 1)
+    _, tokens, dim = shape_of(plan)
+    most = heads if isinstance(heads, int) else max(heads)
+    head = math.prod(plan.checkpoint.tensors[plan.skeleton.head_weight].shape)
+    sample = len(blocks) * tokens * dim + COPIES * tokens * (dim + wide + most * tokens)
+    learned = sum(math.prod(site.shape) for site in plan.layout.sites) * LEARNED_BYTES if plan.pipeline.finish else 0
+    return 4 * (COPIES * weights + batch_of(plan, 1) * sample + 4 * head) + learned + PROCESS
 
 
 def process_bytes() -> int:

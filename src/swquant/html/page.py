@@ -65,6 +65,7 @@ def report_page(report: Report) -> str:
         "layers": layers,
         "rest": rest_of(report, layers),
         **_allocation(report),
+        "timed": [] if report.time is None else list(report.time.told),
         "costs": list(_cost_figures(blocks)),
         "recipe": recipe_text(report),
         "notes": notes_of(report),

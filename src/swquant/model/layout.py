@@ -101,13 +101,15 @@ class Layout:
 
     def kinds(self) -> dict[int, int]:
         """Blocks of different kinds, told by their matrices and how they run: the first of each kind, and how many."""
+        return dict(Counter(self.firsts()))
+
+    def firsts(self) -> list[int]:
+        """For each block the first of its kind."""
         seen: dict[object, int] = {}
-        counts: dict[int, int] = {}
-        for index, (block, flow) in enumerate(zip(self.blocks, self.flows, strict=True)):
-            kind = (tuple((site.inner, site.shape, site.spec) for site in block), flow.inputs)
-            first = seen.setdefault(kind, index)
-            counts[first] = counts.get(first, 0) + 1
-        return counts
+        return [
+            seen.setdefault((tuple((site.inner, site.shape, site.spec) for site in block), flow.inputs), index)
+            for index, (block, flow) in enumerate(zip(self.blocks, self.flows, strict=True))
+        ]
 
     def grids(self, index: int) -> dict[str, QuantSpec]:
         """Grid of each of a block's weights, by its name inside the block."""

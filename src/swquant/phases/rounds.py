@@ -118,7 +118,7 @@ def keep_best(
     epochs: int,
     before: float,
     report: Callable[[int, int], None],
-    after: Callable[[torch.optim.Optimizer], None] = lambda _: None,
+    after: Callable[[torch.optim.Optimizer], int | None] = lambda _: None,
 ) -> None:
     """Train until ``trail`` has had ``epochs`` rounds; the trainee ends in the trail's best state.
 
@@ -130,7 +130,8 @@ def keep_best(
         epochs: Rounds in all.
         before: Validation loss of the start.
         report: Called with (steps done, steps in all).
-        after: Called after each round with the optimizer.
+        after: Called after each round with the optimizer; returns how many rounds there are to be in all if that is
+            no longer ``epochs``.
     """
     while len(trail.curve) < epochs and not trail.ended:
         done = len(trail.curve)
@@ -143,7 +144,7 @@ def keep_best(
             trail.lost(done + 1, before)
             _go_back(trainee, trail.best)
             optimizer = trainee.open(trail.rate)
-        after(optimizer)
+        epochs = after(optimizer) or epochs
     _go_back(trainee, trail.best)
 
 
