@@ -21,7 +21,8 @@ pytestmark = [
 
 MakeModel = Callable[..., Path]
 
-BUDGET = 950_000_000
+SHARE = 0.8
+"""Of what a whole batch takes: four samples at a time take 0.7 of it."""
 
 
 def command(what: str, source: Path, text: Path, *more: str) -> list[str]:
@@ -59,9 +60,11 @@ def _status(pid: int) -> list[str]:
 def test_a_run_holds_no_more_than_its_budget_and_the_streams(make_model: MakeModel, text: Path, tmp_path: Path) -> None:
     sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "num_key_value_heads": 16}
     source = make_model("llama", 1, torch.bfloat16, head_dim=64, max_position_embeddings=512, **sizes)
-    whole, cut = planned(source, text), planned(source, text, f"--host-memory={BUDGET}")
+    whole = planned(source, text)
+    budget = whole["parts"]["interpreter"] + int(SHARE * whole["device"])
+    cut = planned(source, text, f"--host-memory={budget}")
     assert (whole["micro_batch"], cut["micro_batch"]) == (8, 4)
-    assert whole["host"] - whole["parts"]["hidden_states"] > BUDGET
-    kept = peak_of(command("quantize", source, text, f"--out={tmp_path / 'kept'}", f"--host-memory={BUDGET}"))
-    assert 0.8 * BUDGET < kept - cut["parts"]["hidden_states"] <= BUDGET
+    assert whole["host"] - whole["parts"]["hidden_states"] > budget
+    kept = peak_of(command("quantize", source, text, f"--out={tmp_path / 'kept'}", f"--host-memory={budget}"))
+    assert 0.8 * budget < kept - cut["parts"]["hidden_states"] <= budget
     assert peak_of(command("quantize", source, text, f"--out={tmp_path / 'free'}")) > kept + whole["device"] / 4
