@@ -402,6 +402,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("source", ["./nothing", "/no/such", "~/nothing-here", "a/b/c", "nothing/", "../x", "~"])
     def test_no_such_directory(self, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
         monkeypatch.setenv("HOME", str(tmp_path / "nobody"))
         monkeypatch.setenv("USERPROFILE", str(tmp_path / "nobody"))
         refused(source, f"no such directory: {source!r}")

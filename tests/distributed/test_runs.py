@@ -132,8 +132,8 @@ def test_all_ranks_take_what_the_first_chose(
     """Memory is free for one of them alone."""
     rooms, plans, recipe = iter([1 << 40]), list[Plan](), recipe_of(text, "rtn", calibration="auto")
 
-    def planned(*given: Any) -> Plan:
-        plans.append(make_plan(*given))
+    def planned(*given: Any, **named: Any) -> Plan:
+        plans.append(make_plan(*given, **named))
         return plans[-1]
 
     monkeypatch.setattr("swquant.estimate.budget.Budget.room", lambda self, device: next(rooms, 1000))
