@@ -80,8 +80,7 @@ PATH = tuple(
 The demo model at 2 bits in groups of 64, 64 samples of 128 tokens, one seed; KL on three other kinds of text, and
 seconds of the processor: GPTQ 0.246 in 19; an epoch on blocks 0.230 in 35; two epochs end to end 0.206 in 39, four
 0.203 in 56, two on 128 samples 0.194 in 70; two on blocks and two end to end 0.201 in 66. So the end-to-end stage comes
-first, then samples, then blocks. ``docs/experiments.md`` (the frontier, one seed): four epochs on blocks 0.211 in 80
-after 0.248 in 25, four end to end after these 0.198 in 105.
+first, then samples, then blocks; SmolLM2-135M says so too (``docs/experiments.md``).
 """
 
 
@@ -109,7 +108,7 @@ class Costs:
         return fixed + epochs * epoch
 
     def left(self, training: Training, done: int = 0) -> float:
-        """From behind ``done`` blocks to the end; from before the first, without :attr:`before`."""
+        """After ``done`` blocks, to the end; from before the first, without :attr:`before`."""
         blocks = sum(self.block(index, training.blocks) for index in range(done, len(self.blocks)))
         stage = self.begun + training.whole * self.epoch if training.whole else 0.0
         return blocks + stage + self.after

@@ -64,6 +64,14 @@ def test_codes_do_not_depend_on_the_room(
     assert least < some < most if saves else least == some == most
 
 
+def test_experts_alone_have_nothing_to_keep(make_model: Any, text: Path, tmp_path: Path) -> None:
+    model = make_model("qwen3_moe", 2, torch.bfloat16, **SETTINGS["qwen3_moe"])
+    values = {"method": "gptq", "bits": 2, "group_size": 32, "samples": 2, "seq_len": 24, "evaluation_samples": 0}
+    recipe = Recipe.from_mapping({**values, "calibration": str(text), "device": "cpu"})
+    report = quantize(recipe, model, tmp_path / "out", grids={"*.self_attn.*": None})
+    assert len(report.blocks) == 2
+
+
 def test_a_value_is_a_copy_and_counts_while_it_is_kept() -> None:
     room = Room(40)
     kept = Activations(room)

@@ -97,12 +97,11 @@ def quantize_block(job: Job, run_state: RunState, calls: Calls, observer: Observ
     """
     started = time.monotonic()
     index, ranks, cached = run_state.done, job.ranks, _open_hidden_states(job, run_state)
-    keeps = "originals" in needs_of(job.phases)
-    bound = _bind(job, index, calls, keeps)
+    bound = _bind(job, index, calls)
     params = load_block(job, index)
     forward = time.monotonic()
     with named(f"in the original model's block {index}"):
-        finite = bound.advance(params, cached.reference, cached.next_reference, keeps=keeps)
+        finite = bound.advance(params, cached.reference, cached.next_reference, keeps=True)
     forward = (time.monotonic() - forward) / len(cached.reference)
     require_finite(finite, ranks, f"the original model's block {index} puts out")
     if cached.augmented is not None:
@@ -130,7 +129,7 @@ def quantize_block(job: Job, run_state: RunState, calls: Calls, observer: Observ
     require_same(ranks, _tensors(committed), f"block {index}")
     with named(f"in the quantized block {index}"):
         drift = Drift(cached.next_reference)
-        finite = bound.advance(committed.floats(), cached.quantized, cached.next_quantized, drift=drift, replays=keeps)
+        finite = bound.advance(committed.floats(), cached.quantized, cached.next_quantized, drift=drift, replays=True)
     bound.forget()
     require_finite(finite, ranks, f"block {index} puts out, quantized by this recipe,")
     drifted = drift.relative(ranks)
@@ -158,9 +157,9 @@ def quantize_block(job: Job, run_state: RunState, calls: Calls, observer: Observ
     return problem.micro_batch.samples
 
 
-def _bind(job: Job, index: int, calls: Calls, keeps: bool) -> BoundBlock:
+def _bind(job: Job, index: int, calls: Calls) -> BoundBlock:
     # What a budget allows was counted without what is kept.
-    room = Room(job.spare() if keeps and not job.trims else 0)
+    room = Room(job.spare() if "originals" in needs_of(job.phases) and not job.trims else 0)
     return BoundBlock(index, job.skeleton.block(index), calls, job.layout, job.device, job.ranks, room)
 
 

@@ -71,12 +71,14 @@ class _Stream:
         params: The block's parameters.
         visit: Called with a linear's name, its input ``[tokens, in]``, and how many tokens the batch has.
         known: Whether a batch need not go through the block.
+        settled: Linears whose outputs are kept, and taken where they are.
     """
 
     source: Tensor
     params: Mapping[str, Tensor]
     visit: Callable[[str, Tensor, int], None]
     known: Callable[[slice], bool] = lambda batch: False
+    settled: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -172,6 +174,8 @@ class BoundBlock:
     def _as_they_were(self, params: Mapping[str, Tensor]) -> tuple[str, ...]:
         """The linears whose outputs are kept, if they and what is not quantized have the same values in ``params``."""
         linears = tuple(self.outputs.linears)
+        if not linears:
+            return ()
         others = self.layout.grids(self.index).keys() - {f"{linear}.weight" for linear in linears}
         return linears if same_values(self.outputs.params, params, [*(params.keys() - others)]) else ()
 
@@ -240,10 +244,11 @@ class BoundBlock:
 
         same = all(originals.get(name) is value for name, value in self.originals.params.items())
         before = _Stream(reference[: len(source)], originals, hold, known)
-        self._show([before, _Stream(source, params, show)], linears, [name for name in settled if self._once([name])])
+        after = _Stream(source, params, show, settled=[name for name in settled if self._once([name])])
+        self._show([before, after], linears)
 
-    def _show(self, streams: Sequence[_Stream], linears: Sequence[str], settled: Sequence[str] = ()) -> None:
-        """Run batch after batch through the block, of each of some streams in turn; ``settled`` are the last one's."""
+    def _show(self, streams: Sequence[_Stream], linears: Sequence[str]) -> None:
+        """Run batch after batch through the block, of each of some streams in turn."""
         left, tokens = set[str](), 0
         visit = streams[0].visit
         ends = self._once(linears)
@@ -256,8 +261,7 @@ class BoundBlock:
 
         floats = [in_float(stream.params) for stream in streams]
         parts = [on_device(stream.source, own_batches(self.ranks, stream.source), self.device) for stream in streams]
-        replays = [Replay(self.outputs, self.block.module, ()) for _ in streams]
-        replays[-1] = Replay(self.outputs, self.block.module, settled)
+        replays = [Replay(self.outputs, self.block.module, stream.settled) for stream in streams]
         with self._hooked(linears, seen):
             for together in zip(*parts, strict=True):
                 for (batch, hidden), own, stream, replay in zip(together, floats, streams, replays, strict=True):
