@@ -23,8 +23,8 @@ def test_a_tiny_model_gives_finite_logits_and_is_read_back_with_the_same(kind: s
     with torch.no_grad():
         first, second = (model(input_ids=ids, use_cache=False).logits for model in (before, after))
     assert torch.isfinite(first).all()
-    # Logits that hardly vary would hide errors of the size of a rounding.
-    assert first.std() > 0.1
+    # Logits that hardly vary would hide errors of the size of a rounding; Cohere's are scaled by a sixteenth.
+    assert first.std() > 0.02
     torch.testing.assert_close(first, second, atol=1e-5, rtol=1e-5)
 
 

@@ -217,7 +217,7 @@ def make_plan(
     model = open_model(open_source(source, options))
     disk = model.checkpoint.inner
     hidden_size = probe(model.skeleton)
-    pipeline = build_pipeline(steps, Setting(spec, _norm_biases(model.skeleton), preset.effort, others=others))
+    pipeline = build_pipeline(steps, Setting(spec, model.skeleton.norm_biases, preset.effort, others=others))
     _require_use(loss, pipeline, recipe.method)
     check_dtype(disk.dtype)
     layout = lay_out(model.skeleton, spec, recipe.grids, allow_split=recipe.allow_split)
@@ -305,15 +305,6 @@ def choose_formats(names: tuple[str, ...], target: Target | None, specs: tuple[Q
     for name in [name for name in names if name in target.formats] or names[:1]:
         require_loads(target, name, specs)
     return names
-
-
-def _norm_biases(skeleton: Skeleton) -> bool:
-    """Whether the norms before the blocks' linears have biases."""
-    for block, recorder in zip(skeleton.blocks, skeleton.recorders, strict=True):
-        norms = set(recorder.flow.norms.values()) if recorder.flow is not None else ()
-        if any(f"{norm}.bias" in block.names() for norm in norms):
-            return True
-    return False
 
 
 def _rotated(model: Model, seed: int) -> tuple[Source, Skeleton]:

@@ -64,7 +64,11 @@ def test_quantization_aware_training(perplexities: Callable[[str], dict[str, flo
 
 @pytest.mark.parametrize(
     ("script", "options", "package"),
-    [("torchao_qat.py", (), "torchao"), ("auto_round_loss.py", ("mse", "--model", "m"), "auto-round")],
+    [
+        ("torchao_qat.py", (), "torchao"),
+        ("auto_round_loss.py", ("mse", "--model", "m"), "auto-round"),
+        ("llm_compressor_modifier.py", (), "llmcompressor"),
+    ],
 )
 def test_a_missing_package_is_one_sentence(script: str, options: tuple[str, ...], package: str) -> None:
     if importlib.util.find_spec(package.replace("-", "_")) is not None:

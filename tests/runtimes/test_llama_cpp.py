@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import pad
@@ -178,12 +180,27 @@ GRIDS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("grid", GRIDS)
+MIXED = {
+    "bits": 2,
+    "group_size": 64,
+    "grids": {
+        "*.down_proj": {"bits": 4, "group_size": 32, "symmetric": False},
+        "*.v_proj": {"bits": 8, "group_size": 64, "symmetric": True},
+        "*.layers.0.mlp.gate_proj": {"grid": "q3_k"},
+        "*.layers.0.mlp.up_proj": {"grid": "q3_k"},
+        "*.layers.5.*": None,
+    },
+    "allow_split": True,
+    "embedding_bits": 8,
+}
+
+
+@pytest.mark.parametrize("grid", [*GRIDS, "mixed"])
 def test_the_demo_model_on_every_grid(grid: str, wide_demo: Path, llama_cpp: Any, tmp_path: Path) -> None:
     evaluation = ASSETS / "evaluation.txt"
     recipe = Recipe.from_mapping(
         {
-            **GRIDS[grid],
+            **(MIXED if grid == "mixed" else GRIDS[grid]),
             "method": "rtn",
             "format": "gguf",
             "calibration": str(ASSETS / "calibration.txt"),
@@ -194,7 +211,7 @@ def test_the_demo_model_on_every_grid(grid: str, wide_demo: Path, llama_cpp: Any
             "device": "cpu",
         }
     )
-    source = wide_demo if "K" in grid else ASSETS / "model"
+    source = wide_demo if "K" in grid or grid == "mixed" else ASSETS / "model"
     report = quantize(recipe, source, tmp_path / "out")
     assert report.quality is not None
     text = evaluation.read_text(encoding="utf-8")
@@ -204,26 +221,30 @@ def test_the_demo_model_on_every_grid(grid: str, wide_demo: Path, llama_cpp: Any
     assert float(torch.exp(-found.mean())) == pytest.approx(report.quality.perplexity, rel=5e-3)
     expected = tokenizer(text[:20_000], add_special_tokens=False)["input_ids"]
     assert llama_cpp.tokens(tmp_path / "out" / "model.gguf", [text[:20_000]]) == [expected]
-    _compare_blocks(grid.split()[0], tmp_path / "out", llama_cpp)
+    kinds = _compare_blocks(tmp_path / "out", llama_cpp)
+    assert kinds == ({"q2_0", "q3_k", "q4_1", "q8_0"} if grid == "mixed" else {grid.split()[0].lower()})
 
 
-def _compare_blocks(name: str, out: Path, llama_cpp: Any) -> None:
-    """llama.cpp's own dequantization gives our weights, bit by bit or, where ``m`` rounds, nearly."""
+def _compare_blocks(out: Path, llama_cpp: Any) -> set[str]:
+    """llama.cpp's own dequantization gives our weights, bit by bit or, where ``m`` rounds, nearly; the types."""
     model = Gguf().read(out, read_config(out))
     assert model is not None
-    kind = block_type(model.outline.spec)
-    assert kind is not None
-    assert kind.name.lower() == name.lower()
-    checked = 0
+    types = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(out / "model.gguf").tensors}
+    counted = Counter[str](types.values())
+    checked = Counter[str]()
     for part in model.parts():
         for full, weight in part.items():
             if not isinstance(weight, QTensor):
                 continue
+            kind = block_type(weight.spec)
+            assert kind is not None
             blocks = Gguf().encode("proj", weight, torch.bfloat16)["proj.weight"]
-            found, expected = llama_cpp.dequantize(name, blocks, weight.codes.shape[1]), weight.dequantize()
-            if name == "q4_1":
+            found, expected = llama_cpp.dequantize(kind.name, blocks, weight.codes.shape[1]), weight.dequantize()
+            if kind.name.lower() == "q4_1":
                 assert (found - expected).abs().max() <= expected.abs().max() * 2.0**-10, full
             else:
                 assert torch.equal(found, expected), full
-            checked += 1
-    assert checked == len(model.outline.linears)
+            checked[kind.name.upper()] += 1
+    assert sum(checked.values()) >= len(model.outline.linears)
+    assert checked == Counter({name: count for name, count in counted.items() if name.startswith("Q")})
+    return {name.lower() for name in checked}

@@ -30,16 +30,17 @@ ASSETS = Path(str(resources.files("swquant") / "demo_assets"))
 WINDOWS, LENGTH, LEVELS = 16, 256, (0, 4)
 W4 = QuantSpec(4, 64, True)
 SPECS = [QuantSpec(2, 64, True), QuantSpec(2, 64, False), W4, QuantSpec(4, None, False)]
-Run = Callable[[QuantSpec], Path]
+MIXED = {"*.down_proj": QuantSpec(4, 32, False), "*.v_proj": QuantSpec(4, 64, True), "*.layers.5.*": None}
+Run = Callable[..., Path]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A function from a grid to the output of a run on the demo model, one for each."""
-    done: dict[QuantSpec, Path] = {}
+    """From a grid, and whether others are mixed in, to the output of a run on the demo model, one for each."""
+    done: dict[tuple[QuantSpec, bool], Path] = {}
 
-    def once(spec: QuantSpec) -> Path:
-        if spec not in done:
+    def once(spec: QuantSpec, mixed: bool = False) -> Path:
+        if (spec, mixed) not in done:
             recipe = Recipe(
                 bits=spec.bits,
                 group_size=spec.group_size,
@@ -50,10 +51,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
                 evaluation_samples=1,
                 format="onnx",
                 device="cpu",
+                allow_split=mixed,
             )
-            done[spec] = tmp_path_factory.mktemp("run") / "out"
-            quantize(recipe, ASSETS / "model", done[spec])
-        return done[spec]
+            done[spec, mixed] = tmp_path_factory.mktemp("run") / "out"
+            quantize(recipe, ASSETS / "model", done[spec, mixed], grids=MIXED if mixed else None)
+        return done[spec, mixed]
 
     return once
 
@@ -123,11 +125,24 @@ def divergence(expected: torch.Tensor, found: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: f"{spec.label}-{'sym' if spec.symmetric else 'asym'}")
+@pytest.mark.parametrize(
+    ("spec", "mixed"),
+    [*((spec, False) for spec in SPECS), (SPECS[0], True)],
+    ids=lambda value: value if isinstance(value, bool) else f"{value.label}-{'sym' if value.symmetric else 'asym'}",
+)
 def test_probabilities_are_those_of_the_dequantized_model(
-    spec: QuantSpec, level: int, run: Run, tokens: torch.Tensor, tmp_path: Path
+    spec: QuantSpec, mixed: bool, level: int, run: Run, tokens: torch.Tensor, tmp_path: Path
 ) -> None:
-    directory = run(spec)
+    directory = run(spec, mixed)
+    if mixed:
+        model = back(directory)
+        assert {
+            grid
+            for part in model.parts()
+            for value in part.values()
+            if isinstance(value, QTensor)
+            for grid in [value.spec]
+        } == {spec, *(grid for grid in MIXED.values() if grid)}
     with torch.no_grad():
         expected = reference(directory)(tokens).logits
     session = Session(directory if level == 4 else at_level(directory, level, tmp_path / "exact"))

@@ -12,7 +12,28 @@ from torch import Tensor
 from swquant.checkpoint.shards import Stored
 
 
-class Source(Protocol):
+class Tensors(Protocol):
+    """A model's tensors by their names, wherever they are."""
+
+    @property
+    def tensors(self) -> Mapping[str, Stored]:
+        """Its tensors by name; shapes are those that :meth:`read` gives, dtypes those of an output that keeps them."""
+        ...
+
+    def read(self, name: str) -> Tensor:
+        """The tensor ``name`` on the CPU.
+
+        Raises:
+            SwquantError: There is none, its file cannot be read, or a value is NaN or infinite.
+        """
+        ...
+
+    def rows(self, name: str, indices: Tensor) -> Tensor:
+        """``read(name)[indices]`` of a matrix, reading no other rows where the file allows it."""
+        ...
+
+
+class Source(Tensors, Protocol):
     """A checkpoint, or one seen through a view: dequantized, under the names of the model in memory, or rotated."""
 
     @property
@@ -23,11 +44,6 @@ class Source(Protocol):
     @property
     def config(self) -> Mapping[str, Any]:
         """The content of ``config.json``."""
-        ...
-
-    @property
-    def tensors(self) -> Mapping[str, Stored]:
-        """Its tensors by name; shapes are those that :meth:`read` gives, dtypes those of an output that keeps them."""
         ...
 
     @property
@@ -44,20 +60,8 @@ class Source(Protocol):
         """Whether there is a tensor ``name``."""
         ...
 
-    def read(self, name: str) -> Tensor:
-        """The tensor ``name`` on the CPU.
-
-        Raises:
-            SwquantError: There is none, its file cannot be read, or a value is NaN or infinite.
-        """
-        ...
-
     def part(self, name: str, start: int, stop: int) -> Tensor:
         """``read(name)[start:stop]``, reading no more than that where the file allows it."""
-        ...
-
-    def rows(self, name: str, indices: Tensor) -> Tensor:
-        """``read(name)[indices]`` of a matrix, reading no other rows where the file allows it."""
         ...
 
     def require_finite(self, quantized: Iterable[str] = ()) -> None:

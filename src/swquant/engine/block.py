@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from swquant.checkpoint.source import Source
+from swquant.checkpoint.source import Tensors
 from swquant.distributed.ranks import Alone, Ranks, on_any, require_same
 from swquant.engine.activations import Room
 from swquant.engine.bound import BoundBlock, Drift
@@ -44,7 +44,7 @@ class Job:
     """What stays the same from block to block.
 
     Attributes:
-        checkpoint: The model on disk.
+        checkpoint: The model, on disk or in memory.
         skeleton: The model's code.
         layout: What is quantized, and each matrix's grid.
         phases: The method.
@@ -60,7 +60,7 @@ class Job:
         spare: Says how many bytes of the device's memory may be taken now for what only saves time; nothing by default.
     """
 
-    checkpoint: Source
+    checkpoint: Tensors
     skeleton: Skeleton
     layout: Layout
     phases: tuple[Phase, ...]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from swquant.checkpoint.source import Source
+from swquant.checkpoint.source import Tensors
 from swquant.model.calls import Front, Tail
 from swquant.model.ends import as_output
 from swquant.report import Quality
@@ -20,7 +20,7 @@ LOGITS = 1 << 24
 
 
 @torch.no_grad()
-def measure(front: Front, checkpoint: Source, cached: tuple[Tensor, Tensor], tokens: Tensor) -> Quality:
+def measure(front: Front, checkpoint: Tensors, cached: tuple[Tensor, Tensor], tokens: Tensor) -> Quality:
     """Compare the quantized model's predictions with the original's and with the text.
 
     ``KL = sum_v softmax(r)_v (log softmax(r)_v - log softmax(q)_v)`` for logits ``r`` of the original and ``q`` of the
@@ -65,7 +65,7 @@ def measure(front: Front, checkpoint: Source, cached: tuple[Tensor, Tensor], tok
 
 
 @torch.no_grad()
-def predictions(front: Front, checkpoint: Source, hidden: Tensor) -> Tensor:
+def predictions(front: Front, checkpoint: Tensors, hidden: Tensor) -> Tensor:
     """The quantized model's logits ``float32 [samples, tokens, vocabulary]`` on the CPU.
 
     Args:
@@ -95,7 +95,7 @@ class Heads:
     stored: Tail
 
     @staticmethod
-    def load(front: Front, checkpoint: Source) -> Heads:
+    def load(front: Front, checkpoint: Tensors) -> Heads:
         """Read both; where they are equal, there is one in memory."""
         original = Tail.load(front, checkpoint)
         weight, name = next(iter(original.head.values())), front.skeleton.head_weight

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from swquant.checkpoint.source import Source
+from swquant.checkpoint.source import Tensors
 from swquant.errors import SwquantError, reason_of
 from swquant.model.ends import as_output
 from swquant.model.skeleton import Call, Recorder, Skeleton
@@ -95,7 +95,7 @@ class Front:
     device: torch.device
 
     @staticmethod
-    def load(skeleton: Skeleton, checkpoint: Source, device: torch.device) -> Front:
+    def load(skeleton: Skeleton, checkpoint: Tensors, device: torch.device) -> Front:
         """Read what lies outside of the blocks."""
         tables = vocabulary_tables(skeleton)
         looked_up = {f"{name}.weight" for name in tables}
@@ -232,7 +232,7 @@ class Calls:
     _made: dict[tuple[int, int], Call] = field(default_factory=dict[tuple[int, int], Call], repr=False)
 
     @staticmethod
-    def prepare(front: Front, checkpoint: Source, tokens: Tensor) -> Calls:
+    def prepare(front: Front, checkpoint: Tensors, tokens: Tensor) -> Calls:
         """Find out whether arguments depend on the tokens, and read rows of the embedding if they do."""
         used = tokens.unique().to(front.device)
         calls = Calls(front, tokens, used)
@@ -267,7 +267,7 @@ class Calls:
         return [recorder.calls[0] for recorder in front.skeleton.recorders]
 
 
-def _rows_of(front: Front, checkpoint: Source, used: Tensor, tables: Iterable[str]) -> dict[str, Tensor]:
+def _rows_of(front: Front, checkpoint: Tensors, used: Tensor, tables: Iterable[str]) -> dict[str, Tensor]:
     return {name: checkpoint.rows(f"{name}.weight", used.cpu()).float().to(front.device) for name in tables}
 
 
@@ -366,7 +366,7 @@ def _head_input(front: Front, ids: Tensor, out_of: Mapping[int, Tensor], seed: i
     return seen[0].nan_to_num() if seen else torch.zeros(0)
 
 
-def capture(front: Front, checkpoint: Source, tokens: Tensor, *, stored: bool = False) -> Iterator[Tensor]:
+def capture(front: Front, checkpoint: Tensors, tokens: Tensor, *, stored: bool = False) -> Iterator[Tensor]:
     """Hidden states ``[tokens, dim]`` before the first block, sample by sample.
 
     Only those rows of the embedding are read whose tokens occur.
@@ -405,7 +405,7 @@ class Tail:
     head: Mapping[str, Tensor]
 
     @staticmethod
-    def load(front: Front, checkpoint: Source, *, stored: bool = False) -> Tail:
+    def load(front: Front, checkpoint: Tensors, *, stored: bool = False) -> Tail:
         """Read the head; ``stored`` is the one that an output holds.
 
         It differs where a rotation is merged in, or the head is quantized.

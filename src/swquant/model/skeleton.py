@@ -161,6 +161,15 @@ class Skeleton:
         return f"{self.embedding if self.tied else self.head}.weight"
 
     @property
+    def norm_biases(self) -> bool:
+        """Whether the norms before the blocks' linears have biases; blocks' flows are known."""
+        for block, recorder in zip(self.blocks, self.recorders, strict=True):
+            norms = set(recorder.flow.norms.values()) if recorder.flow is not None else ()
+            if any(f"{norm}.bias" in block.names() for norm in norms):
+                return True
+        return False
+
+    @property
     def longest(self) -> int | None:
         """Tokens that the model takes at most; ``None`` where it sets no limit."""
         limit = getattr(self.text_config, "max_position_embeddings", None)

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import swquant
 from swquant import Recipe, quantize
 from swquant.calibration import eval_windows
 from swquant.corpus import read_text, tokenize
@@ -74,6 +75,7 @@ def environment(request: pytest.FixtureRequest) -> Callable[[str, Sequence[str]]
     def make(name: str, requirements: Sequence[str]) -> Path:
         kept = () if any(name.startswith("torch>") for name in requirements) else (f"torch=={torch.__version__}",)
         shared = [place for place in sys.path if place.endswith(("site-packages", "dist-packages"))]
+        shared.append(str(Path(swquant.__file__).parents[1]))  # its own .pth is not followed there
         key = hashlib.sha256(repr((requirements, shared, sys.version)).encode()).hexdigest()[:12]
         home = Path(request.config.cache.mkdir(f"{name}-{key}"))
         python = home / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
