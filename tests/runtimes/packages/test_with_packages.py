@@ -18,6 +18,7 @@ TESTS = Path(__file__).parents[2]
     [
         ("peft==0.21.2", "integrations/test_peft.py", 7),
         ("torchao==0.18.0", "examples/test_examples.py", 4),
+        ("torchao==0.18.0", "integrations/test_torchao.py", 19),
         ("auto-round==0.16.1", "integrations/test_auto_round.py", 8),
     ],
 )
