@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -88,24 +89,36 @@ class Gptq:
                 moments = found.pop(0)
                 second = _usable(moments, linears[0], events)
                 inputs = _factored(second, self.damping, self.act_order, linears[0], events)
-                pull = self._pull(moments, inputs, linears[0], events) if aimed else None
+                names = [f"{linear}.weight" for linear in linears]
+                rows = sum(len(draft.params[name]) for name in names)
+                aim = self._aim(moments, inputs, rows, linears[0], events) if aimed else None
                 del moments
-                for name in (f"{linear}.weight" for linear in linears):
+                for name in names:
                     weight, slot = draft.params[name], draft.slots[name]
-                    aim = weight if pull is None else widened(weight).addmm(widened(weight), pull)
-                    params[name], grid = _by_rows(aim, slot, inputs, self.search, problem.ranks)
+                    aimed_at = weight if aim is None else aim(widened(weight))
+                    params[name], grid = _by_rows(aimed_at, slot, inputs, self.search, problem.ranks)
                     slots[name] = Slot(slot.spec, grid=grid)
                     tally.add(weight, snap(weight, slot), snap(params[name], slots[name]), second)
-                del second, inputs, pull  # so that the next set's are not made while these are held
+                del second, inputs, aim  # so that the next set's are not made while these are held
         problem.step(total, total)
         return replace(draft, params=params, slots=slots), tally.report("Gptq", events)
 
-    def _pull(self, moments: Moments, inputs: _Inputs, name: str, events: list[str]) -> Tensor | None:
-        """``a D H^-1 [in, in]``; ``None`` where ``D`` is not known, which is noted."""
-        if moments.deviation is None or not is_finite(moments.deviation):
+    def _aim(
+        self, moments: Moments, inputs: _Inputs, rows: int, name: str, events: list[str]
+    ) -> Callable[[Tensor], Tensor] | None:
+        """From a weight to ``W + a W D H^-1``; ``None`` where ``D`` is not known, which is noted.
+
+        Where the linears of a set have fewer ``rows`` than inputs, as down projections have, three products with the
+        weight take less than ``D H^-1`` and one.
+        """
+        deviation = moments.deviation
+        if deviation is None or not is_finite(deviation):
             events.append(f"{name}: its inputs in the original model are not known token by token; no target")
             return None
-        return inputs.solved(moments.deviation).mul_(self.target)
+        if rows < len(deviation):
+            return lambda weight: inputs.solved(weight @ deviation).mul_(self.target).add_(weight)
+        pull = inputs.solved(deviation).mul_(self.target)
+        return lambda weight: weight.addmm(weight, pull)
 
 
 @dataclass(frozen=True)
@@ -125,7 +138,7 @@ class _Inputs:
     order: Tensor | None
 
     def solved(self, matrix: Tensor) -> Tensor:
-        """``matrix H^-1``, with the columns of both ``[in, in]`` in their own order."""
+        """``matrix H^-1`` of any ``[rows, in]``, with the columns of both in their own order."""
         order = slice(None) if self.order is None else self.order
         return (matrix[:, order] @ self.upper.T @ self.upper)[:, self.back]
 
