@@ -355,10 +355,11 @@ def quantization_of(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]] 
     """The method that a ``config.json`` names, and its settings; ``None`` if the model is not quantized."""
     for part in (config, config.get("text_config")):
         found: Mapping[str, Any] = part if isinstance(part, dict) else {}
-        settings = found.get("quantization_config", found.get("quantization"))
-        if settings is not None:
+        settings, of_mlx = found.get("quantization_config"), found.get("quantization")
+        if settings is not None or of_mlx is not None:
             values: Mapping[str, Any] = settings if isinstance(settings, dict) else {}
-            return str(values.get("quant_method") or "an unnamed method"), values
+            unnamed = "an unnamed method" if of_mlx is None else "mlx"  # which repeats its settings under both keys
+            return str(values.get("quant_method") or unnamed), values
     return None
 
 
