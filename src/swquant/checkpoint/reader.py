@@ -159,6 +159,11 @@ class Checkpoint:
         full = {name if name.startswith(kept) else prefix + name: stored for name, stored in self.tensors.items()}
         return replace(self, tensors=dict(sorted(full.items())))
 
+    def renamed(self, old: str, new: str) -> Checkpoint:
+        """This checkpoint with the tensor ``old`` under the name ``new``."""
+        named = {new if name == old else name: stored for name, stored in self.tensors.items()}
+        return replace(self, tensors=dict(sorted(named.items())))
+
     @property
     def tensor_bytes(self) -> int:
         """Size of all tensors."""
