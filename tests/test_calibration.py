@@ -131,16 +131,15 @@ def test_a_line_of_bytes_that_are_no_text_is_named(tmp_path: Path, suffix: str) 
         read_text(str(path))
 
 
-@pytest.mark.parametrize(
-    ("damage", "reason"),
-    [
-        (lambda data: data[:-12], "ended before the end-of-stream marker"),
-        (lambda data: b"text" + data, "Not a gzipped file"),
-        (lambda data: data[:30] + bytes([255]) * 30 + data[60:], "while decompressing data"),
-        (lambda data: data[:-8] + bytes(8), "CRC check failed"),
-    ],
-    ids=["cut", "plain", "changed", "sum"],
-)
+DAMAGES: list[tuple[Callable[[bytes], bytes], str]] = [
+    (lambda data: data[:-12], "ended before the end-of-stream marker"),
+    (lambda data: b"text" + data, "Not a gzipped file"),
+    (lambda data: data[:30] + bytes([255]) * 30 + data[60:], "while decompressing data"),
+    (lambda data: data[:-8] + bytes(8), "CRC check failed"),
+]
+
+
+@pytest.mark.parametrize(("damage", "reason"), DAMAGES, ids=["cut", "plain", "changed", "sum"])
 def test_a_damaged_archive_is_refused(tmp_path: Path, damage: Callable[[bytes], bytes], reason: str) -> None:
     rows = "\n".join(json.dumps({"text": f"{index * 7919 % 1009} words"}) for index in range(100))
     path = tmp_path / "data.jsonl.gz"
