@@ -26,7 +26,9 @@ class Rounded(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """The dequantized weight."""
-        codes = ((weight.view(-1, self.group) - self.low) / self.scale).clamp(0, self.top)
+        codes = (weight.view(-1, self.group) - self.low) / self.scale
+        # Not clamp, which from torch 2.14 on has no gradient at its ends, where each group's extremes stand.
+        codes = torch.where(codes < 0, 0, torch.where(codes > self.top, self.top, codes))
         codes = codes + (codes.round() - codes).detach()
         return (codes * self.scale + self.low).view_as(weight)
 

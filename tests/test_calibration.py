@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -118,6 +119,33 @@ def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
     (tmp_path / "data.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(SwquantError, match="UTF-8"):
         read_text(str(tmp_path / "data.txt"))
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".json"])
+def test_a_line_of_bytes_that_are_no_text_is_named(tmp_path: Path, suffix: str) -> None:
+    """By its own number: a byte's place in a piece of the file that was read ahead would be a wrong one."""
+    content = b'{"text": "fine"}\n' * 2000 + b'{"text": "caf\xe9"}\n'
+    path = tmp_path / f"data{suffix}"
+    path.write_bytes(gzip.compress(content) if suffix.endswith("gz") else content)
+    with pytest.raises(SwquantError, match="line 2001, cannot be read as UTF-8: invalid continuation byte at byte 13"):
+        read_text(str(path))
+
+
+DAMAGES: list[tuple[Callable[[bytes], bytes], str]] = [
+    (lambda data: data[:-12], "ended before the end-of-stream marker"),
+    (lambda data: b"text" + data, "Not a gzipped file"),
+    (lambda data: data[:30] + bytes([255]) * 30 + data[60:], "while decompressing data"),
+    (lambda data: data[:-8] + bytes(8), "CRC check failed"),
+]
+
+
+@pytest.mark.parametrize(("damage", "reason"), DAMAGES, ids=["cut", "plain", "changed", "sum"])
+def test_a_damaged_archive_is_refused(tmp_path: Path, damage: Callable[[bytes], bytes], reason: str) -> None:
+    rows = "\n".join(json.dumps({"text": f"{index * 7919 % 1009} words"}) for index in range(100))
+    path = tmp_path / "data.jsonl.gz"
+    path.write_bytes(damage(gzip.compress(rows.encode())))
+    with pytest.raises(SwquantError, match=reason):
+        read_text(str(path))
 
 
 def test_a_dataset_without_its_library_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,3 +122,27 @@ def test_a_quantized_model_of_another_tool_has_the_head_that_transformers_gives_
         for place in (tmp_path / "other", *sorted((tmp_path / "out").glob("*/"))):
             found = load_model(place, torch.device("cpu"))(tokens).logits
             assert torch.allclose(found, expected, atol=1e-4), place
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_an_embedding_that_is_stored_as_the_head_alone_gets_its_own_name(
+    make_model: MakeModel, recipe: Recipe, scaled: bool, tmp_path: Path
+) -> None:
+    """Savers that write one of the names of a shared tensor take the first, and transformers reads either."""
+    source = make_model("llama", 2, fresh=True, tie_word_embeddings=True)
+    if scaled:  # fp8: the names of what is widened follow
+        stored = load_file(source / "model.safetensors")
+        for name in [name for name in stored if name.endswith("up_proj.weight")]:
+            stored[f"{name}_scale_inv"] = torch.tensor(0.25)
+            stored[name] = (stored[name].float() * 4).to(torch.float8_e4m3fn)
+        save_file(stored, source / "model.safetensors", metadata={"format": "pt"})
+        config = json.loads((source / "config.json").read_text())
+        (source / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
+    recipe = replace(recipe, format="compressed_tensors,gguf")
+    expected = quantize(recipe, source, tmp_path / "usual")
+    weights = load_file(source / "model.safetensors")
+    weights["lm_head.weight"] = weights.pop("model.embed_tokens.weight")
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    assert quantize(recipe, source, tmp_path / "out").quality == expected.quality
+    for name in ("compressed_tensors/model.safetensors", "gguf/model.gguf"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "usual" / name).read_bytes()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import chain
@@ -57,7 +59,7 @@ def read_values(path: Path, take: Callable[[Any, str], Value]) -> list[Value]:
     """
     try:
         values = list(_values(path, take))
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise _unreadable(path, error) from error
     if not values:
         raise SwquantError(f"{path} holds no document; expected a JSON object on each line")
@@ -94,12 +96,13 @@ def _message(value: Any, where: str) -> dict[str, Any]:
 
 def _values(path: Path, take: Callable[[Any, str], Value]) -> Iterator[Value]:
     with _opened(path) as file:
-        lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
+        numbered = ((number, _decoded(line, path, number)) for number, line in enumerate(file, 1))
+        lines = ((number, line) for number, line in numbered if line.strip())
         first = next(lines, None)
         if first is None:
             return
         if path.name.lower().endswith((".json", ".json.gz")) and not _is_object(first[1]):
-            value = _parsed("\n" * (first[0] - 1) + first[1] + file.read(), str(path))
+            value = _parsed("\n" * (first[0] - 1) + "".join([first[1], *(line for _, line in numbered)]), str(path))
             for number, one in enumerate(value if isinstance(value, list) else [value], 1):
                 yield take(one, f"{path}, entry {number}" if isinstance(value, list) else str(path))
             return
@@ -108,11 +111,17 @@ def _values(path: Path, take: Callable[[Any, str], Value]) -> Iterator[Value]:
             yield take(_parsed(line.rstrip(), where), where)
 
 
-def _opened(path: Path) -> IO[str]:
-    """The file's text, cut at line feeds, without a byte order mark."""
-    if path.suffix.lower() == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8-sig", newline="\n")
-    return path.open(encoding="utf-8-sig", newline="\n")
+def _opened(path: Path) -> IO[bytes]:
+    """The file's bytes, whose lines end at line feeds alone."""
+    return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")
+
+
+def _decoded(line: bytes, path: Path, number: int) -> str:
+    """A line's text, without a byte order mark at the beginning of the file."""
+    try:
+        return (line.removeprefix(BOM_UTF8) if number == 1 else line).decode()
+    except UnicodeDecodeError as error:
+        raise _unreadable(f"{path}, line {number},", error) from error
 
 
 def _is_object(line: str) -> bool:
@@ -152,7 +161,7 @@ def _field(value: Any, where: str, field: str = "text") -> str:
     return text
 
 
-def _unreadable(path: Path, error: Exception) -> SwquantError:
+def _unreadable(path: Path | str, error: Exception) -> SwquantError:
     if isinstance(error, UnicodeDecodeError):
         return SwquantError(f"{path} cannot be read as UTF-8: {error.reason} at byte {error.start}")
     reason = getattr(error, "strerror", None) or reason_of(error)

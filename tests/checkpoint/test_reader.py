@@ -530,9 +530,15 @@ class TestRefusals:
         directory = lay_out(weights, config={"text_config": config} if nested else config)
         refused(directory, f"{directory} is already quantized, by {said}")
 
-    def test_already_quantized_by_mlx(self, lay_out: Make, weights: dict[str, Tensor]) -> None:
-        directory = lay_out(weights, config={"quantization": {"group_size": 64, "bits": 4}})
-        refused(directory, f"{directory} is already quantized, by 'an unnamed method'")
+    @pytest.mark.parametrize("again", [False, None, True])
+    def test_already_quantized_by_mlx(self, lay_out: Make, weights: dict[str, Tensor], again: bool | None) -> None:
+        """Which names its settings and not itself; newer files repeat them where transformers looks."""
+        settings: dict[str, object] = {"group_size": 64, "bits": 4}
+        config: dict[str, object] = {"quantization": settings}
+        if again is not False:
+            config["quantization_config"] = settings if again else None
+        directory = lay_out(weights, config=config)
+        refused(directory, f"{directory} is already quantized, by 'mlx'")
 
     def test_a_null_quantization_config_is_none(self, lay_out: Make, weights: dict[str, Tensor]) -> None:
         config = {"quantization_config": None, "text_config": None}

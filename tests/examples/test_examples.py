@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import re
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 import swquant
 
@@ -77,3 +79,13 @@ def test_a_missing_package_is_one_sentence(script: str, options: tuple[str, ...]
     assert finished.returncode == 1
     assert f"pip install {chr(34) if package == 'torchao' else chr(39)}swquant[{package}]" in finished.stderr
     assert "Traceback" not in finished.stderr
+
+
+def test_block_reconstruction_learns_from_a_groups_extremes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They stand on the ends of the grid, where torch 2.14's clamp has no gradient; moving the offset moves them."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    rounded = importlib.import_module("block_reconstruction").Rounded
+    weight = torch.tensor([[0.0, 1.0, 2.0, 3.0]])
+    layer = rounded(weight, bits=2, group=4)
+    layer(weight).sum().backward()
+    assert layer.low.grad.tolist() == [[0.0]]  # of each weight: 1 by the offset that is added, -1 by its code

@@ -173,6 +173,8 @@ def test_plots_have_a_dot_for_each_seed_and_need_no_network() -> None:
     rows.append(made_row(0, "mse", 0.1, bits=3))
     rows.append({**made_row(9, "mse", 0.1), "status": "failed"})
     text = page(rows, "a & b")
+    assert "<th>ΔNLL</th>" in text
+    assert "ΔNLL, nats per token" in text
     tags = Tags()
     tags.feed(text)
     names = [name for name, _ in tags.found]

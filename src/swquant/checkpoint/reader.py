@@ -159,6 +159,11 @@ class Checkpoint:
         full = {name if name.startswith(kept) else prefix + name: stored for name, stored in self.tensors.items()}
         return replace(self, tensors=dict(sorted(full.items())))
 
+    def renamed(self, old: str, new: str) -> Checkpoint:
+        """This checkpoint with the tensor ``old`` under the name ``new``."""
+        named = {new if name == old else name: stored for name, stored in self.tensors.items()}
+        return replace(self, tensors=dict(sorted(named.items())))
+
     @property
     def tensor_bytes(self) -> int:
         """Size of all tensors."""
@@ -355,10 +360,11 @@ def quantization_of(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]] 
     """The method that a ``config.json`` names, and its settings; ``None`` if the model is not quantized."""
     for part in (config, config.get("text_config")):
         found: Mapping[str, Any] = part if isinstance(part, dict) else {}
-        settings = found.get("quantization_config", found.get("quantization"))
-        if settings is not None:
+        settings, of_mlx = found.get("quantization_config"), found.get("quantization")
+        if settings is not None or of_mlx is not None:
             values: Mapping[str, Any] = settings if isinstance(settings, dict) else {}
-            return str(values.get("quant_method") or "an unnamed method"), values
+            unnamed = "an unnamed method" if of_mlx is None else "mlx"  # which repeats its settings under both keys
+            return str(values.get("quant_method") or unnamed), values
     return None
 
 

@@ -125,7 +125,14 @@ class Widened:
 
     def prefixed(self, prefix: str, expected: str, kept: str) -> Widened:
         """As :meth:`Checkpoint.prefixed`."""
-        named = replace(self.inner, tensors=self.tensors).prefixed(prefix, expected, kept).tensors
+        return self._named(replace(self.inner, tensors=self.tensors).prefixed(prefix, expected, kept).tensors)
+
+    def renamed(self, old: str, new: str) -> Widened:
+        """As :meth:`Checkpoint.renamed`."""
+        return self._named(replace(self.inner, tensors=self.tensors).renamed(old, new).tensors)
+
+    def _named(self, named: Mapping[str, Stored]) -> Widened:
+        """This source with its tensors under other names."""
         if named.keys() == self.tensors.keys():
             return self
         old = {(stored.file, stored.key): name for name, stored in self.tensors.items()}

@@ -50,7 +50,7 @@ def open_model(source: Checkpoint | Widened) -> Model:
     config: Mapping[str, Any] = source.config
     _require_promised(source)
     missing = tuple(source.missing)
-    source, skeleton = _under_full_names(source)
+    source, skeleton = _with_embedding(*_under_full_names(source))
     shapes = {name: stored.shape for name, stored in source.tensors.items()}
     keys = two_heads(skeleton)
     if keys is not None:
@@ -148,6 +148,19 @@ def _under_full_names(source: Checkpoint | Widened) -> tuple[Checkpoint | Widene
         return source, skeleton
     full = source.prefixed(prefix, embedding, f"{skeleton.head}.")
     return full, _skeleton(full)
+
+
+def _with_embedding(source: Checkpoint | Widened, skeleton: Skeleton) -> tuple[Checkpoint | Widened, Skeleton]:
+    """The source with the embedding under its own name, where it has it as the head that is tied to it alone.
+
+    Of names that share a tensor some savers keep the first in the alphabet, ``lm_head.weight``. transformers ties
+    either to the other; other readers look for the embedding.
+    """
+    embedding, head = f"{skeleton.embedding}.weight", f"{skeleton.head}.weight"
+    if not skeleton.tied or skeleton.names.pieces[embedding].key != head:
+        return source, skeleton
+    named = source.renamed(head, embedding)
+    return named, _skeleton(named)
 
 
 def _skeleton(source: Source) -> Skeleton:

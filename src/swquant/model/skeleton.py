@@ -308,11 +308,12 @@ def _is_tower(module: nn.Module) -> bool:
 
 
 def _with_ties(model: Any, names: Names) -> Names:
-    """A tensor that is missing on disk and tied to one that is there lies where that one does."""
+    """A tensor that is missing on disk and tied to one that is there lies where that one does, whichever it is."""
     pieces = dict(names.pieces)
     for name, source in model.all_tied_weights_keys.items():
-        if name not in pieces and source in pieces:
-            pieces[name] = pieces[source]
+        for missing, there in ((name, source), (source, name)):
+            if missing not in pieces and there in pieces:
+                pieces[missing] = pieces[there]
     return replace(names, pieces=pieces)
 
 

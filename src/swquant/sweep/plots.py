@@ -14,7 +14,7 @@ from swquant.sweep.trial import DONE
 LEFT, WIDTH, LINE, TOP, NAME = 14, 340, 36, 26, 54
 """Of a panel, as wide as a phone: its margin, the dots' room, a setting's height, the title's; letters of a name."""
 
-MEASURES = {"nats_lost": "nats lost per token", "kl": "KL to the original, nats per token"}
+MEASURES = {"nats_lost": "ΔNLL, nats per token", "kl": "KL to the original, nats per token"}
 _PANEL = ("model", "bits", "group_size", "symmetric", "grid")
 _SEED = "seed"
 
@@ -123,7 +123,7 @@ def _line(name: str, values: Sequence[float], axis: Axis, index: int) -> str:
 
 
 def _table(settings: Sequence[tuple[str, Sequence[Row]]]) -> str:
-    head = "".join(f"<th>{name}</th>" for name in ("setting", "perplexity", "nats lost", "KL", "seeds", "seconds"))
+    head = "".join(f"<th>{name}</th>" for name in ("setting", "perplexity", "ΔNLL", "KL", "seeds", "seconds"))
     lines = "".join(
         f"<tr><td>{escape(name)}</td>" + "".join(f"<td>{value}</td>" for value in _cells(rows)) + "</tr>"
         for name, rows in settings
