@@ -28,6 +28,7 @@ from torch.nn import functional as F
 import swquant.run as run
 from memory import make
 from step_cost import Clock, first_block
+from swquant.quant.through import clamped
 from swquant.recipe import Recipe
 
 GROUP, LEVELS, SLICES, SHARE = 64, 3, 128, 0.2
@@ -45,9 +46,9 @@ def faked(weight: Tensor, low: Tensor, high: Tensor) -> Tensor:
     groups = weight.reshape(-1, GROUP)
     least = groups.amin(1, keepdim=True) * torch.sigmoid(low)
     most = groups.amax(1, keepdim=True) * torch.sigmoid(high)
-    scale = (most - least).clamp(min=1e-5) / LEVELS
-    zero = (-rounded(least / scale)).clamp(0, LEVELS)
-    codes = (rounded(groups / scale) + zero).clamp(0, LEVELS)
+    scale = clamped(most - least, 1e-5) / LEVELS
+    zero = clamped(-rounded(least / scale), 0, LEVELS)
+    codes = clamped(rounded(groups / scale) + zero, 0, LEVELS)
     return ((codes - zero) * scale).reshape(weight.shape)
 
 

@@ -33,6 +33,7 @@ from swquant.quant.draft import Slot, snap
 from swquant.quant.grid import Extent, extent_of, group
 from swquant.quant.rounding import Rounding
 from swquant.quant.spec import QuantSpec
+from swquant.quant.through import clamped
 
 RESULTS = Path(__file__).parent / "results" / "tried.json"
 SPEC = QuantSpec(2, 64, symmetric=False)
@@ -122,12 +123,12 @@ def _ours(weight: Tensor, extent: Extent, factors: list[Tensor], offsets: Tensor
 def plain(weight: Tensor, extent: Extent, factors: list[Tensor], offsets: Tensor) -> Tensor:
     """The formula of :func:`swquant.quant.rounding.fake_quantize` in operations that torch differentiates."""
     low, high = extent.low * factors[0], extent.high * factors[1]
-    scale = ((high - low) / SPEC.max_code).clamp(MIN_SCALE, MAX_SCALE)
+    scale = clamped((high - low) / SPEC.max_code, MIN_SCALE, MAX_SCALE)
     scale = scale + (scale.bfloat16().float() - scale).detach()
     zero = (-low / scale).detach().round().clamp(0, SPEC.max_code)
     ratios = group(weight.float(), SPEC) / scale + group(offsets, SPEC)
     level = ratios + (ratios.round() - ratios).detach() + zero
-    return ((level.clamp(0, SPEC.max_code) - zero) * scale).view(weight.shape)
+    return ((clamped(level, 0, SPEC.max_code) - zero) * scale).view(weight.shape)
 
 
 def kept() -> dict[str, object]:
