@@ -11,7 +11,8 @@ llama.cpp (``node_llama_cpp.py``) with the GGUF file. A difference above 0.5 % i
 left out and its sentence kept; so is a model that is refused.
 
 Every run and every measurement is a process of its own, on one thread. Finished cases stay in the results' file and are
-not repeated; those that were refused or failed are.
+not repeated; those that were refused or failed are. A run that was stopped goes on from its last block: its folder in
+``--work`` stays until its case is finished.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -73,6 +75,7 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", choices=("gptq", "fast"), default=("gptq", "fast"))
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--runtime", type=Path, default=Path(tempfile.gettempdir()) / "swquant-node-llama-cpp")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "swquant-real-models")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     results: dict[str, Any] = json.loads(args.out.read_text(encoding="utf-8")) if args.out.is_file() else {}
@@ -81,34 +84,36 @@ def main() -> None:
         # entries of before the tokens were those of tokenizer.json tell nothing of how text was read
         done = known.get("windows") == args.windows and "reading" in known and not known["problems"]
         if case.recipe in args.recipes and not done:
-            results[case.name] = run(case, args.folder.resolve() / case.model, args.windows, args.runtime.resolve())
+            scratch = args.work.resolve() / case.name.replace(" ", "-")
+            scratch.mkdir(parents=True, exist_ok=True)
+            folder = args.folder.resolve() / case.model
+            results[case.name] = run(case, folder, args.windows, args.runtime.resolve(), scratch)
             args.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            shutil.rmtree(scratch)
     show(results)
 
 
-def run(case: Case, folder: Path, windows: int, runtime: Path) -> dict[str, Any]:
+def run(case: Case, folder: Path, windows: int, runtime: Path, scratch: Path) -> dict[str, Any]:
     """Quantize, leaving out the formats that are refused, and measure what was written in each runtime."""
-    with tempfile.TemporaryDirectory() as scratch:
-        started, out, problems = time.monotonic(), Path(scratch) / "out", {}
-        formats = list(RUNTIMES)
+    started, out, problems = time.monotonic(), scratch / "out", {}
+    formats = list(RUNTIMES)
+    refusal = quantize(case, folder, out, formats, windows)
+    while refusal is not None and len(formats) > 1:  # before any work; perhaps of the last format only
+        problems[formats.pop(-1 if len(formats) == len(RUNTIMES) else 0)] = refusal
         refusal = quantize(case, folder, out, formats, windows)
-        while refusal is not None and len(formats) > 1:  # before any work; perhaps of the last format only
-            problems[formats.pop(-1 if len(formats) == len(RUNTIMES) else 0)] = refusal
-            refusal = quantize(case, folder, out, formats, windows)
-        seconds = time.monotonic() - started
-        if refusal is not None:
-            return {"windows": windows, "seconds": seconds, "problems": {"swquant": refusal}}
-        report = json.loads((out / "report.json").read_text(encoding="utf-8"))
-        found: dict[str, float] = {}
-        for written in report["outputs"]:
-            answer = measured(written["format"], out / written["directory"], folder, runtime, windows)
-            if isinstance(answer, str):
-                problems[written["format"]] = answer
-            else:
-                found[written["format"]] = answer
+    if refusal is not None:
+        return {"windows": windows, "seconds": time.monotonic() - started, "problems": {"swquant": refusal}}
+    report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    found: dict[str, float] = {}
+    for written in report["outputs"]:
+        answer = measured(written["format"], out / written["directory"], folder, runtime, windows)
+        if isinstance(answer, str):
+            problems[written["format"]] = answer
+        else:
+            found[written["format"]] = answer
     quality = {name: report["quality"][name] for name in ("perplexity_reference", "perplexity", "kl")}
     told = {"reading": report["reading"], "runtimes": found, "problems": problems}
-    return {"windows": windows, "seconds": seconds, **quality, **told}
+    return {"windows": windows, "seconds": report["seconds"], **quality, **told}
 
 
 def quantize(case: Case, folder: Path, out: Path, formats: Sequence[str], windows: int) -> str | None:
