@@ -90,16 +90,16 @@ class TinyBlock:
 
 
 @pytest.fixture
-def tiny_block() -> Callable[[int], TinyBlock]:
-    """A function from a seed to a block."""
+def tiny_block() -> Callable[..., TinyBlock]:
+    """A function from a seed, and the width of the MLP, to a block."""
 
-    def make(seed: int) -> TinyBlock:
+    def make(seed: int, inner: int = INNER) -> TinyBlock:
         rng = torch.Generator().manual_seed(seed)
         draw = lambda *shape: torch.randn(*shape, generator=rng, dtype=torch.double)  # noqa: E731
         narrow = WIDTH // HEADS * KEY_HEADS
         rows = {"q": WIDTH, "k": narrow, "v": narrow, "o": WIDTH}
         shapes = {f"self_attn.{name}_proj": (count, WIDTH) for name, count in rows.items()}
-        shapes |= {"mlp.gate_proj": (INNER, WIDTH), "mlp.up_proj": (INNER, WIDTH), "mlp.down_proj": (WIDTH, INNER)}
+        shapes |= {"mlp.gate_proj": (inner, WIDTH), "mlp.up_proj": (inner, WIDTH), "mlp.down_proj": (WIDTH, inner)}
         params = {f"{name}.weight": draw(*shape) / math.sqrt(shape[1]) for name, shape in shapes.items()}
         params["input_layernorm.weight"] = draw(WIDTH).exp()
         params["post_attention_layernorm.weight"] = draw(WIDTH).exp()

@@ -183,8 +183,12 @@ def test_searched_grids_are_those_of_brute_force_and_least_squares(
 
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("target", [0.25, 1.0])
-def test_a_target_aims_at_the_originals_outputs(tiny_block: Callable, target: float, act_order: bool) -> None:
-    block, spec = tiny_block(9), QuantSpec(3, 32, False)
+@pytest.mark.parametrize("inner", [64, 96, 160])
+def test_a_target_aims_at_the_originals_outputs(
+    tiny_block: Callable, inner: int, target: float, act_order: bool
+) -> None:
+    """Down projections of 64 rows: as many as inputs, fewer, and less than half."""
+    block, spec = tiny_block(9, inner), QuantSpec(3, 32, False)
     check_against_the_oracle(block, opened(block.params, spec), spec, act_order, False, target)
     wanted, left = block.run(block.params, block.reference)[0], list[float]()
     for own in (0.0, target):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -83,42 +83,61 @@ class Gptq:
             aimed = bool(self.target) and not EXPERT.search(sets[0][0])
             originals = draft.params if aimed else None
             settled = [name.removesuffix(".weight") for name in slots]
-            found = input_moments(problem, {**params, **so_far}, [linears[0] for linears in sets], originals, settled)
+            thin = {linears[0]: _stacked(draft, linears) for linears in sets if aimed and _is_thin(draft, linears)}
+            fed = [linears[0] for linears in sets]
+            found = input_moments(problem, {**params, **so_far}, fed, originals, settled, thin)
             for linears in sets:
                 problem.step(len(slots), total)
                 moments = found.pop(0)
                 second = _usable(moments, linears[0], events)
                 inputs = _factored(second, self.damping, self.act_order, linears[0], events)
-                names = [f"{linear}.weight" for linear in linears]
-                rows = sum(len(draft.params[name]) for name in names)
-                aim = self._aim(moments, inputs, rows, linears[0], events) if aimed else None
+                moved = self._moved(moments, inputs, draft, linears, events) if aimed else None
                 del moments
-                for name in names:
+                for linear in linears:
+                    name = f"{linear}.weight"
                     weight, slot = draft.params[name], draft.slots[name]
-                    aimed_at = weight if aim is None else aim(widened(weight))
-                    params[name], grid = _by_rows(aimed_at, slot, inputs, self.search, problem.ranks)
+                    aim = weight if moved is None else moved(widened(weight))
+                    params[name], grid = _by_rows(aim, slot, inputs, self.search, problem.ranks)
                     slots[name] = Slot(slot.spec, grid=grid)
                     tally.add(weight, snap(weight, slot), snap(params[name], slots[name]), second)
-                del second, inputs, aim  # so that the next set's are not made while these are held
+                del second, inputs, moved  # so that the next set's are not made while these are held
         problem.step(total, total)
         return replace(draft, params=params, slots=slots), tally.report("Gptq", events)
 
-    def _aim(
-        self, moments: Moments, inputs: _Inputs, rows: int, name: str, events: list[str]
+    def _moved(
+        self, moments: Moments, inputs: _Inputs, draft: Draft, linears: Sequence[str], events: list[str]
     ) -> Callable[[Tensor], Tensor] | None:
-        """From a weight to ``W + a W D H^-1``; ``None`` where ``D`` is not known, which is noted.
+        """From each of the linears' weights in turn to ``W + a W D H^-1``; ``None`` without ``D``, which is noted.
 
-        Where the linears of a set have fewer ``rows`` than inputs, as down projections have, three products with the
-        weight take less than ``D H^-1`` and one.
+        Where the linears have fewer rows than inputs, as down projections have, three products with their rows take
+        less than ``D H^-1`` and one.
         """
         deviation = moments.deviation
         if deviation is None or not is_finite(deviation):
-            events.append(f"{name}: its inputs in the original model are not known token by token; no target")
+            events.append(f"{linears[0]}: its inputs in the original model are not known token by token; no target")
             return None
-        if rows < len(deviation):
-            return lambda weight: inputs.solved(weight @ deviation).mul_(self.target).add_(weight)
-        pull = inputs.solved(deviation).mul_(self.target)
-        return lambda weight: weight.addmm(weight, pull)
+        if _rows(draft, linears) >= len(moments.second):
+            pull = inputs.solved(deviation).mul_(self.target)
+            return lambda weight: weight.addmm(weight, pull)
+        if not _is_thin(draft, linears):
+            deviation = _stacked(draft, linears) @ deviation
+        parts = iter(inputs.solved(deviation).mul_(self.target).split([_rows(draft, [one]) for one in linears]))
+        return lambda weight: weight + next(parts)
+
+
+def _rows(draft: Draft, linears: Sequence[str]) -> int:
+    """Of the linears' weights together."""
+    return sum(len(draft.params[f"{linear}.weight"]) for linear in linears)
+
+
+def _is_thin(draft: Draft, linears: Sequence[str]) -> bool:
+    """Whether ``W D`` of the linears is summed up in less time than ``D``: by two products instead of a square one."""
+    return 2 * _rows(draft, linears) < draft.params[f"{linears[0]}.weight"].shape[1]
+
+
+def _stacked(draft: Draft, linears: Sequence[str]) -> Tensor:
+    """The linears' weights below each other, ``[rows, in]``."""
+    return torch.cat([widened(draft.params[f"{linear}.weight"]) for linear in linears])
 
 
 @dataclass(frozen=True)

@@ -45,8 +45,8 @@ class Moments:
         second: Mean of ``x x^T``, ``[in, in]``.
         magnitude: Mean of ``|x|``, ``[in]``.
         tokens: How many there were.
-        deviation: Mean of ``(y - x) x^T``, ``[in, in]``, with ``y`` the same token's input in the original model;
-            ``None`` where that was not asked for or is not known.
+        deviation: Mean of ``(y - x) x^T``, ``[in, in]``, with ``y`` the same token's input in the original model, or of
+            ``W (y - x) x^T``, ``[rows, in]``; ``None`` where neither was asked for or it is not known.
     """
 
     second: Tensor
@@ -121,22 +121,26 @@ def input_moments(
     linears: Sequence[str],
     originals: Mapping[str, Tensor] | None = None,
     settled: Sequence[str] = (),
+    thin: Mapping[str, Tensor] | None = None,
 ) -> list[Moments]:
     """Moments of the inputs that ``linears`` have in the block with ``params``, over all calibration samples.
 
     Sums are kept in float32 (float64 for float64 inputs), on each rank those over its own samples. Of second moments,
     which are symmetric, the upper half is summed up and mirrored. An expert has those of the tokens that are sent to
     it; where there are none, all moments are zero. With ``originals``, the block's parameters in the original model,
-    deviations from that are summed up too; ``settled`` are then as in :attr:`Problem.watch_both`.
+    deviations from that are summed up too; ``settled`` are then as in :attr:`Problem.watch_both`. ``thin`` are matrices
+    ``W [rows, in]`` by linear, through which its deviations are wanted.
     """
     sums: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
     deviations: dict[str, tuple[Tensor, Tensor]] = {}
+    through = thin or {}
     for linear in linears:
         weight = params[f"{linear}.weight"]
         like, width = widened(weight[:0]), weight.shape[1]
         sums[linear] = like.new_zeros(width, width), like.new_zeros(width), torch.zeros((), dtype=torch.int64)
         if originals is not None:
-            deviations[linear] = like.new_zeros(width, width), torch.zeros((), dtype=torch.int64)
+            rows = width if linear not in through else len(through[linear])
+            deviations[linear] = like.new_zeros(rows, width), torch.zeros((), dtype=torch.int64)
 
     def visit(linear: str, inputs: Tensor, original: Tensor | None = None) -> None:
         x, (second, magnitude, tokens) = widened(inputs), sums[linear]
@@ -146,7 +150,8 @@ def input_moments(
         tokens.add_(x.shape[0])
         if original is not None:
             deviation, paired = deviations[linear]
-            deviation.addmm_((widened(original) - x).T, x)
+            off = widened(original) - x
+            deviation.addmm_((off @ through[linear].T if linear in through else off).T, x)
             paired.add_(x.shape[0])
 
     if originals is None:
