@@ -98,6 +98,8 @@ def cut(model: Path, layers: int, out: Path) -> None:
     shutil.copytree(model, out)
     config = json.loads((out / "config.json").read_text())
     config["num_hidden_layers"] = min(layers, config["num_hidden_layers"])
+    if "layer_types" in config:
+        config["layer_types"] = config["layer_types"][:layers]
     (out / "config.json").write_text(json.dumps(config))
     kept = {
         name: value
