@@ -58,6 +58,13 @@ def test_a_runtime_is_suggested_as_it_is_written(capsys: pytest.CaptureFixture[s
     assert "among the runtimes; did you mean 'llama.cpp'?" in error
 
 
+def test_without_a_command_the_help_keeps_its_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys)
+    assert code == 2
+    assert out.startswith("Usage: swquant")
+    assert "\n  quantize    Quantize SOURCE" in out
+
+
 @pytest.mark.parametrize("command", [[], *[[name] for name in app.commands]])
 def test_help_explains_every_option(capsys: pytest.CaptureFixture[str], command: list[str]) -> None:
     code, out, _ = run(capsys, *command, "--help")

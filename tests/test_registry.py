@@ -30,6 +30,11 @@ def test_a_near_miss_is_named(kind: str) -> None:
         registry.load(f"swquant.{kind}", f"{name}x")
 
 
+def test_case_alone_is_a_near_miss() -> None:
+    with pytest.raises(SwquantError, match="did you mean 'gguf'"):
+        registry.load("swquant.formats", "GGUF")
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

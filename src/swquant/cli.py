@@ -388,6 +388,9 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(str(error), FAILURE)
     except SwquantError as error:
         _fail(str(error), USER_ERROR)
+    except click.exceptions.NoArgsIsHelpError as error:  # nothing given: the help itself, its lines as they are
+        click.echo(error.format_message())
+        sys.exit(USER_ERROR)
     except click.ClickException as error:
         _fail(" ".join(error.format_message().split()), USER_ERROR)
     except (KeyboardInterrupt, click.Abort):

@@ -33,7 +33,8 @@ class LeaderStoppedError(RankLostError):
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the known word nearest to ``word``, or all known words if none is near."""
     words = sorted(known)
-    near = difflib.get_close_matches(word, words, n=1, cutoff=0.55)
+    near = [one for one in words if one.lower() == word.lower()]
+    near = near or difflib.get_close_matches(word, words, n=1, cutoff=0.55)
     return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(words)}"
 
 

@@ -228,4 +228,8 @@ def quietly(load: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _unloadable(directory: Path, error: Exception) -> SwquantError:
+    if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        return SwquantError(
+            f"{directory} has no tokenizer that loads, and no tokenizer.json; put the original's tokenizer files there"
+        )
     return SwquantError(f"{directory} has no tokenizer that loads: {reason_of(error)}")

@@ -400,6 +400,16 @@ class TestRefusals:
         (tmp_path / "x").write_text("")
         refused(tmp_path / "x", f"{tmp_path / 'x'} is a file, expected a model directory")
 
+    def test_a_gguf(self, tmp_path: Path) -> None:
+        (tmp_path / "x.gguf").write_text("")
+        said = "quantizing begins with the original's safetensors"
+        refused(tmp_path / "x.gguf", f"is a file, expected a model directory or a hub name; {said}")
+        refused(tmp_path, f"has no config.json; {said}")
+
+    def test_an_adapter(self, tmp_path: Path) -> None:
+        (tmp_path / "adapter_config.json").write_text("{}")
+        refused(tmp_path, "has no config.json; it is an adapter: merge it")
+
     @pytest.mark.parametrize("source", ["./nothing", "/no/such", "~/nothing-here", "a/b/c", "nothing/", "../x", "~"])
     def test_no_such_directory(self, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)

@@ -159,7 +159,7 @@ def test_what_the_library_raises_is_one_sentence(monkeypatch: pytest.MonkeyPatch
         raise ConnectionError("the hub\nis not reachable")
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    with pytest.raises(SwquantError, match=r"ptb \(ptb-text-only.*: the hub is not reachable; or give a file"):
+    with pytest.raises(SwquantError, match=r"ptb \(ptb-text-only.*: the hub is not reachable; give a text of your own"):
         measured_windows("ptb", Words(), 4, None)
 
 

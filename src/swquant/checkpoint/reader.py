@@ -41,6 +41,10 @@ _WEIGHTS = ("*.safetensors", "model.gguf", "model.onnx", "model.onnx.data")
 _BESIDE = ("README.md", "swquant.yaml")
 """The card, which names the licence, and the recipe."""
 _CHUNK = 1 << 22
+_GGUF = (
+    "quantizing begins with the original's safetensors (--for llama.cpp writes GGUF); "
+    "of a GGUF that swquant wrote, give the directory"
+)
 
 
 @dataclass(frozen=True)
@@ -299,7 +303,8 @@ def find_model(
         if path.is_dir():
             return _inside(path, revision, subfolder)
         if path.exists():
-            raise SwquantError(f"{path} is a file, expected a model directory or a hub name; give its directory")
+            hint = _GGUF if path.suffix == ".gguf" else "give its directory"
+            raise SwquantError(f"{path} is a file, expected a model directory or a hub name; {hint}")
     if isinstance(source, Path) or _looks_like_path(source.partition("@")[0]):
         raise SwquantError(
             f"no such directory: {str(source)!r}; give a model directory or a hub name like 'owner/name'"
@@ -349,6 +354,10 @@ def read_config(directory: Path, *, trusted: bool = False) -> dict[str, Any]:
     if not path.is_file():
         inside = sorted(str(found.parent) for found in directory.glob("*/config.json"))[:8]
         hint = f"give one of {', '.join(inside)}" if inside else "give the directory that save_pretrained wrote"
+        if (directory / "adapter_config.json").is_file():
+            hint = "it is an adapter: merge it (PeftModel.merge_and_unload()) and give what save_pretrained writes then"
+        elif not inside and any(directory.glob("*.gguf")):
+            hint = _GGUF
         raise SwquantError(f"{directory} has no config.json; {hint}")
     values = of_the_model(read_json(path))
     if not trusted:

@@ -133,5 +133,6 @@ def _load(name: str, protocol: Protocol) -> list[str]:
     except Exception as error:  # the library raises whatever its loaders, file systems and the hub do
         reason = reason_of(error)
         raise SwquantError(
-            f"{name} ({protocol.dataset}) cannot be read: {reason}; or give a file, {name}=FILE.jsonl"
+            f"{name} ({protocol.dataset}) cannot be read: {reason}; give a text of your own, --text FILE.txt, "
+            f"or this one as a file, --text {name}=FILE.jsonl"
         ) from error

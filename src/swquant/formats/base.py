@@ -210,7 +210,7 @@ def require_fits(
     if outline.apart and not apart:
         raise SwquantError(
             f"{form.name} has no name for the weights in {outline.apart[0]}, which holds several matrices or a "
-            "transposed one; choose the format dequantized"
+            "transposed one; --format dequantized writes the rounded weights as plain ones, so no smaller"
         )
     check_dtype(outline.dtype)
 
