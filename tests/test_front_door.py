@@ -68,6 +68,14 @@ def test_a_ruined_output_is_called_one_and_the_lines_that_load_it_run(
     print_report(report, tmp_path / "out")
     said = capsys.readouterr().out
     assert "To try next: The output is ruined" in said
+    assert "swquant eval" in said
+    (tmp_path / "out" / "tokenizer.json").unlink()
+    (tmp_path / "out" / "tokenizer_config.json").unlink()
+    print_report(report, tmp_path / "out")
+    without = capsys.readouterr().out
+    assert "The model came without a tokenizer" in without
+    assert "swquant inspect" in without
+    assert "swquant eval" not in without
     lines = said.split("(compressed_tensors):\n\n")[1].split("\n\n")[0]
     names: dict[str, object] = {}
     exec(lines, names)

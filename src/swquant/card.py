@@ -93,7 +93,7 @@ def _losses(report: Report) -> Iterator[str]:
         yield "| | original | this model |\n|---|---:|---:|"
         yield f"| perplexity | {quality.perplexity_reference:.3f} | {quality.perplexity:.3f} |"
         yield f"| KL to the original, nats per token | 0 | {quality.kl:.4f} |"
-        yield f"| same first choice | 100 % | {100 * quality.top1:.1f} % |"
+        yield f"| top-1 agreement | 100 % | {100 * quality.top1:.1f} % |"
     yield from _drift(report)
     for event in report.events:
         yield f"- {event}"

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from swquant.advice import advise, ruined
+from swquant.checkpoint.sidecars import is_of_tokenizer
 from swquant.engine.observer import Observer
 from swquant.engine.pace import Pace
 from swquant.evaluation import Evaluation, Gain, Measured
@@ -153,6 +154,10 @@ def print_report(report: Report, out: Path, recipe: str | None = None) -> None:
         next_command(console, "serve it", served)
         return
     first = out / report.outputs[0].directory
+    if not any(is_of_tokenizer(path.name) for path in first.iterdir()):
+        say(console, "\nThe model came without a tokenizer: to read text, its files have to be put beside the weights.")
+        next_command(console, "look at what was written", command_line("swquant", "inspect", first))
+        return
     measure = command_line("swquant", "eval", first, "--reference", report.source, "--text", "wikitext2")
     next_command(console, "measure it on another text", measure)
 
@@ -210,7 +215,7 @@ def print_inspection(found: Inspection) -> None:
     )
     console.print()
     table = Table(box=None, pad_edge=False)
-    for title in ("weights", "count", "shape", "entropy", "at the ends", "least scale", "greatest"):
+    for title in ("weights", "count", "shape", "entropy", "saturated", "least scale", "greatest"):
         table.add_column(title, justify="left" if title == "weights" else "right")
     for kind in found.kinds:
         shape, ends = f"{kind.shape[0]} x {kind.shape[1]}", f"{100 * kind.ends:.1f} %"
@@ -294,7 +299,7 @@ def _text_facts(result: Evaluation) -> Iterator[tuple[str, str]]:
         yield "KL to the original", f"{result.kl:.4f} nats per token; reverse {result.reverse_kl:.4f}"
     if result.top1 is not None and result.top5 is not None:
         same = f"{100 * result.top1:.1f} % of tokens; {100 * result.top5:.1f} % of the first five"
-        yield "same first choice", same
+        yield "top-1 agreement", same
 
 
 def _positions(result: Evaluation) -> Table:
@@ -325,7 +330,7 @@ def _facts(report: Report, out: Path, recipe: str | None) -> Iterator[tuple[str,
         quality = report.quality
         yield "perplexity", f"{quality.perplexity_reference:.3f} -> {quality.perplexity:.3f} ({quality.tokens} tokens)"
         yield "KL to the original", f"{quality.kl:.4f} nats per token"
-        yield "same first choice", f"{100 * quality.top1:.1f} % of tokens"
+        yield "top-1 agreement", f"{100 * quality.top1:.1f} % of tokens"
     worst = max(range(len(report.blocks)), key=lambda index: report.blocks[index]["drift"])
     when = " before the end-to-end training" if report.finish else ""
     last = f"{report.blocks[-1]['drift']:.4f} after the last block, most after block {worst + 1}"

@@ -156,7 +156,7 @@ def _quality_rows(reports: Sequence[Report]) -> list[Row]:
         of("original's perplexity", lambda quality: quality.perplexity_reference, "{:.3f}".format, None),
         of("perplexity", lambda quality: quality.perplexity, "{:.3f}".format, min),
         of("KL, nats per token", lambda quality: quality.kl, "{:.4f}".format, min),
-        of("same first choice", lambda quality: quality.top1, "{:.1%}".format, max),
+        of("top-1 agreement", lambda quality: quality.top1, "{:.1%}".format, max),
     ]
 
 

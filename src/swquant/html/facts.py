@@ -140,7 +140,7 @@ def opened(output: Output) -> str:
         said.append(f"the same by {found['reader']}")
     if found["runtime"]:
         same = 100 * found["top1"]
-        said.append(f"predictions of {found['runtime']} {found['kl']:.2g} nats away, same first choice {same:.1f} %")
+        said.append(f"predictions of {found['runtime']} {found['kl']:.2g} nats away, top-1 agreement {same:.1f} %")
     return ", ".join(said) or "not by other code: its package is not installed"
 
 
@@ -152,7 +152,7 @@ def notes_of(report: Report) -> list[str]:
 def _quality_facts(quality: Quality) -> Iterator[Fact]:
     yield Fact("perplexity", f"{quality.perplexity:.3f}", f"original {quality.perplexity_reference:.3f}")
     yield Fact("KL to the original", f"{quality.kl:.4f}", "nats per token")
-    yield Fact("same first choice", f"{100 * quality.top1:.1f} %", "of the tokens")
+    yield Fact("top-1 agreement", f"{100 * quality.top1:.1f} %", "of the tokens")
 
 
 def _memory(blocks: Sequence[BlockReport]) -> str:

@@ -160,7 +160,7 @@ SHIFTS: tuple[tuple[str, str, Callable[[Shift, Measured], float]], ...] = (
 )
 
 CODES = (
-    ("codes at the ends, share", "Codes that are the least or the greatest of the grid.", "saturated"),
+    ("saturated codes, share", "Codes that are the least or the greatest of the grid.", "saturated"),
     ("entropy, bits per code", "What a lossless coder could at best store the codes in.", "entropy"),
 )
 
