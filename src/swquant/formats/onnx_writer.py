@@ -202,10 +202,10 @@ def _special(settings: Mapping[str, Any], vocabulary: int) -> dict[str, int | li
     found: dict[str, int | list[int]] = {}
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = settings.get(name)
-        several = isinstance(value, list) and name == "eos_token_id"
-        ids = [one for one in (value if several else [value]) if type(one) is int and 0 <= one < vocabulary]
+        given = value if isinstance(value, list) and name == "eos_token_id" else [value]
+        ids = [one for one in given if type(one) is int and 0 <= one < vocabulary]
         if ids:
-            found[name] = ids if several else ids[0]
+            found[name] = ids if given is value else ids[0]
     return found
 
 
