@@ -176,6 +176,13 @@ def test_a_tokenizer_that_is_none_is_refused(tmp_path: Path) -> None:
         load_tokenizer(folder)
 
 
+def test_settings_that_fail_only_on_a_text_are_refused_before_one_is_read(tmp_path: Path) -> None:
+    folder = with_tokenizer(tmp_path / "model")
+    change(folder / "tokenizer_config.json", model_max_length="long")
+    with pytest.raises(SwquantError, match="no tokenizer that loads"):
+        open_reading(folder)
+
+
 def test_a_file_that_transformers_does_not_load_is_read_and_it_is_said(tmp_path: Path) -> None:
     folder = with_tokenizer(tmp_path / "model", auto_map={"AutoTokenizer": ["nobody.Tokenizer", None]})
     change(folder / "tokenizer_config.json", tokenizer_class="NobodysTokenizer")

@@ -93,6 +93,10 @@ def load_tokenizer(directory: Path, *, trusted: bool = False) -> Any:
     except Exception as error:  # tokenizer files fail in as many ways as there are tokenizers
         raise _unloadable(directory, error) from error
     tokenizer._tokenizer = backend  # as the file has it: transformers adds to it what the settings name
+    try:
+        tokenizer(PROBE[0], verbose=False)
+    except Exception as error:  # some settings are read only here, the longest text for instance
+        raise _unloadable(directory, error) from error
     return tokenizer
 
 

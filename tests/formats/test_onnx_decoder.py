@@ -235,6 +235,24 @@ def test_genai_is_told_sizes_names_and_special_tokens(written: Path, make_model:
     assert (model["eos_token_id"], model["pad_token_id"], model["bos_token_id"]) == ([7, 9], 7, 0)
 
 
+@pytest.mark.parametrize(
+    ("settings", "eos", "pad"),
+    [
+        ({"eos_token_id": "</s>"}, 1, 1),
+        ({"eos_token_id": [7, "x", 99_999, -3, True]}, [7], 7),
+        ({"eos_token_id": [], "pad_token_id": -1, "bos_token_id": [0]}, 1, 1),
+        ({"eos_token_id": {"a": 1}, "pad_token_id": 99_999}, 1, 1),
+    ],
+)
+def test_genai_is_told_no_tokens_that_the_model_does_not_have(
+    settings: dict[str, Any], eos: Any, pad: int, written: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps(settings))
+    layout = decoder_layout(json.loads((written / "config.json").read_text()) | {"pad_token_id": -1})
+    model = genai_config(layout, tmp_path)["model"]
+    assert (model["eos_token_id"], model["pad_token_id"], model["bos_token_id"]) == (eos, pad, 0)
+
+
 def test_other_directories_are_not_of_this_format(make_model: MakeModel) -> None:
     source = make_model("llama", 1, torch.float32)
     assert Onnx().read(source, read_config(source)) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -257,3 +258,22 @@ def test_a_model_that_uses_linears_in_its_own_way(
     plain = set(model.config.quantization_config["ignore"]) - set(written["ignore"])
     assert {name.rpartition(".")[2] for name in plain} == set(whole)
     assert layers(model)
+
+
+@pytest.mark.parametrize("content", ["{", "[1, 2]", ""])
+def test_generation_settings_that_cannot_be_read_are_passed_over(
+    content: str, models: dict[str, Path], make_quantized: MakeQuantized, tmp_path: Path
+) -> None:
+    place = shutil.copytree(make_quantized(models["llama"], QuantSpec(4, 32, True)), tmp_path / "model")
+    (place / "generation_config.json").write_text(content)
+    model = swquant.load(place, device="cpu")
+    assert model.generation_config.eos_token_id == model.config.eos_token_id
+
+
+def test_generation_settings_that_transformers_refuses_are_named(
+    models: dict[str, Path], make_quantized: MakeQuantized, tmp_path: Path
+) -> None:
+    place = shutil.copytree(make_quantized(models["llama"], QuantSpec(4, 32, True)), tmp_path / "model")
+    (place / "generation_config.json").write_text('{"max_new_tokens": -4}')
+    with pytest.raises(SwquantError, match="does not say how text is generated"):
+        swquant.load(place, device="cpu")

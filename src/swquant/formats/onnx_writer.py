@@ -82,13 +82,13 @@ def genai_config(layout: DecoderLayout, directory: Path) -> dict[str, Any]:
     """What onnxruntime-genai wants to know: names of inputs and outputs, sizes, special tokens, greedy search.
 
     Token ids in the ``generation_config.json`` of ``directory`` come before those of ``config.json``; the padding is
-    the first end token where none is given.
+    the first end token where none is given. What is no token of the model, such as a padding of -1, is not given.
     """
-    special = {**layout.special, **_generation_tokens(directory)}
-    end = special["eos_token_id"]
-    first_end = end[0] if isinstance(end, list) and end else end
-    padding = special["pad_token_id"]
-    tokens = {**special, "pad_token_id": first_end if padding is None else padding}
+    given = (_special(settings, layout.vocabulary) for settings in (layout.special, generation_settings(directory)))
+    special = {name: value for found in given for name, value in found.items()}
+    end = special.get("eos_token_id")
+    first_end = end[0] if isinstance(end, list) else end
+    tokens = {"pad_token_id": first_end, **special}
     decoder = {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
         "filename": MODEL,
@@ -197,11 +197,16 @@ def _graph_bytes(
     return whole.SerializeToString(deterministic=True)
 
 
-def _generation_tokens(directory: Path) -> dict[str, Any]:
-    """Special tokens of ``generation_config.json``, if there is one that can be read."""
-    settings = generation_settings(directory)
-    given = {name: settings.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    return {name: value for name, value in given.items() if value is not None}
+def _special(settings: Mapping[str, Any], vocabulary: int) -> dict[str, int | list[int]]:
+    """Special tokens that settings name and the model has; several may end a text."""
+    found: dict[str, int | list[int]] = {}
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = settings.get(name)
+        given = value if isinstance(value, list) and name == "eos_token_id" else [value]
+        ids = [one for one in given if type(one) is int and 0 <= one < vocabulary]
+        if ids:
+            found[name] = ids if given is value else ids[0]
+    return found
 
 
 def _flush(file: IO[bytes]) -> None:

@@ -172,15 +172,17 @@ def lay_out(
     blocks, kept = _sorted_out(skeleton, flows, spec, SMALLEST)
     if not any(blocks):  # a model of nothing but small matrices has them quantized
         blocks, kept = _sorted_out(skeleton, flows, spec, 1)
-    layout = Layout(tuple(blocks), tuple(flows), kept)
-    layout = _with_grids(layout, grids or {})
+    if not any(blocks):
+        raise SwquantError(f"{type(skeleton.model).__name__} has no matrix in its blocks that could be quantized")
+    layout = _with_grids(Layout(tuple(blocks), tuple(flows), kept), grids or {})
     if not allow_split:
         _require_whole(layout)
     for site in layout.sites:
         assert site.spec is not None
         site.spec.require_divides(site.name, site.shape[1])
     if not any(True for _ in layout.sites):
-        raise SwquantError(f"{type(skeleton.model).__name__} has no matrix in its blocks that could be quantized")
+        every = ", ".join(repr(pattern) for pattern, grid in (grids or {}).items() if grid is None)
+        raise SwquantError(f"keeping {every} leaves no matrix to quantize; keep fewer")
     return layout
 
 

@@ -18,10 +18,11 @@ from swquant.checkpoint.names import Names
 from swquant.checkpoint.quantized import QUANTIZATION_CONFIG, QuantizedModel, shapes_of
 from swquant.checkpoint.reader import find_model
 from swquant.device import resolve_device
-from swquant.errors import SwquantError
+from swquant.errors import SwquantError, reason_of
 from swquant.formats import read_quantized
 from swquant.formats.base import check_dtype
 from swquant.formats.compressed_tensors import CompressedTensors
+from swquant.formats.reading import generation_settings
 from swquant.model.layout import plain_matrices
 from swquant.model.skeleton import build_model, tie
 from swquant.model.whole import require_called_for
@@ -90,9 +91,26 @@ def load(
     keys = {f"{module}.weight" for module in grids}
     known = replace(outline, grids=grids, ignored=plain_matrices(model.named_modules(), names, shapes, keys))
     setattr(model.config, QUANTIZATION_CONFIG, CompressedTensors().config(known))
-    if (place / GENERATION).is_file():
-        model.generation_config = GenerationConfig.from_pretrained(place, local_files_only=True)
+    _set_generation(model, place)
     return model.to(target).eval()
+
+
+def _set_generation(model: Any, place: Path) -> None:
+    """Give the model the ``generation_config.json`` beside it.
+
+    One that is no JSON object is passed over, as transformers passes over what it cannot read.
+
+    Raises:
+        SwquantError: transformers does not take what it says.
+    """
+    if not generation_settings(place):
+        return
+    try:
+        model.generation_config = GenerationConfig.from_pretrained(place, local_files_only=True)
+    except Exception as error:  # transformers checks settings in as many ways as there are settings
+        raise SwquantError(
+            f"{place / GENERATION} does not say how text is generated ({reason_of(error)}); mend it or take it away"
+        ) from error
 
 
 def _empty_model(
