@@ -8,9 +8,10 @@ import zlib
 from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from io import BufferedIOBase
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 from swquant.errors import SwquantError, reason_of
 
@@ -111,7 +112,7 @@ def _values(path: Path, take: Callable[[Any, str], Value]) -> Iterator[Value]:
             yield take(_parsed(line.rstrip(), where), where)
 
 
-def _opened(path: Path) -> IO[bytes]:
+def _opened(path: Path) -> BufferedIOBase:
     """The file's bytes, whose lines end at line feeds alone."""
     return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")
 
