@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import swquant
@@ -81,6 +84,23 @@ def test_a_run_says_once_what_transformers_reads_otherwise(qwen2: Path, tmp_path
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (qwen2 / name).read_bytes()
     assert report.key["tokenizer"] == digest(qwen2)
+
+
+def test_a_text_of_unknown_tokens_is_said_to_be_one(tmp_path: Path) -> None:
+    source = shutil.copytree(ASSETS / "model", tmp_path / "model")
+    words = Tokenizer(WordLevel({"[UNK]": 0, "the": 1, "a": 2}, unk_token="[UNK]"))
+    words.pre_tokenizer = Whitespace()
+    words.save(str(source / "tokenizer.json"))
+    settings = {"unk_token": "[UNK]", "tokenizer_class": "PreTrainedTokenizerFast"}
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    text = str(ASSETS / "evaluation.txt")
+    recipe = Recipe(method="rtn", bits=4, calibration=text, samples=4, seq_len=64)
+    report = quantize(recipe.override({"evaluation_samples": 2, "device": "cpu"}), source, tmp_path / "out")
+    assert re.search(r"9\d% of the text's tokens are '\[UNK\]'", report.reading[-1])
+    found = measure(tmp_path / "out", What(text=text, context=64, windows=2, device="cpu"))
+    assert "'[UNK]', which stands for what the tokenizer does not know" in found.to_mapping()["notes"][-1]
+    assert open_reading(source).notes_on(torch.tensor([1, 2] * 100 + [0])) == open_reading(source).notes
+    assert open_reading(ASSETS / "model").notes_on(torch.zeros(8, dtype=torch.long)) == ()
 
 
 @pytest.mark.parametrize(

@@ -397,10 +397,11 @@ def _start(
     plan.checkpoint.sidecars()
     plan.checkpoint.require_finite(site.weight for site in plan.layout.sites)
     reading = None if plan.text is None and plan.evaluation is None else plan.reading()
-    for note in () if reading is None else reading.notes:
-        watching.stage(note[0].upper() + note[1:])
     calibration, evaluation = _samples(plan, reading, watching)
     tokens = torch.cat((calibration, evaluation))
+    read = () if reading is None else reading.notes_on(tokens)
+    for note in read:
+        watching.stage(note[0].upper() + note[1:])
     shape = (tokens.shape[0], tokens.shape[1], plan.hidden_size)
     front = Front.load(plan.skeleton, plan.checkpoint, plan.device)
     cached = [create_hidden(run_state.hidden_path(name, 0), shape) for name in HIDDEN_STATES]
@@ -410,7 +411,7 @@ def _start(
     try_block(plan, Calls.prepare(front, plan.checkpoint, tokens), cached[0][:1])
     told = {
         "evaluation_samples": evaluation.shape[0],
-        "reading": [] if reading is None else list(reading.notes),
+        "reading": list(read),
         **notes,
     }
     run_state.begin({"tokens": tokens}, shape, told)

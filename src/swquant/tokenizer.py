@@ -16,6 +16,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.processors import TemplateProcessing
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging
 
@@ -39,6 +40,10 @@ PROBE = (
 """Texts on which ways to cut words, to treat digits, spaces and Unicode's forms differ."""
 
 
+UNKNOWN = 0.02
+"""Share of a text's tokens that may be unknown before that is said."""
+
+
 @dataclass(frozen=True)
 class Reading:
     """A model's tokenizer.
@@ -52,6 +57,21 @@ class Reading:
     tokenizer: Any
     begin: int | None = None
     notes: tuple[str, ...] = ()
+
+    def notes_on(self, tokens: Tensor) -> tuple[str, ...]:
+        """What a user has to know of it on a text's ``tokens``: how many of them are the one for what is not known."""
+        unknown = self.tokenizer.unk_token_id
+        if unknown is None or unknown == self.begin or not tokens.numel():
+            return self.notes
+        share = float((tokens == unknown).double().mean())
+        if share < UNKNOWN:
+            return self.notes
+        shown = self.tokenizer.convert_ids_to_tokens(unknown)
+        return (
+            *self.notes,
+            f"{share:.0%} of the text's tokens are {shown!r:.40}, which stands for what the tokenizer does not know: "
+            "predictions of such text say little of the model",
+        )
 
 
 def open_reading(directory: Path, *, trusted: bool = False) -> Reading:

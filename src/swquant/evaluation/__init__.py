@@ -167,15 +167,18 @@ def _measure(directory: Path, what: What, original: Any | None, *, packed: bool)
     place = resolve_device(what.device)
     model = load_model(directory, place, packed=packed, trusted=what.trust_remote_code)
     reading = open_reading(directory, trusted=what.trust_remote_code)
-    scores = None if what.text is None else _scores(directory, model, reading, original, what, place)
+    scores, notes = (
+        (None, reading.notes) if what.text is None else _scores(directory, model, reading, original, what, place)
+    )
     runs = run_tasks(model, reading.tokenizer, what.tasks, items=what.items) if what.tasks else ()
     text = None if scores is None else Evaluation.of(str(directory), str(what.text), scores)
-    return Measured(str(directory), text, tuple(run.score for run in runs), reading.notes, scores, runs)
+    return Measured(str(directory), text, tuple(run.score for run in runs), notes, scores, runs)
 
 
 def _scores(
     directory: Path, model: Any, reading: Reading, original: Any | None, what: What, place: torch.device
-) -> TokenScores:
+) -> tuple[TokenScores, tuple[str, ...]]:
+    """Of the windows' tokens, and what to know of how the text was read."""
     limit = int(model.config.max_position_embeddings)
     context = what.context or min(LONGEST, limit)
     if not 2 <= context <= limit:
@@ -187,4 +190,4 @@ def _scores(
         )
     assert what.text is not None
     rows = measured_windows(what.text, reading.tokenizer, context, what.windows, reading.begin)
-    return score_windows(model, original, rows, place)
+    return score_windows(model, original, rows, place), reading.notes_on(rows)
