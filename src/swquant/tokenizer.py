@@ -114,8 +114,8 @@ def load_tokenizer(directory: Path, *, trusted: bool = False) -> Any:
         raise _unloadable(directory, error) from error
     tokenizer._tokenizer = backend  # as the file has it: transformers adds to it what the settings name
     try:
-        tokenizer(PROBE[0], verbose=False)
-    except Exception as error:  # some settings are read only here, the longest text for instance
+        tokenizer("", verbose=False)
+    except Exception as error:  # some settings are read only here, the greatest length for instance
         raise _unloadable(directory, error) from error
     return tokenizer
 

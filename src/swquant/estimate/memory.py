@@ -19,7 +19,7 @@ from swquant.estimate.rig import Rig, bind
 from swquant.phases.awq_clip import AwqClip
 from swquant.phases.awq_scale import AwqScale
 from swquant.phases.base import Phase
-from swquant.phases.gptq import Gptq
+from swquant.phases.gptq import Gptq, is_thin
 from swquant.phases.hessian import EXPERT
 from swquant.phases.scale_training import LEARNED_BYTES, ScaleTraining
 from swquant.phases.train import Train
@@ -30,9 +30,6 @@ from swquant.quant.draft import Draft, commit
 
 HESSIANS = 3
 """Matrices of the inputs' width that GPTQ holds where it factors: the moments, and two on the way to the factor."""
-
-AIMED = 2
-"""More of them with a target: the deviation's moments, and one on the way to what is added to a weight."""
 
 CANDIDATES = 2
 """Of a search."""
@@ -165,11 +162,20 @@ def _gptq(draft: Draft, rig: Rig, phase: Gptq) -> Draft:
     params = {name: torch.empty(draft.params[name].shape) for name in draft.slots}
     states = rig.cached.quantized
     tokens = len(states[next(batches(states))]) * states.shape[1]
-    for name, value in params.items():
-        width, aimed = value.shape[1], bool(phase.target) and not EXPERT.search(name)
-        _hold([(width, width)] * (HESSIANS + AIMED * aimed))
-        _hold([(width, width)] * (1 + aimed) + [(tokens, width)] * (1 + aimed))
-        _hold([(width, width)] * (2 + aimed) + [(len(value), width)] * (3 + aimed))
+    for linears in rig.plan.layout.inputs(rig.bound.index):
+        weights = [params[f"{linear}.weight"] for linear in linears]
+        width, rows = weights[0].shape[1], sum(map(len, weights))
+        aimed = bool(phase.target) and not EXPERT.search(linears[0])
+        square, below = (width, width), (rows, width)
+        stacked = [below] * (aimed and is_thin(rows, width))
+        deviation = stacked or [square] * aimed
+        added = square if rows >= width else below
+        kept = [*deviation, *stacked]
+        _hold([square, *kept] + [(tokens, width)] * (1 + aimed))
+        _hold([square] * HESSIANS + kept)
+        if aimed:
+            _hold([square] * 2 + kept + [added] * (2 if added == square else 3))
+        _hold([square] * 2 + [added] * aimed + stacked + [(max(map(len, weights)), width)] * (3 + aimed))
     return replace(draft, params={**draft.params, **params})
 
 

@@ -130,9 +130,13 @@ def _rows(draft: Draft, linears: Sequence[str]) -> int:
     return sum(len(draft.params[f"{linear}.weight"]) for linear in linears)
 
 
+def is_thin(rows: int, inputs: int) -> bool:
+    """Whether ``W D`` of so many rows is summed up in less time than ``D``: by two products instead of a square one."""
+    return 2 * rows < inputs
+
+
 def _is_thin(draft: Draft, linears: Sequence[str]) -> bool:
-    """Whether ``W D`` of the linears is summed up in less time than ``D``: by two products instead of a square one."""
-    return 2 * _rows(draft, linears) < draft.params[f"{linears[0]}.weight"].shape[1]
+    return is_thin(_rows(draft, linears), draft.params[f"{linears[0]}.weight"].shape[1])
 
 
 def _stacked(draft: Draft, linears: Sequence[str]) -> Tensor:
