@@ -174,6 +174,10 @@ DAMAGES: dict[str, tuple[Damage, tuple[str, ...]]] = {
         config_with(model_type="lama"),
         ("model_type 'lama' is none that transformers", transformers.__version__, "a newer release may"),
     ),
+    "a head of two billion": (
+        config_with(head_dim=2**31),
+        ("asks for 8.6 GB of computed buffers, such as model.rotary_emb.inv_freq", "compare head_dim"),
+    ),
     "a kind of a newer release": (
         config_with(model_type="llama9", architectures=["Llama9ForCausalLM"]),
         ("model_type 'llama9' is none that transformers", transformers.__version__),

@@ -218,6 +218,7 @@ def test_a_config_that_is_no_model_is_refused(models: dict[str, Path], make_quan
     wrong = {
         "num_hidden_layers": (10**9, "num_hidden_layers is 1000000000, and the files hold"),
         "hidden_size": (72, "does not call for"),
+        "head_dim": (2**31, "asks for 8.6 GB of computed buffers, such as model.rotary_emb.inv_freq"),
         "model_type": ("lama", "model_type 'lama' is none that transformers .* knows"),
     }
     for key, (value, said) in wrong.items():

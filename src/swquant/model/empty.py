@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -105,23 +106,26 @@ def _classes(config: Any) -> list[type[PreTrainedModel]]:
     return found
 
 
-def build_empty(values: Mapping[str, Any], dtype: torch.dtype, place: Path, most_layers: int | None = None) -> Any:
+def build_empty(
+    values: Mapping[str, Any], dtype: torch.dtype, place: Path, shapes: Mapping[str, Sequence[int]] | None = None
+) -> Any:
     """The model for the content of a ``config.json``: parameters on ``meta``, buffers that it computes itself real.
 
     Args:
         values: The content.
         dtype: Of the parameters.
         place: The directory of the file.
-        most_layers: Refuse more layers than this before any is made; a file may say anything.
+        shapes: Of the tensors in the files. More layers than tensors are refused before any is made, and computed
+            buffers that are larger than all tensors before they take memory; a ``config.json`` may say anything.
 
     Raises:
-        SwquantError: There is no class for it, or it asks for too many layers.
+        SwquantError: There is no class for it, or it asks for too many layers or too large buffers.
         Exception: Whatever else the content makes transformers run into.
     """
     config = read_config(values, place)
     for key, count in _depths(values):
-        if most_layers is not None and not 0 <= count <= max(most_layers, 1):
-            raise SwquantError(f"{key} is {count}, and the files hold {most_layers} tensors")
+        if shapes is not None and not 0 <= count <= max(len(shapes), 1):
+            raise SwquantError(f"{key} is {count}, and the files hold {len(shapes)} tensors")
     chosen = model_class(values, config, place)
     tie = values.get("tie_word_embeddings")
     if isinstance(tie, bool):
@@ -129,8 +133,28 @@ def build_empty(values: Mapping[str, Any], dtype: torch.dtype, place: Path, most
     with torch.device("meta"):
         model: Any = chosen._from_config(config, dtype=dtype)  # pyright: ignore
     model.eval().requires_grad_(False)
+    if shapes is not None:
+        _refuse_large_buffers(model, shapes)
     compute_buffers(model)
     return model
+
+
+def _refuse_large_buffers(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Refuse buffers that hold more than the files do, such as the frequencies of a ``head_dim`` of two billion."""
+    needed = sum(value.nbytes for _, value in model.named_buffers())
+    stored = sum(math.prod(shape) for shape in shapes.values()) * _LEAST_BYTES
+    if needed > max(stored, _ALWAYS_BYTES):
+        name, largest = max(model.named_buffers(), key=lambda pair: pair[1].nbytes)
+        raise SwquantError(
+            f"it asks for {needed / 1e9:.1f} GB of computed buffers, such as {name} of shape {list(largest.shape)}, "
+            "which is more than the files hold; compare head_dim and max_position_embeddings with its author's"
+        )
+
+
+_LEAST_BYTES = 2
+"""Of a weight, as published."""
+_ALWAYS_BYTES = 128_000_000
+"""Buffers of this size are made for the smallest model."""
 
 
 @contextmanager

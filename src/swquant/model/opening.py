@@ -82,7 +82,12 @@ def _require_promised(source: Checkpoint | Widened) -> None:
     if not source.missing:
         return
     with as_described(source.directory):
-        model = build_empty(source.config, torch.float32, source.directory, len(source.tensors))
+        model = build_empty(
+            source.config,
+            torch.float32,
+            source.directory,
+            {name: stored.shape for name, stored in source.tensors.items()},
+        )
     read = read_by(model, source.missing)
     for key, file in source.missing.items():
         module, _, last = key.rpartition(".")

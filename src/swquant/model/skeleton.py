@@ -191,7 +191,7 @@ def build_model(
         SwquantError: The configuration does not describe a model that the installed transformers knows.
     """
     with as_described(place):
-        model = build_empty(values, dtype, place, len(shapes))
+        model = build_empty(values, dtype, place, shapes)
         names = _unfuse(model, *analyse(model, shapes), shapes)
     return model, _with_ties(model, names)
 
