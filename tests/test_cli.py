@@ -175,7 +175,10 @@ MISTAKES = {
     "option without value": (["--option", "epochs"], "KEY=VALUE"),
     "option of the wrong type": (["--method", "omniquant", "--option", "epochs=many"], "epochs is 'many'"),
     "recipe": (["--recipe", "omniquant-sw-w2g65"], "did you mean 'omniquant-sw-w2g64'"),
-    "loss of nothing": (["--method", "gptq", "--loss", "mse"], "no loss is used"),
+    "loss of nothing": (
+        ["--method", "gptq", "--loss", "mse"],
+        "no loss is used: leave it out, or name a method that does, such as block_ap",
+    ),
     "recipe file": (["--recipe", "none.yaml"], "cannot be read"),
     "calibration file": (["--calibration", "none.txt"], "no text file none.txt"),
     "samples": (["--samples", "0"], "samples is 0"),

@@ -274,7 +274,10 @@ def _notes(formats: Sequence[Format], target: Target | None, outline: Outline) -
 def _require_use(loss: WeightedSum | None, pipeline: Pipeline, method: str) -> None:
     """Refuse a loss by which nothing is trained."""
     if loss is not None and not any(part.trained for part in pipeline.parts if part.work in pipeline.phases):
-        raise SwquantError(f"nothing in {method!r} trains block by block, so no loss is used: leave it out")
+        raise SwquantError(
+            f"nothing in {method!r} trains block by block, so no loss is used: leave it out, or name a method that "
+            "does, such as block_ap"
+        )
 
 
 def _sample_length(asked: int | None, limit: int | None, loss: WeightedSum | None, hidden_size: int) -> int:
