@@ -102,11 +102,17 @@ class SwquantModifier(Modifier, QuantizationMixin):  # pyright: ignore[reportUnt
 
         Raises:
             SwquantError: A scheme has no grid of ours, a module to quantize lies outside of the blocks, samples differ
-                in length, or the model or the method is not for this.
+                in length, or the model or the method is not for this; mixtures of experts are not.
         """
         if is_distributed():
             raise SwquantError("SwquantModifier works in one process: start llm-compressor without torchrun")
         loaded = Loaded.of(state.model)
+        expert = next((name for name in loaded.tensors if ".experts." in name), None)
+        if expert is not None:
+            raise SwquantError(
+                f"the model is a mixture of experts ({expert}), whose blocks put out something else in llm-compressor's "
+                "pipeline than in transformers': SwquantModifier cannot train it; use swquant quantize"
+            )
         QuantizationMixin.initialize_quantization(self, state.model)
         modules = dict(match_named_modules(state.model, self.resolved_targets, self.ignore))
         grids = {name: spec_of(name, module.quantization_scheme) for name, module in modules.items()}

@@ -195,6 +195,17 @@ def test_what_it_cannot_do_is_a_sentence_before_the_work(
     assert sentence in refused
 
 
+def test_a_mixture_of_experts_is_refused_before_the_work(
+    make_model: Callable[..., Path], theirs: Callable[..., tuple[str, dict[str, Any]]]
+) -> None:
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
+    model = make_model("qwen3_moe", 2, torch.float32, hidden_size=128, head_dim=32, **experts)
+    said, found = theirs(model, asked(2, ignore=["lm_head", "re:.*mlp.gate$"]))
+    assert not found
+    (refused,) = [line for line in said.splitlines() if line.startswith("REFUSED")]
+    assert "the model is a mixture of experts (model.layers.0.mlp.experts.0." in refused
+
+
 def test_padded_samples_are_refused(
     models: Callable[[str, torch.dtype], Path], theirs: Callable[..., tuple[str, dict[str, Any]]]
 ) -> None:
