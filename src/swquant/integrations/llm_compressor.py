@@ -110,8 +110,8 @@ class SwquantModifier(Modifier, QuantizationMixin):  # pyright: ignore[reportUnt
         expert = next((name for name in loaded.tensors if ".experts." in name), None)
         if expert is not None:
             raise SwquantError(
-                f"the model is a mixture of experts ({expert}), whose blocks put out something else in llm-compressor's "
-                "pipeline than in transformers': SwquantModifier cannot train it; use swquant quantize"
+                f"the model is a mixture of experts ({expert}), whose blocks put out something else in "
+                "llm-compressor's pipeline than in transformers': SwquantModifier cannot train it; use swquant quantize"
             )
         QuantizationMixin.initialize_quantization(self, state.model)
         modules = dict(match_named_modules(state.model, self.resolved_targets, self.ignore))
