@@ -16,6 +16,7 @@ from swquant.convert import convert
 from swquant.formats import read_quantized
 from swquant.inspection import code_entropy, inspect
 from swquant.quant.qtensor import QTensor
+from tiny_models import save_tiny
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +111,14 @@ def test_inspection_counts_what_is_there(llama: Path, recipe: Recipe, tmp_path: 
     (kind,) = [kind for kind in found.kinds if kind.name == "mlp.up_proj"]
     assert kind.ends == pytest.approx(sum(((c == 0) | (c == 3)).float().mean().item() for c in ups) / 2)
     assert json.loads(found.to_json())["entropy"] == found.entropy
+
+
+def test_inspection_has_one_row_for_all_experts(recipe: Recipe, tmp_path: Path) -> None:
+    quantize(recipe, save_tiny(tmp_path / "moe", "qwen3_moe"), tmp_path / "out")
+    counts = {kind.name: kind.count for kind in inspect(tmp_path / "out").kinds if "expert" in kind.name}
+    config = json.loads((tmp_path / "moe" / "config.json").read_text())
+    experts = config["num_hidden_layers"] * (config.get("num_experts") or config["num_local_experts"])
+    assert counts == {f"mlp.experts.*.{kind}_proj": experts for kind in ("gate", "up", "down")}
 
 
 def test_entropy_of_codes() -> None:

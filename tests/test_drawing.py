@@ -6,18 +6,19 @@ import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from swquant import Recipe, SwquantError, drawing
 from swquant.checkpoint.opening import open_source
 from swquant.device import multiplies
-from swquant.drawing import Drawing, draw_from_model, drawing_of
+from swquant.drawing import Drawing, cache_bytes, draw_from_model, drawing_of
 from swquant.errors import OutOfMemoryError
 from swquant.model.whole import model_of
 from swquant.plan import Plan, make_plan
@@ -67,6 +68,21 @@ def test_each_token_follows_from_the_answer_to_the_whole_text(
             sums = model(input_ids=drawn[:, :at], use_cache=False).logits[:, -1].softmax(-1).cumsum(-1)
         below = sums <= numbers[:, at, None] * sums[:, -1:]
         assert torch.equal(drawn[:, at], below.sum(-1))
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "tokens"),
+    [
+        ("gemma3_text", {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 32}, 32 + 1000),
+        ("jamba", {"attn_layer_period": 2, "attn_layer_offset": 1}, 1000),
+        ("mamba", {}, 0),
+    ],
+)
+def test_keys_and_values_are_of_blocks_that_have_them(family: str, settings: dict[str, Any], tokens: int) -> None:
+    config = CONFIG_MAPPING[family](num_hidden_layers=2, **settings)
+    skeleton: Any = SimpleNamespace(text_config=config, blocks=["first", "second"])
+    width = 0 if family == "mamba" else config.num_key_value_heads * (getattr(config, "head_dim", 0) or 128)
+    assert cache_bytes(skeleton, 1000) == 2 * tokens * 2 * width
 
 
 def test_the_cache_holds_what_a_whole_pass_computes(llama: Path) -> None:

@@ -30,6 +30,9 @@ MOST_AT_ONCE = 64
 LOGITS_BYTES = 13
 """For each entry of a sample's logits beside themselves: probabilities, their sums, and what is compared with them."""
 
+NO_KEYS = frozenset({"linear_attention", "conv", "mlp", "moe"})
+"""Blocks without keys and values, as transformers' configurations name their kinds."""
+
 HEAD_DIMS = ("head_dim", "global_head_dim", "qk_head_dim", "v_head_dim")
 PASSES_OVER_CACHE = 3
 """At a token: what it holds is read once for attention, and read and written where it grows."""
@@ -130,8 +133,15 @@ def _drawing(
 
 
 def cache_bytes(skeleton: Skeleton, tokens: int) -> int:
-    """Bytes of keys and values of so many tokens in 16 bits, as runtimes keep them, at most."""
-    return 2 * tokens * _cache_width(skeleton.text_config) * len(skeleton.blocks)
+    """Bytes of keys and values of so many tokens in 16 bits, as runtimes keep them, at most.
+
+    Blocks without attention have none, and those with a sliding window keep no more tokens than it is wide.
+    """
+    config = skeleton.text_config
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * len(skeleton.blocks)
+    window = getattr(config, "sliding_window", None) or tokens
+    kept = sum(min(tokens, window) if "sliding" in kind else tokens for kind in kinds if kind not in NO_KEYS)
+    return 2 * kept * _cache_width(config)
 
 
 def _cache_width(config: Any, *, repeated: bool = False) -> int:

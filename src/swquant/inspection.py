@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -21,7 +22,7 @@ FORMATS_SUFFIXES = (".safetensors", ".gguf", ".onnx", ".data")
 
 @dataclass(frozen=True)
 class Kind:
-    """All weights of one name in all blocks, e.g. every ``mlp.up_proj``.
+    """All weights of one name in all blocks, e.g. every ``mlp.up_proj`` or ``mlp.experts.*.up_proj``.
 
     Attributes:
         name: The name within a block.
@@ -118,10 +119,10 @@ def _values(model: QuantizedModel) -> Iterator[tuple[str, Tensor | QTensor]]:
 
 
 def _within_block(name: str) -> str:
-    """``model.layers.3.mlp.up_proj.weight`` is an ``mlp.up_proj``."""
+    """``model.layers.3.mlp.up_proj.weight`` is an ``mlp.up_proj``; one name stands for all experts of a layer."""
     parts = name.removesuffix(".weight").split(".")
     number = next((index for index, part in enumerate(parts) if part.isdigit()), -1)
-    return ".".join(parts[number + 1 :])
+    return re.sub(r"(?<=\bexperts\.)\d+", "*", ".".join(parts[number + 1 :]))
 
 
 def _count(tally: _Tally, value: QTensor) -> None:

@@ -159,7 +159,7 @@ def print_report(report: Report, out: Path, recipe: str | None = None) -> None:
         next_command(console, "look at what was written", command_line("swquant", "inspect", first))
         return
     measure = command_line("swquant", "eval", first, "--reference", report.source, "--text", "wikitext2")
-    next_command(console, "measure it on another text", measure)
+    next_command(console, "measure it on another text (WikiText-2 from the hub, or a file of yours)", measure)
 
 
 def _outcome(report: Report) -> str:

@@ -256,6 +256,16 @@ def test_the_time_is_known_within_30_percent(wide: Path, text: Path, tmp_path: P
     assert said["total"] == pytest.approx(time.perf_counter() - began, rel=0.3)
 
 
+def test_a_block_of_which_all_is_kept_takes_no_steps(llama: Path, text: Path, tmp_path: Path) -> None:
+    recipe = replace(RECIPE, method="gptq + block_ap(epochs=2)", calibration=str(text))
+    whole = estimate(recipe, llama, tmp_path / "out").time
+    kept = estimate(replace(recipe, grids={"model.layers.0.*": None}), llama, tmp_path / "out").time
+    assert whole is not None
+    assert kept is not None
+    assert sum(kept["steps"].values()) > 0
+    assert sum(kept["block"].values()) < 0.8 * sum(whole["block"].values())  # the mean of both blocks'
+
+
 @pytest.mark.slow
 def test_a_long_run_is_told_what_makes_it_shorter(
     wide: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -201,7 +201,8 @@ def _phase(rig: Rig, phase: Phase, draft: Draft) -> tuple[Draft, Cost]:
         rows = list(range(min(batch, last) or 1)) * STEPS
         problem = rig.problem(short, rows, [last], lambda done, total: ticks.append(time.perf_counter()))
         after, _ = short.run(draft, problem)
-        return after, Cost(step=statistics.median(later - earlier for earlier, later in itertools.pairwise(ticks)))
+        between = [later - earlier for earlier, later in itertools.pairwise(ticks)]
+        return after, Cost(step=statistics.median(between) if between else 0.0)  # a block that is kept takes no steps
     after, cost = _search(rig, phase, draft, last)
     if cost.fixed < SHORT:  # what is compiled when it is first called counts once in a run, and not in each block
         after, again = _search(rig, phase, draft, last)
