@@ -106,6 +106,16 @@ def run(*command: str | Path) -> str:
 
 
 @pytest.fixture(scope="session")
+def run_script() -> Callable[..., None]:
+    """Run a script beside this file in an environment: its Python, the script's name, arguments."""
+
+    def function(python: Path, script: str, *arguments: str | Path) -> None:
+        run(python, Path(__file__).with_name(script), *arguments)
+
+    return function
+
+
+@pytest.fixture(scope="session")
 def quantized(make_model: MakeModel, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Case]:
     """A function from a format, a grid, a family, a dtype, more of the recipe and settings to an output.
 
