@@ -20,9 +20,10 @@ import torch
 from scipy.stats import t
 
 from swquant import Recipe, quantize
-from swquant.demo import CONTEXT, EPOCHS, WINDOWS
+from swquant.demo import CONTEXT, WINDOWS
 
 LOSSES = ("mse", "0.9*mse + 0.1*sliced_wasserstein")
+EPOCHS = 8
 RESULTS = Path(__file__).parent / "results" / "demo_seeds.json"
 
 

@@ -274,7 +274,7 @@ def test_a_long_run_is_told_what_makes_it_shorter(
     kept: list[list[Measured]] = []
     recipe = Recipe.load("w2g64").override({"calibration": str(text), "seq_len": 16, "samples": 64, "device": "cpu"})
     monkeypatch.setattr("swquant.estimate.measured", lambda *given: kept[0] if kept else _noted(kept, measure(*given)))
-    monkeypatch.setattr("swquant.estimate.timing._files", lambda plan: 0.0)
+    monkeypatch.setattr("swquant.estimate.timing.files_of", lambda plan: 0.0)
     short = estimate(recipe, wide, tmp_path / "out")
     assert short.time is not None
     assert short.faster == {}
