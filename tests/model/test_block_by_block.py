@@ -39,7 +39,7 @@ CAUSAL = (
     "gpt2",
     "bloom",
 )
-WRAPPERS = ("qwen3_5", "qwen3_5_moe")
+WRAPPERS = ("qwen3_5", "qwen3_5_moe", "idefics3")
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     **{name: (name, "causal", {}) for name in CAUSAL},
     **{f"{name}, a wrapper": (name, "image-text", {}) for name in WRAPPERS},

@@ -11,11 +11,13 @@ from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
+from transformers import PreTrainedModel
 
 from swquant.checkpoint.source import Tensors
 from swquant.errors import SwquantError, reason_of
@@ -153,9 +155,11 @@ class Front:
             recorders[-1].given = given
         params = {**self.params, **(extra or {})}
         try:
-            out = functional_call(
-                self.skeleton.model, params, kwargs={"input_ids": ids, "use_cache": False}, strict=False
-            )
+            # A wrapper's code asks for the device of its first parameter, which may be an encoder's and without values.
+            with patch.object(PreTrainedModel, "device", self.device):
+                out = functional_call(
+                    self.skeleton.model, params, kwargs={"input_ids": ids, "use_cache": False}, strict=False
+                )
         except (
             RuntimeError,
             ValueError,
@@ -169,7 +173,8 @@ class Front:
                 raise
             name = type(self.skeleton.model).__name__
             raise SwquantError(
-                f"{name} cannot be run without its blocks, so it cannot be quantized: {reason_of(error)}"
+                f"{name} cannot be quantized: its code wants more of its blocks than hidden states, or values where "
+                f"only shapes are known yet ({reason_of(error)})"
             ) from error
         finally:
             for recorder in recorders:
