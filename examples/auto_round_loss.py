@@ -2,6 +2,10 @@
 
     python examples/auto_round_loss.py "huber(delta=1)" --model DIR --scheme W2A16 --dataset text.jsonl --output_dir OUT
 
+On torch 2.14 and newer it trains with `clamp`'s former gradient, 1 at the ends. On the small model that swquant brings
+along, at 2 bits with `mse`, that ends at a perplexity of 34.72 ± 0.39, and auto-round as it comes at 34.69 ± 0.24 (five
+seeds, 95 % intervals): no difference.
+
 Written for auto-round 0.16.1 (`pip install "swquant[auto-round]"`).
 """
 

@@ -1,4 +1,4 @@
-"""llm-compressor at 2 bits: its own GPTQ, then our modifier in a recipe of its, with and without the paper's term.
+"""llm-compressor at 2 bits: its own GPTQ by two observers, then our modifier, with and without the paper's term.
 
 Written for llm-compressor 0.14 (`pip install "swquant[llmcompressor]"`). `--save DIR` keeps what the last way wrote.
 """
@@ -24,6 +24,11 @@ from llmcompressor.modifiers.gptq import GPTQModifier
 GRID = {"num_bits": 2, "type": "int", "symmetric": True, "strategy": "group", "group_size": 64}
 
 
+def asked(grid: dict[str, Any]) -> dict[str, Any]:
+    """What every modifier is told: all linears of the blocks on one grid."""
+    return {"ignore": ["lm_head"], "config_groups": {"group_0": {"targets": ["Linear"], "weights": grid}}}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Print a line for each way: its name and its perplexity."""
     parser = arguments(__doc__ or "", steps=0)
@@ -33,13 +38,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     held_out, rows = windows(options, options.evaluation, 32), windows(options, options.calibration, options.samples)
     samples = Dataset.from_dict({"input_ids": rows.tolist(), "attention_mask": rows.clamp(1, 1).tolist()})
     print(f"original: {perplexity(load(options), held_out):.2f}")
-    shared: dict[str, Any] = {
-        "ignore": ["lm_head"],
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": GRID}},
-    }
-    ours = {**shared, "method": options.method, "seed": options.seed}
+    theirs, searched = asked(GRID), asked({**GRID, "observer": "memoryless_mse"})
+    ours = {**theirs, "method": options.method, "seed": options.seed}
     for name, recipe in (
-        ("GPTQModifier", GPTQModifier(**shared)),
+        ("GPTQModifier", GPTQModifier(**theirs)),
+        ("GPTQModifier, memoryless_mse", GPTQModifier(**searched)),
         ("mse", SwquantModifier(**ours, loss="mse")),
         ("0.9*mse + 0.1*sliced_wasserstein", SwquantModifier(**ours, loss="0.9*mse + 0.1*sliced_wasserstein")),
     ):

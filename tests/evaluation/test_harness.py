@@ -8,14 +8,16 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from swquant import Recipe, SwquantError, quantize
+from swquant import Recipe, SwquantError, quantize, registry
 from swquant.evaluation.harness import run_tasks
 from swquant.evaluation.models import load_model
+from swquant.quant.spec import QuantSpec
 from swquant.tokenizer import load_tokenizer
 
 MakeModel = Callable[..., Path]
@@ -40,6 +42,11 @@ metric_list:
 metadata:
   version: 2.0
 """
+FORMS = [
+    name
+    for name in registry.names("swquant.formats")
+    if name != "dequantized" and registry.load("swquant.formats", name)().refusal(QuantSpec(4, 32, True)) is None
+]
 WORDS = ("each", "turn", "of", "the", "text", "and", "codes", "for", "weights", "in", "block")
 ITEMS = [
     {
@@ -86,8 +93,11 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def swquant_eval(python: Path, home: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return offline(home, python, "-m", "swquant", "eval", *arguments, "--device", "cpu", "--json")
+
+
+def offline(home: Path, *command: str | Path) -> subprocess.CompletedProcess[str]:
     settings = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(home)}
-    command = [python, "-m", "swquant", "eval", *arguments, "--device", "cpu", "--json"]
     return subprocess.run(list(map(str, command)), cwd=home, env=settings, capture_output=True, text=True, check=False)
 
 
@@ -128,6 +138,35 @@ def test_full_quantized_and_packed_models_answer_a_local_task(
         assert found["value"] == pytest.approx(sum(correct[model]) / len(ITEMS))
         assert (found["task"], found["metric"], found["items"]) == ("next_word", "acc", len(ITEMS))
         assert (found["harness"], found["version"]) == ("0.4.13", "2.0")
+
+
+@pytest.fixture(scope="module")
+def outputs(llama: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same codes in every format that keeps codes."""
+    out = tmp_path_factory.mktemp("formats") / "w4"
+    recipe = Recipe(
+        bits=4, group_size=32, symmetric=True, method="rtn", calibration=str(text), samples=2, seq_len=32,
+        evaluation_samples=0, format=",".join(FORMS),
+    )  # fmt: skip
+    return {output.format: out / output.directory for output in quantize(recipe, llama, out).outputs}
+
+
+@pytest.fixture(scope="module")
+def answers(python: Path, task: Path, outputs: dict[str, Path]) -> dict[str, Any]:
+    finished = offline(task.parent, python, Path(__file__).with_name("with_lm_eval.py"), task, *outputs.values())
+    assert finished.returncode == 0, finished.stderr
+    return json.loads(finished.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
+def test_hflm_takes_a_loaded_model_of_every_format(
+    answers: dict[str, Any], outputs: dict[str, Path], form: str
+) -> None:
+    found = answers[str(outputs[form])]
+    wanted = [choice == item["answer"] for choice, item in zip(choices(outputs[form]), ITEMS, strict=True)]
+    assert found["packed"] == 2 * 7
+    assert found["accuracy"] == pytest.approx(sum(wanted) / len(ITEMS))
 
 
 @pytest.mark.slow

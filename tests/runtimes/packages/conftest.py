@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -175,12 +177,13 @@ def from_codes(out: Path, source: Path, tokens: Tensor) -> tuple[dict[str, Tenso
             assert isinstance(value, QTensor)
             state[name] = weights[name.removesuffix(".weight")] = value.dequantize()
     config = AutoConfig.from_pretrained(source)
-    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    assert not unexpected
-    assert set(missing) <= ({"lm_head.weight"} if config.tie_word_embeddings else set())
-    model.tie_weights()
-    return weights, model(input_ids=tokens).logits
+    with tempfile.TemporaryDirectory() as folder:  # not load_state_dict: transformers puts experts together as it loads
+        shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
+        save_file(state, Path(folder) / "model.safetensors", {"format": "pt"})
+        model, loading = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert not loading["unexpected_keys"]
+    assert set(loading["missing_keys"]) <= ({"lm_head.weight"} if config.tie_word_embeddings else set())
+    return weights, model.eval()(input_ids=tokens).logits
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
 """vLLM on a CPU: serves our 4-bit outputs with the log-probabilities of their codes; reads the others up to the kernel.
 
-Its wheel for CPUs has kernels for 4 bits alone, which need AVX-512; without, and at 2, 3 and 8 bits, it reads the file,
-makes the layers and finds no kernel for them.
+Its wheel for CPUs has one kernel for packed weights of linears, for 4 bits, in the build for AVX-512 alone, and one for
+those of experts, which needs AMX. Without AVX-512 it loads 4 bits and fails at the first product.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator
@@ -34,11 +35,15 @@ LEFT_OUT = ("torchaudio", "torchvision", "torchcodec")
 WAIT_SECONDS = 600
 SETTINGS = ("--enforce-eager", "--max-model-len", "64", "--max-num-seqs", "2", "--dtype", "bfloat16")
 NO_KERNEL = "Failed to find a kernel that can implement the WNA16 linear layer"
+NO_KERNEL_OF_EXPERTS = "No WNA16 MoE backend supports the deployment configuration"
+MIXTURE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
 SERVED = [
-    ("compressed_tensors", QuantSpec(4, 64, True)),
-    ("compressed_tensors", QuantSpec(4, 64, False)),
-    ("gptq", QuantSpec(4, 64, True)),
+    ("compressed_tensors", QuantSpec(4, 64, True), "llama"),
+    ("compressed_tensors", QuantSpec(4, 64, False), "llama"),
+    ("gptq", QuantSpec(4, 64, True), "llama"),
+    ("compressed_tensors", QuantSpec(4, 64, True), "qwen3_moe"),
 ]
+DENSE = [case for case in SERVED if case[2] == "llama"]
 READ = [("compressed_tensors", QuantSpec(bits, 64, True)) for bits in (2, 3, 8)]
 
 
@@ -115,13 +120,15 @@ def log_probabilities(port: int, model: Path, tokens: Tensor) -> Tensor:
     return torch.tensor(rows, dtype=torch.float64)
 
 
-@pytest.mark.parametrize(("form", "spec"), SERVED, ids=lambda value: getattr(value, "label", value))
+@pytest.mark.parametrize(("form", "spec", "family"), SERVED, ids=lambda value: getattr(value, "label", value))
 def test_it_serves_what_the_codes_predict(
-    vllm: Path, quantized: Callable[..., Any], tmp_path: Path, form: str, spec: QuantSpec
+    vllm: Path, quantized: Callable[..., Any], tmp_path: Path, form: str, spec: QuantSpec, family: str
 ) -> None:
     if not torch.cpu._is_avx512_supported():
         pytest.skip("vLLM's 4-bit kernel for CPUs needs AVX-512, which this processor has not")
-    case = quantized(form, spec, "llama", torch.bfloat16)
+    if family == "qwen3_moe" and not torch.cpu._is_amx_tile_supported():
+        pytest.skip("vLLM's 4-bit kernel of experts for CPUs needs AMX, which this processor has not")
+    case = quantized(form, spec, family, torch.bfloat16, **(MIXTURE if family == "qwen3_moe" else {}))
     with serving(vllm, case.path, tmp_path / "log") as (server, port):
         until_ready(server, port, tmp_path / "log")
         theirs = log_probabilities(port, case.path, case.tokens)
@@ -140,3 +147,31 @@ def test_reading_gets_as_far_as_the_kernel_that_is_not_there(
     said = (tmp_path / "log").read_text()
     assert NO_KERNEL in said, said[-4000:]
     assert f"Quant type (uint{spec.bits}b{1 << (spec.bits - 1)}) not supported by CPUWNA16" in said
+
+
+def test_without_amx_it_reads_a_mixture_as_far_as_the_kernel_of_experts(
+    vllm: Path, quantized: Callable[..., Any], tmp_path: Path
+) -> None:
+    if torch.cpu._is_amx_tile_supported():
+        pytest.skip("this processor has AMX")
+    case = quantized("compressed_tensors", QuantSpec(4, 64, True), "qwen3_moe", torch.bfloat16, **MIXTURE)
+    with serving(vllm, case.path, tmp_path / "log") as (server, _):
+        assert server.wait(WAIT_SECONDS) != 0
+    said = (tmp_path / "log").read_text()
+    assert NO_KERNEL_OF_EXPERTS in said, said[-4000:]
+
+
+@pytest.mark.parametrize(("form", "spec", "family"), DENSE, ids=lambda value: getattr(value, "label", value))
+def test_without_avx512_it_loads_4_bits_and_misses_the_kernel_at_the_first_request(
+    vllm: Path, quantized: Callable[..., Any], tmp_path: Path, form: str, spec: QuantSpec, family: str
+) -> None:
+    if torch.cpu._is_avx512_supported():
+        pytest.skip("this processor has AVX-512")
+    case = quantized(form, spec, family, torch.bfloat16)
+    with serving(vllm, case.path, tmp_path / "log") as (server, port):
+        until_ready(server, port, tmp_path / "log")
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            log_probabilities(port, case.path, case.tokens)
+        refused.value.close()
+    said = (tmp_path / "log").read_text()
+    assert "object has no attribute 'cpu_gemm_wna16'" in said, said[-4000:]
