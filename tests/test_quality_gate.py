@@ -65,7 +65,7 @@ def test_more_samples(tmp_path: Path, method: str, least: float, most: float) ->
 BOUNDS = {
     "RTN": (53.8, 54.1),
     "OmniQuant": (40.1, 41.2),
-    "OmniQuant + SW": (39.7, 41.2),
+    "OmniQuant + SW": (40.2, 41.4),
     "recipe, short": (33.0, 33.7),
 }
 
