@@ -215,7 +215,7 @@ def test_padded_samples_are_refused(
 
 
 def test_the_example_shows_it_beside_their_own_modifier(python: Path, tmp_path: Path) -> None:
-    command = [str(python), str(SCRIPT), "--samples", "8", "--length", "64", "--method", "gptq + block_ap(epochs=1)"]
+    command = [str(python), str(SCRIPT), "--samples", "16", "--length", "64", "--method", "gptq + block_ap(epochs=2)"]
     finished = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert finished.returncode == 0, finished.stderr[-3000:]
     lines = [line.rpartition(": ") for line in finished.stdout.splitlines() if ": " in line]
