@@ -135,7 +135,8 @@ def _drawing(
 def cache_bytes(skeleton: Skeleton, tokens: int) -> int:
     """Bytes of keys and values of so many tokens in 16 bits, as runtimes keep them, at most.
 
-    Blocks without attention have none, and those with a sliding window keep no more tokens than it is wide.
+    Where the configuration names the kind of each block, those without attention have none, and those with a sliding
+    window keep no more tokens than it is wide.
     """
     config = skeleton.text_config
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * len(skeleton.blocks)

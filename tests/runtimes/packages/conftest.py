@@ -74,6 +74,8 @@ def environment(request: pytest.FixtureRequest) -> Callable[[str, Sequence[str]]
     among the requirements.
     """
 
+    failed: dict[str, str] = {}  # pip is not asked again by each test
+
     def make(name: str, requirements: Sequence[str]) -> Path:
         kept = () if any(name.startswith("torch>") for name in requirements) else (f"torch=={torch.__version__}",)
         shared = [place for place in sys.path if place.endswith(("site-packages", "dist-packages"))]
@@ -81,6 +83,8 @@ def environment(request: pytest.FixtureRequest) -> Callable[[str, Sequence[str]]
         key = hashlib.sha256(repr((requirements, shared, sys.version)).encode()).hexdigest()[:12]
         home = Path(request.config.cache.mkdir(f"{name}-{key}"))
         python = home / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+        if key in failed:
+            pytest.skip(failed[key])
         if not (home / "ready").exists():
             run(sys.executable, "-m", "venv", "--clear", home)
             own = run(python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])").strip()
@@ -88,7 +92,8 @@ def environment(request: pytest.FixtureRequest) -> Callable[[str, Sequence[str]]
             installed = call(python, "-m", "pip", "install", "--no-build-isolation", *requirements, *kept)
             if installed.returncode:
                 last = (installed.stderr.strip() or installed.stdout.strip()).splitlines()[-1:]
-                pytest.skip(f"pip cannot install {' '.join(requirements)}: {' '.join(last)}")
+                failed[key] = f"pip cannot install {' '.join(requirements)}: {' '.join(last)}"
+                pytest.skip(failed[key])
             (home / "ready").touch()
         return python
 
