@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 
+from packaging.specifiers import SpecifierSet
+
 from swquant.errors import SwquantError
 
 
@@ -22,13 +24,8 @@ def require_version(package: str, first: str, after: str) -> None:
         found = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError as error:
         raise SwquantError(f"{package} is not installed: pip install 'swquant[{package}]'") from error
-    if not _number(first) <= _number(found) < _number(after):
+    if not SpecifierSet(f">={first},<{after}").contains(found, prereleases=True):
         raise SwquantError(
             f"{package} {found} is installed, and swquant knows it from {first} to before {after}: "
             f"pip install '{package}>={first},<{after}'"
         )
-
-
-def _number(version: str) -> tuple[int, ...]:
-    """The release of a version, without what follows it."""
-    return tuple(int(part) for part in version.split("+")[0].split(".") if part.isdigit())
